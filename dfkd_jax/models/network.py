@@ -1,0 +1,115 @@
+"""A Linen module bound to its variables: a teacher or a student."""
+
+from collections.abc import Mapping
+import inspect
+from typing import Any
+
+from flax import linen as nn
+from flax import struct
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from dfkd_jax.models import layers
+from dfkd_jax.types import Array, Moments, Outputs, PyTree
+
+_TRAINING = ('train', 'training', 'is_training')
+_EVALUATING = ('use_running_average', 'deterministic')
+
+
+class Network(struct.PyTreeNode):
+  """A module, its variables and its preprocessing.
+
+  Any Linen module that maps images [B, H, W, C] to logits [B, ..., K] will do.
+  If its call takes a flag `train`, `training` or `is_training` (or, of the
+  opposite sense, `use_running_average` or `deterministic`) that flag is set.
+  Moments of its batch norms come by `layers.tapped`; a module that sows
+  `features` and `stage_<i>` into its intermediates shows these in `Outputs` too.
+  """
+
+  params: PyTree
+  batch_stats: PyTree
+  module: nn.Module = struct.field(pytree_node=False)
+  mean: tuple[float, ...] = struct.field(pytree_node=False, default=(0.0,))
+  std: tuple[float, ...] = struct.field(pytree_node=False, default=(1.0,))
+
+  def __call__(self, images: Array) -> Outputs:
+    """Evaluation mode: batch norms use running moments.
+
+    Args:
+      images: [B, H, W, C] in [0, 1]; normalised here by `mean` and `std`.
+    """
+    return self.forward(images)[0]
+
+  def forward(
+      self, images: Array, *, train: bool = False, axis: str | None = None
+  ) -> tuple[Outputs, PyTree]:
+    """Outputs, and the running moments after this batch (moved if `train`).
+
+    Args:
+      images: [B, H, W, C] in [0, 1].
+      train: Normalise by the moments of this batch, and move the running ones.
+      axis: A mapped axis over which the batch is spread; None on one device.
+    """
+    inputs = (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
+    mutable = ['intermediates', 'batch_stats'] if train else ['intermediates']
+    with layers.tapped(axis):
+      logits, new = self.module.apply(
+          {'params': self.params, 'batch_stats': self.batch_stats}, inputs,
+          mutable=mutable, **_mode(self.module, train))
+    sown = new.get('intermediates', {})
+    outputs = Outputs(
+        logits=logits,
+        features=_sown(sown, 'features'),
+        maps=tuple(_sown(sown, name) for name in sorted(sown) if name.startswith('stage_')),
+        moments=layers.moments_by_path(sown))
+    return outputs, new.get('batch_stats', self.batch_stats)
+
+  def running(self) -> dict[str, Moments]:
+    """Running moments by path of the batch norm, as in `Outputs.moments`."""
+    flat = traverse_util.flatten_dict(dict(self.batch_stats), sep='/')
+    paths = sorted(path.removesuffix('/mean') for path in flat if path.endswith('/mean'))
+    return {path: Moments(flat[f'{path}/mean'], flat[f'{path}/var']) for path in paths}
+
+  def num_params(self) -> int:
+    """How many trainable numbers there are."""
+    return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def create(
+    module: nn.Module,
+    key: jax.Array,
+    image_shape: tuple[int, int, int],
+    *,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
+) -> Network:
+  """A network with fresh variables for images [H, W, C]."""
+  variables = jax.jit(lambda k: module.init(k, jnp.zeros((1, *image_shape)), **_mode(module, False)))(key)
+  return bind(module, variables, mean=mean, std=std)
+
+
+def bind(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
+) -> Network:
+  """A network from a module and the variables that its `init` gave, or training left."""
+  return Network(
+      params=variables['params'], batch_stats=variables.get('batch_stats', {}),
+      module=module, mean=tuple(mean), std=tuple(std))
+
+
+def _mode(module: nn.Module, train: bool) -> dict[str, bool]:
+  """The flag by which this module is told to train, if it has one."""
+  known = inspect.signature(type(module).__call__).parameters
+  for name in _TRAINING:
+    if name in known:
+      return {name: train}
+  return {name: not train for name in _EVALUATING if name in known}
+
+
+def _sown(intermediates: Mapping[str, Any], name: str) -> Array | None:
+  return intermediates[name][0] if name in intermediates else None

@@ -1,0 +1,37 @@
+"""Four virtual CPU devices for every test, and where the shared reference values lie."""
+
+import os
+import pathlib
+
+os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
+os.environ.setdefault('PJRT_NPROC', '32')  # On two cores, loops of collectives deadlock without.
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+SHARED = HERE.parent.parent / 'shared'
+
+jax.config.update('jax_debug_key_reuse', True)
+
+
+@pytest.fixture
+def x64():
+  """Float64 for the length of a test."""
+  with jax.enable_x64(True):
+    yield
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+  """Reference values, from the full set where it is at hand, else the committed subset.
+
+  Args:
+    name: Without ending, such as 'losses'.
+  """
+  for folder in (SHARED / 'golden', HERE / 'golden'):
+    path = folder / f'{name}.npz'
+    if path.exists():
+      with np.load(path) as archive:
+        return dict(archive)
+  pytest.skip(f'Reference values {name}.npz are not at hand.')
