@@ -1,10 +1,128 @@
-"""Devices and collectives: the only file that knows either."""
+"""Devices and collectives: the only file that knows either.
 
+A program of the library is written for one device, with an `axis` argument. It
+runs as it stands where `axis` is None, and here it is mapped over devices. State
+has the same global shapes on one device and on many: fields declared with
+`sharded()` are split along their first axis, all others are replicated.
+
+`jax.pmap` has lowered to `jit(shard_map)` since JAX 0.9; the latter is used
+because it leaves global shapes alone, so that a checkpoint fits any number of
+devices. The per-device functions run under `jax.pmap(axis_name=...)` as well
+(tests/test_parallel.py holds the three to the same numbers).
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from flax import struct
+import jax
 from jax import lax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
-from dfkd_jax.types import PyTree
+from dfkd_jax.types import Array, PRNGKey, PyTree
+
+AXIS = 'devices'
+
+
+def sharded() -> dataclasses.Field:
+  """Declares a dataclass field whose arrays are split over devices along their first axis."""
+  return struct.field(metadata={'sharded': True})
 
 
 def pmean(tree: PyTree, axis: str | None) -> PyTree:
   """Mean over the devices of a mapped axis; the tree itself where `axis` is None."""
   return tree if axis is None else lax.pmean(tree, axis)
+
+
+def psum(tree: PyTree, axis: str | None) -> PyTree:
+  """Sum over the devices of a mapped axis; the tree itself where `axis` is None."""
+  return tree if axis is None else lax.psum(tree, axis)
+
+
+def task_keys(key: PRNGKey, num_tasks: int, axis: str | None) -> Array:
+  """Keys [M] of this device's tasks, which do not depend on how tasks are spread over devices."""
+  first = 0 if axis is None else lax.axis_index(axis) * num_tasks
+  return jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(num_tasks))
+
+
+def by_task(
+    function: Callable[[PRNGKey, Array], Array], num_tasks: int, axis: str | None
+) -> Callable[[PRNGKey, Array], Array]:
+  """Applies `function(key, images)` to each task's share of images [M * B, ...] with its own key."""
+
+  def apply(key: PRNGKey, images: Array) -> Array:
+    keys = task_keys(key, num_tasks, axis)
+    if num_tasks == 1:
+      return function(keys[0], images)
+    shares = images.reshape(num_tasks, -1, *images.shape[1:])
+    return jax.vmap(function)(keys, shares).reshape(images.shape)
+
+  return apply
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+  """A mesh over the first `num_devices` devices (default: all) with the one axis `AXIS`."""
+  devices = jax.devices()
+  if num_devices is not None and not 1 <= num_devices <= len(devices):
+    raise ValueError(f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
+  return Mesh(np.asarray(devices[:num_devices]), (AXIS,))
+
+
+def specs(tree: PyTree) -> PyTree:
+  """A tree of PartitionSpecs for a state: by `sharded()` fields, all else replicated."""
+  if dataclasses.is_dataclass(tree):
+    return tree.replace(**{
+        field.name: _spec_of_field(field, getattr(tree, field.name))
+        for field in dataclasses.fields(tree) if field.metadata.get('pytree_node', True)})
+  return jax.tree.map(lambda _: PartitionSpec(), tree)
+
+
+def _spec_of_field(field: dataclasses.Field, value: PyTree) -> PyTree:
+  if field.metadata.get('sharded', False):
+    return jax.tree.map(lambda _: PartitionSpec(AXIS), value)
+  return specs(value)
+
+
+def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
+  """Where each array of a state lives on the mesh."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+def place(mesh: Mesh, tree: PyTree) -> PyTree:
+  """A state on the devices of the mesh, as `specs` says."""
+  return jax.device_put(tree, shardings(mesh, tree))
+
+
+def each_device(
+    function: Callable[..., PyTree], mesh: Mesh, arguments: tuple[PyTree, ...], results: PyTree,
+    donate: tuple[int, ...] = (),
+) -> Callable[..., PyTree]:
+  """Compiles a per-device function over a mesh.
+
+  Args:
+    function: Takes `axis=` (None on a mesh of one device) beside its arguments.
+    mesh: From `make_mesh`.
+    arguments: One tree of PartitionSpecs (see `specs`) for each argument.
+    results: The same for what it returns.
+    donate: Positions of arguments whose memory the results may take over.
+  """
+  if mesh.size == 1:
+    return jax.jit(functools.partial(function, axis=None), donate_argnums=donate)
+  mapped = jax.shard_map(
+      functools.partial(function, axis=AXIS), mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+  return jax.jit(mapped, donate_argnums=donate)
+
+
+def even_share(total: int, parts: int, what: str) -> int:
+  """`total / parts`, which must be whole.
+
+  Raises:
+    ValueError: Names `what`, the number, and the nearest that would do.
+  """
+  if total < 1 or total % parts:
+    near = max(parts, round(total / parts) * parts)
+    raise ValueError(f'{what} is {total}, must be a positive multiple of {parts} (devices times tasks), such as {near}.')
+  return total // parts

@@ -1,0 +1,14 @@
+"""CIFAR-10 at the paper's scale: python main.py --config=configs/cifar10.py:fast_dfkd --workdir=...
+
+Arguments, in any order: fast_dfkd (or scratch, kd), a pair such as wrn40_2-wrn16_1, and fast2, fast5 or fast10.
+Published results stand in configs/methods/fast_dfkd.py. Teachers of the paper: 95.70 (ResNet-34), 92.25 (VGG-11),
+94.87 (WRN-40-2); train yours by configs/teacher_cifar10.py, and name it by --config.teacher.source=WEIGHTS.
+"""
+
+from configs import cifar
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def get_config(arguments: str = ''):
+  return cifar.get_config(arguments, dataset='cifar10', num_classes=10, mean=MEAN, std=STD)

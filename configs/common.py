@@ -1,0 +1,66 @@
+"""Every field that a run reads, and the arguments after the colon of `--config=FILE:ARGUMENTS`."""
+
+import difflib
+
+from ml_collections import config_dict
+
+
+def base() -> config_dict.ConfigDict:
+  """All fields; what has no meaning without a data set or a method is None."""
+  config = config_dict.create(
+      job='distill',  # 'distill' without data, or 'train' on real data
+      seed=0,
+      num_devices=config_dict.placeholder(int),  # None: all at hand
+      dataset=dict(  # for evaluation, and for training teachers; never seen by a distillation
+          name=config_dict.placeholder(str),
+          data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS
+          image_shape=(32, 32, 3), num_classes=10, train_split='train', test_split='test'),
+      teacher=_network(source=config_dict.placeholder(str)),  # a file of weights, or 'embedded:NAME'
+      student=_network(),
+      generator=dict(name='generator', options={}),
+      method=dict(name=config_dict.placeholder(str)),  # and the numbers of that method
+      factors=dict(one_hot=0.0, batch_norm=0.0, adversarial=0.0, balance=0.0, activation=0.0,
+                   total_variation=0.0, l2=0.0),
+      labels='uniform',  # the classes asked for: 'uniform', 'stratified' or 'balanced'
+      augment=dict(synthesis=dict(name='crop_and_flip', pad=4), student=dict(name='crop_and_flip', pad=4)),
+      distill=dict(rounds=220, steps_per_round=400, distill_after=20, batch_size=256, temperature=20.0,
+                   divergence='kl'),
+      train=dict(network='student', epochs=200, batch_size=128, label_factor=1.0, teacher_factor=0.0,
+                 temperature=1.0, label_smoothing=0.0),
+      optimizer=dict(name='sgd', learning_rate=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4,
+                     schedule='cosine_by_round', end_value=0.0, warmup_steps=0, milestones=(), gamma=0.1),
+      control=False,  # train a control student on noise as well
+      evaluate=dict(every=1, batch_size=500),
+      checkpoint=dict(every=10, max_to_keep=2),
+      grid=dict(columns=10, rows=5),
+      compilation_cache=config_dict.placeholder(str),  # a folder for compiled programs
+  )
+  return config
+
+
+def _network(**more) -> dict:
+  return dict(name=config_dict.placeholder(str), options={}, mean=(0.0,), std=(1.0,), **more)
+
+
+def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
+  """Sorts comma-separated arguments into groups; the first of a group is its default.
+
+  Args:
+    arguments: Such as 'fast_dfkd,fast5,wrn40_2-wrn16_1', in any order; each may be left out.
+    **choices: What is allowed, by group.
+
+  Raises:
+    ValueError: An argument that no group has, or two of one group.
+  """
+  picked = {}
+  for argument in filter(None, arguments.split(',')):
+    groups = [group for group, allowed in choices.items() if argument in allowed]
+    known = [choice for allowed in choices.values() for choice in allowed]
+    if not groups:
+      near = difflib.get_close_matches(argument, known, 1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      raise ValueError(f'Unknown config argument {argument!r}.{hint} Known: {", ".join(known)}.')
+    if groups[0] in picked:
+      raise ValueError(f'Config arguments {picked[groups[0]]!r} and {argument!r} exclude each other.')
+    picked[groups[0]] = argument
+  return {group: allowed[0] for group, allowed in choices.items()} | picked

@@ -1,0 +1,39 @@
+"""FastDFKD on CIFAR. arXiv:2112.06253, tables 1 and 2; the numbers are those of the published scripts.
+
+Cost: 220 calls of 2, 5 or 10 inner steps on 256 images, 80,000 student steps of 256.
+  WRN-40-2 -> WRN-16-1: 17, 17 and 18 PFLOP end to end; ResNet-34 -> ResNet-18: 117 to 120.
+Published (best epoch, one seed), CIFAR-10 / CIFAR-100, R34-R18, V11-R18, W40-2-W16-1, W40-2-W40-1, W40-2-W16-2:
+  Fast-2   92.62 84.67 88.36 89.56 89.68 / 69.76 62.83 41.77 53.15 57.08
+  Fast-5   93.63 89.94 88.90 92.04 91.96 / 72.82 65.28 52.90 61.80 63.83
+  Fast-10  94.05 90.53 89.29 92.51 92.45 / 74.34 67.44 54.02 63.91 65.12
+Command: python main.py --config=configs/cifar10.py:fast_dfkd,fast5,wrn40_2-wrn16_1 --workdir=...
+  --config.teacher.source=...
+"""
+
+VARIANTS = {  # num_steps, generator_lr, latent_lr; the outer Adam's rate is generator_lr * num_steps
+    'fast5': (5, 3e-3, 1e-2),
+    'fast2': (2, 5e-3, 1.5e-2),
+    'fast10': (10, 2e-3, 1e-2),
+}
+FACTORS = {  # adversarial, one_hot, by teacher
+    'resnet34': (1.33, 0.5),
+    'vgg11': (1.0, 0.5),
+    'wrn40_2': (1.1, 0.4),
+}
+
+
+def apply(config, variant: str):
+  """Sets the method's numbers for the teacher that the config names."""
+  num_steps, generator_lr, latent_lr = VARIANTS[variant]
+  config.method.update(
+      name='fast_dfkd', num_steps=num_steps, generator_lr=generator_lr, latent_lr=latent_lr, latent_dim=256,
+      adam_b1=0.5, adam_b2=0.999, meta='fomaml', moments_momentum=0.9, adversarial_after=19, reset_after=139,
+      keep='best', batch_size=256, capacity=220 * 256, num_tasks=1, task_map='auto')
+  config.generator.update(name='generator', options=dict(width=64))
+  # Teachers that the paper has not get the factors of its WRN.
+  adversarial, one_hot = FACTORS.get(config.teacher.name, FACTORS['wrn40_2'])
+  config.factors.update(batch_norm=10.0, one_hot=one_hot, adversarial=adversarial)
+  config.distill.update(rounds=220, steps_per_round=400, distill_after=20, batch_size=256, temperature=20.0)
+  config.optimizer.update(
+      name='sgd', learning_rate=0.2, momentum=0.9, weight_decay=1e-4, schedule='cosine_by_round', end_value=2e-4)
+  return config

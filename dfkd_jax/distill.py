@@ -1,0 +1,149 @@
+"""The student's half of a round: steps on samples of the synthesizer."""
+
+from collections.abc import Callable
+
+from flax import struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from dfkd_jax import parallel
+from dfkd_jax.losses import divergence as divergences
+from dfkd_jax.models.network import Network
+from dfkd_jax.synth.synthesizer import Synthesizer
+from dfkd_jax.types import Array, Metrics, PRNGKey, PyTree
+
+
+class Student(struct.PyTreeNode):
+  """A network in training."""
+
+  network: Network
+  opt_state: PyTree
+  step: Array  # [] int32
+
+
+def init(network: Network, tx: optax.GradientTransformation) -> Student:
+  """A student before its first step."""
+  return Student(network, tx.init(network.params), jnp.int32(0))
+
+
+def cosine_by_round(init_value: float, rounds: int, steps_per_round: int, end_value: float = 0.0) -> optax.Schedule:
+  """Cosine from `init_value` to `end_value` over `rounds`, constant within a round.
+
+  PyTorch's CosineAnnealingLR stepped once per epoch, as in the published recipe
+  (arXiv:2112.06253): at round j, end + (init - end) (1 + cos(pi j / rounds)) / 2.
+  It stays at the end after the last round.
+  """
+  smooth = optax.cosine_decay_schedule(init_value, rounds, end_value / init_value)
+  return lambda step: smooth(step // steps_per_round)
+
+
+def coupled_sgd(learning_rate: optax.ScalarOrSchedule, momentum: float, weight_decay: float):
+  """SGD with weight decay added to the gradient of *every* parameter before momentum, as PyTorch has it."""
+  return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum))
+
+
+def train_step(
+    student: Student,
+    images: Array,
+    loss_fn: Callable[[Array], tuple[Array, PyTree]],
+    tx: optax.GradientTransformation,
+    axis: str | None = None,
+) -> tuple[Student, Array, PyTree]:
+  """One step on a batch.
+
+  Args:
+    student: Before the step.
+    images: [B, H, W, C] in [0, 1], this device's share of the batch.
+    loss_fn: Logits [B, ...] -> (loss [], aux): mean over this device's share.
+    tx: The student's optimizer.
+    axis: The mapped axis of devices; gradients and moments are averaged over it.
+
+  Returns:
+    The student after the step, the loss [], and aux.
+  """
+
+  def objective(params):
+    outputs, batch_stats = student.network.replace(params=params).forward(images, train=True, axis=axis)
+    loss, aux = loss_fn(outputs.logits)
+    return loss, (batch_stats, aux)
+
+  (loss, (batch_stats, aux)), grads = jax.value_and_grad(objective, has_aux=True)(student.network.params)
+  loss, grads = parallel.pmean((loss, grads), axis)
+  updates, opt_state = tx.update(grads, student.opt_state, student.network.params)
+  network = student.network.replace(
+      params=optax.apply_updates(student.network.params, updates), batch_stats=batch_stats)
+  return Student(network, opt_state, student.step + 1), loss, aux
+
+
+def distill(
+    student: Student,
+    state: PyTree,
+    key: PRNGKey,
+    teacher: Network,
+    *,
+    synthesizer: Synthesizer,
+    tx: optax.GradientTransformation,
+    num_steps: int,
+    temperature: float = 20.0,
+    divergence: str = 'kl',
+    augment: Callable[[PRNGKey, Array], Array],
+    num_tasks: int = 1,
+    axis: str | None = None,
+) -> tuple[Student, PyTree, Metrics]:
+  """The student's steps of one round, one `lax.scan`.
+
+  The loss is the mean of weights times T^2 KL(teacher || student) at temperature T
+  (arXiv:2112.06253, equation 6; Hinton et al. 2015), on images that both networks
+  see under the same augmentation. The teacher evaluates, the student trains.
+
+  Args:
+    student: Before the round.
+    state: The synthesizer's; its `weigh` may change it.
+    key: Of this round.
+    teacher: Never changes.
+    synthesizer: Gives samples and weights.
+    tx: The student's optimizer.
+    num_steps: Steps in a round.
+    temperature: T of the divergence, if it is 'kl'.
+    divergence: 'kl', or 'l1' or 'l2' between logits.
+    augment: (key, images) -> images.
+    num_tasks: Tasks on this device, for keys that do not depend on the number of devices.
+    axis: The mapped axis of devices, if any.
+
+  Returns:
+    Student, state, and metrics {'loss', 'agreement'}, each [] and a mean over the round.
+  """
+  augment = parallel.by_task(augment, num_tasks, axis)
+
+  def step(carry, step_key):
+    student, state = carry
+    key_sample, key_augment = jax.random.split(step_key)
+    batch = synthesizer.sample(state, key_sample)
+    images = augment(key_augment, batch.images)
+    wanted = teacher(images).logits
+
+    def loss_fn(logits):
+      per_sample = divergence_of(divergence, logits, wanted, temperature)
+      new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(per_sample))
+      same = divergences.agreement(logits, wanted).mean()
+      return (lax.stop_gradient(weights) * per_sample).mean(), (new_state, same)
+
+    student, loss, (state, same) = train_step(student, images, loss_fn, tx, axis)
+    return (student, state), {'loss': loss, 'agreement': parallel.pmean(same, axis)}
+
+  (student, state), metrics = lax.scan(step, (student, state), jax.random.split(key, num_steps))
+  return student, state, jax.tree.map(jnp.mean, metrics)
+
+
+def divergence_of(kind: str, logits: Array, wanted: Array, temperature: float) -> Array:
+  """Divergence of the student's logits [B, ..., K] from the teacher's, per sample [B]."""
+  kinds = {
+      'kl': lambda: divergences.kl(logits, wanted, temperature),
+      'l1': lambda: divergences.l1(logits, wanted),
+      'l2': lambda: divergences.l2(logits, wanted)}
+  if kind not in kinds:
+    raise ValueError(f'divergence is {kind!r}, must be one of {tuple(kinds)}.')
+  per_element = kinds[kind]()
+  return per_element.reshape(per_element.shape[0], -1).mean(1)

@@ -1,0 +1,50 @@
+"""Data-free synthesis as a library: `import dfkd_jax.synth`.
+
+    synthesizer = synth.create('fast_dfkd', generator=..., image_shape=(32, 32, 3), ...)
+    state = synthesizer.init(key, teacher)
+    state, metrics = synthesizer.synthesize(state, key, teacher, student)
+    batch = synthesizer.sample(state, key)
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from dfkd_jax.synth import generative, methods, objective, optimize, replay
+from dfkd_jax.synth.objective import Factors
+from dfkd_jax.synth.synthesizer import Synthesizer
+
+__all__ = ['Factors', 'Synthesizer', 'create', 'generative', 'names', 'objective', 'optimize', 'replay']
+
+
+def names() -> tuple[str, ...]:
+  """Names of all methods: the files in `synth/methods`."""
+  return tuple(sorted(module.name for module in pkgutil.iter_modules(methods.__path__)))
+
+
+def create(name: str, **numbers: Any) -> Synthesizer:
+  """Makes a method by the name of its file in `synth/methods`.
+
+  Args:
+    name: Such as 'fast_dfkd'; see `names()`.
+    **numbers: Of the function of the same name in that file.
+
+  Raises:
+    ValueError: If there is no such method, or it has no such number.
+  """
+  constructor = getattr(importlib.import_module(f'{methods.__name__}.{known(name, names(), "method")}'), name)
+  parameters = inspect.signature(constructor).parameters
+  for number in numbers:
+    known(number, tuple(parameters), f'argument of {name}')
+  return constructor(**numbers)
+
+
+def known(name: str, allowed: tuple[str, ...], what: str) -> str:
+  """The name, if it is allowed; else a ValueError with the nearest that is."""
+  if name not in allowed:
+    near = difflib.get_close_matches(name, allowed, 1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(f'Unknown {what} {name!r}.{hint} Known: {", ".join(allowed)}.')
+  return name

@@ -1,0 +1,37 @@
+"""What methods with a generator share: drawing its parameters, rendering, the one-time reset."""
+
+from flax import linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from dfkd_jax.types import Array, PRNGKey, PyTree
+
+
+def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
+  """Parameters of a generator for latents of this shape [B, ...], in the default float type."""
+  params = jax.jit(lambda k: generator.init(k, jnp.zeros(latent_shape)))(key)['params']
+  # Linen gives float32 under `jax_enable_x64` too; optimizer states would inherit it.
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), params)
+
+
+def render(generator: nn.Module, params: PyTree, latents: Array) -> Array:
+  """Images [B, H, W, C] in (0, 1), normalised by this batch; running moments are neither read nor kept."""
+  return generator.apply({'params': params}, latents, train=True, mutable=['batch_stats'])[0]
+
+
+def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.02) -> PyTree:
+  """Draws the named layers anew: weights from N(0, std^2), biases 0.
+
+  A batch norm's scale is drawn around 0 as well, not around 1, as in the
+  published code (which does this once, late in a run, for diversity).
+  """
+  flat = traverse_util.flatten_dict(params)
+  missing = [name for name in layers if not any(path[0] == name for path in flat)]
+  if missing:
+    raise ValueError(f'The generator has no layer {missing[0]!r} to reset, only {sorted({p[0] for p in flat})}.')
+  chosen = sorted(path for path in flat if path[0] in layers)
+  for path, path_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+    leaf = flat[path]
+    flat[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
+  return traverse_util.unflatten_dict(flat)

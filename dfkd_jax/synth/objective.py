@@ -1,0 +1,97 @@
+"""What inversion minimises: a weighted sum of named terms."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from dfkd_jax.losses import inversion
+from dfkd_jax.models.network import Network
+from dfkd_jax.types import Array, Metrics, Moments, Outputs
+
+
+class Factors(NamedTuple):
+  """Factors of the terms, none negative: each term is something to minimise.
+
+  A term whose factor is the number 0 is not computed. A factor may be a traced
+  array, to switch a term on in the course of a run.
+  """
+
+  one_hot: float | Array = 0.0
+  batch_norm: float | Array = 0.0
+  adversarial: float | Array = 0.0
+  balance: float | Array = 0.0
+  activation: float | Array = 0.0
+  total_variation: float | Array = 0.0
+  l2: float | Array = 0.0
+
+  def active(self, name: str) -> bool:
+    """Whether the term is to be computed at all."""
+    factor = getattr(self, name)
+    return not isinstance(factor, (int, float)) or factor != 0
+
+  def checked(self) -> 'Factors':
+    """The factors, if none is a negative or non-finite number.
+
+    Raises:
+      ValueError: Names the first that is.
+    """
+    for name, factor in self._asdict().items():
+      if isinstance(factor, (int, float)) and not 0 <= factor < float('inf'):
+        raise ValueError(f'Factor {name} is {factor}, must be a finite number and at least 0.')
+    return self
+
+
+def terms(
+    factors: Factors,
+    outputs: Outputs,
+    images: Array,
+    labels: Array,
+    *,
+    teacher: Network,
+    student: Network | None = None,
+    past: dict[str, Moments] | None = None,
+    momentum: float | Array = 0.0,
+    reduce: Callable[[Array], Array] = lambda per_sample: per_sample,
+) -> dict[str, Array]:
+  """The active terms, per sample [B] where meaningful, else [].
+
+  Args:
+    factors: Says which terms are active.
+    outputs: The teacher's, for `images`.
+    images: [B, H, W, C] in [0, 1], as both networks see them.
+    labels: [B] int32, the classes asked for (or one per pixel).
+    teacher: For its running moments.
+    student: The adversary; needed if the adversarial term is active.
+    past: Moments averaged over former batches, by layer.
+    momentum: Share of `past` in the moments that are matched, in [0, 1).
+    reduce: Takes losses [B, ...] of dense predictions to [B].
+
+  References: arXiv:2112.06253, equations 2 to 5; factors for each method in configs/methods.
+  """
+  found = {}
+  if factors.active('one_hot'):
+    found['one_hot'] = reduce(inversion.one_hot(outputs.logits, labels))
+  if factors.active('batch_norm'):
+    moments = outputs.moments if past is None else inversion.mix(outputs.moments, past, momentum)
+    found['batch_norm'] = inversion.batch_norm(moments, teacher.running())
+  if factors.active('adversarial'):
+    if student is None:
+      raise ValueError('student is None, must be a Network where the adversarial factor is above 0.')
+    found['adversarial'] = reduce(inversion.adversarial(student(images).logits, outputs.logits))
+  if factors.active('balance'):
+    found['balance'] = inversion.balance(outputs.logits)
+  if factors.active('activation'):
+    found['activation'] = inversion.activation(outputs.features)
+  if factors.active('total_variation'):
+    found['total_variation'] = inversion.total_variation(images)
+  if factors.active('l2'):
+    found['l2'] = inversion.l2(images)
+  return found
+
+
+def total(found: dict[str, Array], factors: Factors) -> tuple[Array, Metrics]:
+  """Weighted sum of the terms' means [], and the means themselves before weighting."""
+  means = {name: jnp.mean(term) for name, term in found.items()}
+  weighted = [getattr(factors, name) * mean for name, mean in means.items()]
+  return sum(weighted[1:], weighted[0]), means
