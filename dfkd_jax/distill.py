@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from flax import struct
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
+from flax import struct
+from jax import lax
 
 from dfkd_jax import parallel
 from dfkd_jax.losses import divergence as divergences

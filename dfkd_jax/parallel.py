@@ -11,20 +11,22 @@ devices. The per-device functions run under `jax.pmap(axis_name=...)` as well
 (tests/test_parallel.py holds the three to the same numbers).
 """
 
-from collections.abc import Callable
 import dataclasses
 import functools
+from collections.abc import Callable
 
-from flax import struct
 import jax
-from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
 AXIS = 'devices'
+REPLICATED = PartitionSpec()
+BATCHES = PartitionSpec(None, AXIS)  # [steps, B], each step's batch split
 
 
 def sharded() -> dataclasses.Field:
@@ -77,7 +79,7 @@ def specs(tree: PyTree) -> PyTree:
     return tree.replace(**{
         field.name: _spec_of_field(field, getattr(tree, field.name))
         for field in dataclasses.fields(tree) if field.metadata.get('pytree_node', True)})
-  return jax.tree.map(lambda _: PartitionSpec(), tree)
+  return jax.tree.map(lambda _: REPLICATED, tree)
 
 
 def _spec_of_field(field: dataclasses.Field, value: PyTree) -> PyTree:
@@ -89,6 +91,11 @@ def _spec_of_field(field: dataclasses.Field, value: PyTree) -> PyTree:
 def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
   """Where each array of a state lives on the mesh."""
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, REPLICATED)
 
 
 def place(mesh: Mesh, tree: PyTree) -> PyTree:
@@ -124,5 +131,5 @@ def even_share(total: int, parts: int, what: str) -> int:
   """
   if total < 1 or total % parts:
     near = max(parts, round(total / parts) * parts)
-    raise ValueError(f'{what} is {total}, must be a positive multiple of {parts} (devices times tasks), such as {near}.')
+    raise ValueError(f'{what} is {total}, must be a positive multiple of {parts} (devices and tasks), such as {near}.')
   return total // parts

@@ -1,15 +1,16 @@
-"""Convolutions whose gradients are fast in loops, and taps on batch norms."""
+"""What the models are built of: convolutions fast in loops, batch norms with taps, initialisers."""
 
-from collections.abc import Iterator
 import contextlib
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-import jax
 from jax import lax
-import jax.numpy as jnp
 
 from dfkd_jax import parallel
 from dfkd_jax.types import Array, Moments, PyTree
@@ -85,6 +86,37 @@ def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, save
 _canonical.defvjp(_canonical_fwd, _canonical_bwd)
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
+BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
+
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # PyTorch's default.
+he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, equation 14.
+
+
+def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+  """Initialiser of a bias as PyTorch has it: uniform within 1 / sqrt(fan_in) of 0."""
+  bound = 1 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
+  """A dense layer that starts as PyTorch's does; `kwargs` are those of `nn.Dense`."""
+  return nn.Dense(features, **{'kernel_init': uniform_fan_in, 'bias_init': uniform_bias(fan_in), **kwargs})
+
+
+def at_least_float32(x: Array) -> Array:
+  """The same numbers, in float32 where they were in less."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def pool_features(module: nn.Module, x: Array) -> Array:
+  """Mean of maps [B, h, w, D] over their pixels, [B, D]; sown by `module` as `features`."""
+  x = at_least_float32(x).mean((1, 2))
+  module.sow('intermediates', 'features', x)
+  return x
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -121,7 +153,7 @@ def tapped(axis: str | None = None) -> Iterator[None]:
 
 def moments_of(inputs: Array, axis: str | None = None) -> Moments:
   """Mean and biased variance over all but the last axis, at least in float32."""
-  inputs = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+  inputs = at_least_float32(inputs)
   axes = tuple(range(inputs.ndim - 1))
   mean = parallel.pmean(inputs.mean(axes), axis)
   # Two passes: E[x^2] - E[x]^2 cancels where the mean is large beside the spread.

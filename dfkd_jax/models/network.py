@@ -1,14 +1,13 @@
 """A Linen module bound to its variables: a teacher or a student."""
 
-from collections.abc import Mapping
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-from flax import struct
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct, traverse_util
 
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array, Moments, Outputs, PyTree

@@ -1,9 +1,9 @@
 """Data-free synthesis as a library: `import dfkd_jax.synth`.
 
-    synthesizer = synth.create('fast_dfkd', generator=..., image_shape=(32, 32, 3), ...)
-    state = synthesizer.init(key, teacher)
-    state, metrics = synthesizer.synthesize(state, key, teacher, student)
-    batch = synthesizer.sample(state, key)
+synthesizer = synth.create('fast_dfkd', generator=..., image_shape=(32, 32, 3), ...)
+state = synthesizer.init(key, teacher)
+state, metrics = synthesizer.synthesize(state, key, teacher, student)
+batch = synthesizer.sample(state, key)
 """
 
 import difflib
@@ -34,11 +34,18 @@ def create(name: str, **numbers: Any) -> Synthesizer:
   Raises:
     ValueError: If there is no such method, or it has no such number.
   """
-  constructor = getattr(importlib.import_module(f'{methods.__name__}.{known(name, names(), "method")}'), name)
-  parameters = inspect.signature(constructor).parameters
   for number in numbers:
-    known(number, tuple(parameters), f'argument of {name}')
-  return constructor(**numbers)
+    known(number, parameters(name), f'argument of {name}')
+  return _constructor(name)(**numbers)
+
+
+def parameters(name: str) -> tuple[str, ...]:
+  """What `create(name, ...)` takes."""
+  return tuple(inspect.signature(_constructor(name)).parameters)
+
+
+def _constructor(name: str):
+  return getattr(importlib.import_module(f'{methods.__name__}.{known(name, names(), "method")}'), name)
 
 
 def known(name: str, allowed: tuple[str, ...], what: str) -> str:

@@ -1,9 +1,9 @@
 """What methods with a generator share: drawing its parameters, rendering, the one-time reset."""
 
-from flax import linen as nn
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
 
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
@@ -33,5 +33,6 @@ def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.
   chosen = sorted(path for path in flat if path[0] in layers)
   for path, path_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
     leaf = flat[path]
-    flat[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
+    drawn = std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
+    flat[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else drawn
   return traverse_util.unflatten_dict(flat)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from flax import struct
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
+from flax import struct
+from jax import lax
 
 from dfkd_jax.types import Array, Metrics, PRNGKey, PyTree
 

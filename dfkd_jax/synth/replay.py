@@ -5,9 +5,9 @@ own task's images, and a batch takes equally many from each. So one device with
 four tasks and four devices with one task hold and draw the same.
 """
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dfkd_jax import parallel
 from dfkd_jax.types import Array, Batch, PRNGKey

@@ -16,11 +16,11 @@ References:
 
 from collections.abc import Callable
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
+from flax import struct
 
 from dfkd_jax import augment as augmentations
 from dfkd_jax import parallel, tasks
@@ -121,7 +121,7 @@ def fast_dfkd(
 
   def init(key: PRNGKey, teacher: Network) -> State:
     if factors.active('batch_norm') and not teacher.running():
-      raise ValueError('The teacher has no BatchNorm, so the term batch_norm has nothing to match: set its factor to 0.')
+      raise ValueError('The teacher has no BatchNorm: the term batch_norm has nothing to match, its factor must be 0.')
     key_params, key_latents = jax.random.split(key)
     params = generative.init(generator, key_params, latent_shape)
     return State(
@@ -145,8 +145,8 @@ def fast_dfkd(
       seen = augment(step_key, images)
       outputs = teacher(seen)
       found = objective.terms(
-          now, outputs, seen, task.labels_from(outputs.logits, labels), teacher=teacher, student=student, past=state.past,
-          momentum=jnp.where(first_call, 0, moments_momentum), reduce=task.reduce)
+          now, outputs, seen, task.labels_from(outputs.logits, labels), teacher=teacher, student=student,
+          past=state.past, momentum=jnp.where(first_call, 0, moments_momentum), reduce=task.reduce)
       loss, metrics = objective.total(found, now)
       kept = {'images': images, 'labels': task.predicted(outputs.logits)}
       return loss, optimize.Seen(kept, outputs.moments, metrics)

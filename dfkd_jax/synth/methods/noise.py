@@ -5,9 +5,9 @@ not to the teacher's soft labels alone. Nothing is synthesised, so a run is all
 student steps.
 """
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from dfkd_jax import parallel
 from dfkd_jax.models.network import Network

@@ -1,0 +1,80 @@
+"""How far two networks' answers are apart, per example or per pixel."""
+
+import jax
+import jax.numpy as jnp
+
+from dfkd_jax.types import Array
+
+
+def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
+  """T^2 KL(softmax(t / T) || softmax(s / T)), the loss of knowledge distillation.
+
+  Hinton et al. (arXiv:1503.02531), section 2: T^2 keeps the gradient's size as T
+  grows, where the loss tends to |s - t - mean(s - t)|^2 / 2K.
+
+  Args:
+    student_logits: [..., K].
+    teacher_logits: [..., K]; the gradient flows here too.
+    temperature: T, above 0.
+
+  Returns:
+    [...], not negative; 0 where the logits differ by a constant only.
+  """
+  log_q = jax.nn.log_softmax(student_logits / temperature)
+  log_p = jax.nn.log_softmax(teacher_logits / temperature)
+  return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
+  """Jensen-Shannon divergence as DeepInversion's code computes it (arXiv:1912.08795, eq. 7).
+
+  That code is followed where it leaves the textbook: it measures M || P and
+  M || Q, clamps all three to [0.01, 0.99] without normalising them again, and
+  has no factor T^2. Beyond some 100 classes the clamp hides most of them.
+
+  Args:
+    a: Logits [..., K].
+    b: Logits [..., K].
+    temperature: T, above 0.
+
+  Returns:
+    [...]; symmetric in `a` and `b`; 0 where they agree. The clamp lets it fall
+    slightly below 0.
+  """
+  p, q = jax.nn.softmax(a / temperature), jax.nn.softmax(b / temperature)
+  m, p, q = (jnp.clip(probabilities, 0.01, 0.99) for probabilities in ((p + q) / 2, p, q))
+  return jnp.sum(m * (jnp.log(m) - (jnp.log(p) + jnp.log(q)) / 2), axis=-1)
+
+
+def l1(student: Array, teacher: Array) -> Array:
+  """Mean over classes of |s - t|: [..., K] -> [...]. DFAD (arXiv:1912.11006), eq. 3."""
+  return jnp.mean(jnp.abs(student - teacher), axis=-1)
+
+
+def l2(student: Array, teacher: Array) -> Array:
+  """Mean over classes of (s - t)^2: [..., K] -> [...]."""
+  return jnp.mean(jnp.square(student - teacher), axis=-1)
+
+
+def cross_entropy(logits: Array, labels: Array, ignore: int | None = None) -> Array:
+  """-log softmax(logits)[label].
+
+  Args:
+    logits: [..., K].
+    labels: [...] integers in 0..K-1.
+    ignore: A label of what is not labelled, such as 255; the loss there is 0.
+
+  Returns:
+    [...]; NaN at a label that is out of range.
+  """
+  labels = labels.astype(jnp.int32)
+  # A negative index would count from the end; one past it gives NaN.
+  index = jnp.where(labels < 0, logits.shape[-1], labels)[..., None]
+  chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1, mode='fill')
+  losses = -chosen.squeeze(-1)
+  return losses if ignore is None else jnp.where(labels == ignore, 0, losses)
+
+
+def agreement(a: Array, b: Array) -> Array:
+  """Whether both choose the same class: logits [..., K], twice -> [...] bool."""
+  return jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)

@@ -1,0 +1,171 @@
+"""Terms by which images are synthesised: what a teacher knows, and what it does not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dfkd_jax.losses import divergence as divergences
+from dfkd_jax.types import Array, Moments
+
+
+def one_hot(logits: Array, labels: Array) -> Array:
+  """Cross-entropy of what the teacher sees and the class asked for: [..., K], [...] -> [...]."""
+  return divergences.cross_entropy(logits, labels)
+
+
+def adversarial(
+    student_logits: Array,
+    teacher_logits: Array,
+    *,
+    masked: bool = True,
+    divergence: str = 'kl',
+    temperature: float | Array = 1.0,
+) -> Array:
+  """Minus the divergence of student and teacher: seeks images on which they differ.
+
+  The mask is that of CMI (arXiv:2105.08584): only images on which they still
+  choose the same class count, so that none is pushed far beyond the decision
+  boundary. It is a constant; the gradient flows through both logits.
+
+  Args:
+    student_logits: [..., K].
+    teacher_logits: [..., K].
+    masked: Whether only agreement counts. The mean over a batch divides by the
+      batch, not by how many agree.
+    divergence: 'kl' (with its T^2), 'l1' (of logits; no temperature) or 'js'.
+    temperature: T, above 0.
+
+  Returns:
+    [...]; at most 0 ('js': but for its clamp).
+
+  Raises:
+    ValueError: On a divergence of another name.
+  """
+  measures = {
+      'kl': functools.partial(divergences.kl, temperature=temperature),
+      'l1': divergences.l1,
+      'js': functools.partial(divergences.js, temperature=temperature),
+  }
+  if divergence not in measures:
+    raise ValueError(f'divergence is {divergence!r}; allowed are {", ".join(map(repr, measures))}.')
+  distance = measures[divergence](student_logits, teacher_logits)
+  if not masked:
+    return -distance
+  return -jnp.where(divergences.agreement(student_logits, teacher_logits), distance, 0)
+
+
+def balance(logits: Array, temperature: float | Array = 1.0) -> Array:
+  """Minus the entropy of the batch's mean answer: spreads a batch over the classes.
+
+  DAFL (arXiv:1904.01186), eq. 6; its temperature is 1, CuDFKD (arXiv:2208.13648)
+  takes the one of its distillation.
+
+  Args:
+    logits: [..., K]; averaged over all leading axes.
+    temperature: T, above 0.
+
+  Returns:
+    [], from -log K to 0.
+  """
+  log_p = jax.nn.log_softmax(logits.reshape(-1, logits.shape[-1]) / temperature)
+  # In logarithms, since the gradient of p log p is infinite where p rounds to 0.
+  log_mean = jax.nn.logsumexp(log_p, axis=0) - jnp.log(log_p.shape[0])
+  return jnp.sum(jnp.exp(log_mean) * log_mean)
+
+
+def activation(features: Array) -> Array:
+  """-mean |f| of the teacher's pooled features: [B, ...] -> [B]. DAFL (arXiv:1904.01186), eq. 5."""
+  return -jnp.mean(jnp.abs(features), axis=tuple(range(1, features.ndim)))
+
+
+def total_variation(images: Array) -> Array:
+  """Mean absolute difference of neighbours: right, below and on both diagonals, summed.
+
+  DeepInversion's prior (arXiv:1912.08795, eq. 3) in its l1 form; the mean over a
+  batch is the published value.
+
+  Args:
+    images: [B, H, W, C], H and W at least 2.
+
+  Returns:
+    [B].
+  """
+  differences = (
+      images[:, :, 1:] - images[:, :, :-1],
+      images[:, 1:] - images[:, :-1],
+      images[:, 1:, 1:] - images[:, :-1, :-1],
+      images[:, 1:, :-1] - images[:, :-1, 1:],
+  )
+  return sum(jnp.mean(jnp.abs(difference), axis=(1, 2, 3)) for difference in differences)
+
+
+def l2(images: Array) -> Array:
+  """Frobenius norm of a whole batch, un-squared (arXiv:1912.08795, eq. 3): [B, H, W, C] -> [].
+
+  The gradient at 0 is 0.
+  """
+  return optax.safe_norm(images.ravel(), 0.0)
+
+
+def batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Array:
+  """How far a batch's moments are from those that training left, summed over layers.
+
+  sum_l |var_l - running var_l| + |mean_l - running mean_l|: un-squared norms over
+  channels (DeepInversion, arXiv:1912.08795, eq. 4, as its code has it), so that
+  twice the deviation costs twice as much, and a scale of the deviations, as
+  `mix` makes, scales the gradient of the loss by the same. The gradient where
+  they are equal is 0.
+
+  Args:
+    moments: Of this batch, by path of the layer.
+    running: Of training, by the same paths.
+
+  Returns:
+    [].
+
+  Raises:
+    ValueError: If the paths differ, or there are none.
+  """
+  return sum(batch_norm_by_layer(moments, running).values())
+
+
+def batch_norm_by_layer(moments: dict[str, Moments], running: dict[str, Moments]) -> dict[str, Array]:
+  """The summands of `batch_norm`, by path of the layer."""
+  _check_paths(moments, running)
+  return {path: _distance(moments[path], running[path]) for path in sorted(moments)}
+
+
+def mix(batch: dict[str, Moments], past: dict[str, Moments], momentum: float | Array) -> dict[str, Moments]:
+  """(1 - momentum) * batch + momentum * past: moments of a running history of batches.
+
+  FastDFKD (arXiv:2112.06253) matches these to the teacher's, and keeps the same
+  mixture as the next past.
+
+  Args:
+    batch: Of this batch, by path of the layer; the gradient flows here.
+    past: By the same paths; a constant.
+    momentum: In [0, 1], may be traced; 0 while there is no past.
+
+  Returns:
+    By the same paths.
+
+  Raises:
+    ValueError: If the paths differ, or there are none.
+  """
+  _check_paths(batch, past)
+  return jax.tree.map(lambda new, old: (1 - momentum) * new + momentum * jax.lax.stop_gradient(old), batch, past)
+
+
+def _distance(a: Moments, b: Moments) -> Array:
+  return optax.safe_norm(a.var - b.var, 0.0) + optax.safe_norm(a.mean - b.mean, 0.0)
+
+
+def _check_paths(moments: dict[str, Moments], others: dict[str, Moments]) -> None:
+  if not moments and not others:
+    raise ValueError('teacher without BatchNorm: batch_norm term has nothing to match')
+  differing = sorted(set(moments) ^ set(others))
+  if differing:
+    side = 'first' if differing[0] in moments else 'second'
+    raise ValueError(f'batch norm {differing[0]!r} is among the {side} moments only ({len(differing)} paths differ)')

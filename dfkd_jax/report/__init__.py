@@ -1,0 +1,24 @@
+"""What a run tells: time by part, metrics, the summary, a picture of its images, a progress bar.
+
+Nothing here knows a method or a config. Errors are ValueErrors of one line.
+"""
+
+from dfkd_jax.report.ledger import PARTS, Ledger
+from dfkd_jax.report.metrics import MetricsWriter
+from dfkd_jax.report.pictures import image_grid
+from dfkd_jax.report.progress import Progress
+from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
+from dfkd_jax.report.surroundings import device, versions
+
+__all__ = [
+  'PARTS',
+  'PRIVACY',
+  'Ledger',
+  'MetricsWriter',
+  'Progress',
+  'device',
+  'format_summary',
+  'image_grid',
+  'versions',
+  'write_summary',
+]
