@@ -20,7 +20,7 @@ def get_config(arguments: str = ''):
     config.dataset.update(train_split='train[:55000]', test_split='train[55000:]')
   config.teacher.update(name='convnet', options=dict(widths=WIDTHS, strides=STRIDES), mean=MEAN, std=STD)
   config.augment.student.update(name='crop_and_flip', pad=2)
-  config.train.update(network='teacher', epochs=25, batch_size=128)
+  config.train.update(network='teacher', epochs=20, batch_size=128)
   config.optimizer.update(
       name='sgd', learning_rate=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, schedule='cosine_by_step',
       warmup_steps=400)

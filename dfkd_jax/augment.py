@@ -74,7 +74,7 @@ def resized_crop(
 ) -> Array:
   """A box of random area and shape out of each image, back at full size.
 
-  GoogLeNet's crop (arXiv:1409.4842, section 6) as in torchvision: of ten boxes the first that
+  GoogLeNet's crop (arXiv:1409.4842) as in torchvision: of ten boxes the first that
   fits in the image. If none fits, the first one is cut down to the image.
 
   Args:

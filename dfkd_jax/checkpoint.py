@@ -56,11 +56,11 @@ class Checkpoints:
 
   def __init__(self, directory: str | os.PathLike, *, max_to_keep: int | None = 2, read_only: bool = False):
     self.directory = os.path.abspath(directory)
-    self._read_only = read_only
     if max_to_keep is not None and max_to_keep < 1:
       raise ValueError(f'max_to_keep is {max_to_keep}; it must be at least 1, or None to keep all.')
     _check_directory(self.directory, read_only)
     _silence_orbax()
+    self._read_only = read_only
     options = ocp.CheckpointManagerOptions(
       max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=not read_only, read_only=read_only
     )
@@ -144,10 +144,8 @@ class Checkpoints:
     self._check_fit(step, {path: (tuple(shape), dtype) for path, shape, dtype in entry['leaves']}, leaves)
     targets = {path: _target(leaf) for path, leaf in leaves.items()}
     wanted = ocp.args.StandardRestore({path: target for path, target in targets.items() if leaves[path].size})
-    arrays = {}
-    if wanted.item:
-      with self._storage_errors(f'read step {step}'):
-        arrays = self._manager.restore(step, args=ocp.args.Composite(state=wanted))['state']
+    with self._storage_errors(f'read step {step}'):
+      arrays = self._manager.restore(step, args=ocp.args.Composite(state=wanted))['state']
     restored = [arrays[path] if path in arrays else _empty(target) for path, target in targets.items()]
     for (path, leaf), array in zip(leaves.items(), restored, strict=True):
       if array.dtype != leaf.dtype:
@@ -220,7 +218,7 @@ def _flatten(tree: PyTree) -> tuple[dict, jax.tree_util.PyTreeDef]:
     if path in named:
       raise ValueError(f'Two leaves of the state have the path {path!r}.')
     named[path] = _array(path, leaf)
-  if not named:
+  if not any(leaf.size for leaf in named.values()):
     raise ValueError('The state has no arrays.')
   return named, structure
 

@@ -169,14 +169,15 @@ def test_every_transformation_of_jax_applies(name):
   view = augment.create(name)
 
   @jax.jit
-  def transformed(keys, images):
-    scanned = jax.lax.scan(lambda _, key: (0, view(key, images)), 0, keys)[1]
-    vmapped = jax.vmap(view, (0, None))(keys, images)
-    grad = jax.grad(lambda x: jnp.square(jax.vmap(view, (0, None))(keys, x)).sum())(images)
-    return scanned, vmapped, grad, view(keys[0], images.astype(jnp.bfloat16))
+  def transformed(to_scan, to_vmap, to_differentiate, key, images):
+    scanned = jax.lax.scan(lambda _, key: (0, view(key, images)), 0, to_scan)[1]
+    vmapped = jax.vmap(view, (0, None))(to_vmap, images)
+    grad = jax.grad(lambda x: jnp.square(jax.vmap(view, (0, None))(to_differentiate, x)).sum())(images)
+    return scanned, vmapped, grad, view(key, images.astype(jnp.bfloat16))
 
+  keys = lambda: jax.random.split(jax.random.key(0), 2)
   images = np.random.default_rng(0).random((3, 12, 10, 2), np.float32)
-  scanned, vmapped, grad, half = transformed(jax.random.split(jax.random.key(0), 2), images)
+  scanned, vmapped, grad, half = transformed(keys(), keys(), keys(), keys()[0], images)
   np.testing.assert_allclose(scanned, vmapped, atol=1e-6)
   assert vmapped.min() >= 0
   assert vmapped.max() <= 1 + 1e-6

@@ -16,7 +16,7 @@ def contrast(
 ) -> Array:
   """Each image's local view is to find its own global view among all images.
 
-  Contrastive model inversion (CMI, arXiv:2105.08584), eq. 7. Row i of the
+  Contrastive model inversion (CMI, arXiv:2105.08584). Row i of the
   similarities is the local view of image i, column j the global view of image j;
   the targets are on the diagonal, and the global views are constants. Rows of
   the current batch and those of the bank are averaged apart, then added. The

@@ -9,7 +9,7 @@ from dfkd_jax.types import Array
 def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
   """T^2 KL(softmax(t / T) || softmax(s / T)), the loss of knowledge distillation.
 
-  Hinton et al. (arXiv:1503.02531), section 2: T^2 keeps the gradient's size as T
+  Hinton et al. (arXiv:1503.02531): T^2 keeps the gradient's size as T
   grows, where the loss tends to |s - t - mean(s - t)|^2 / 2K.
 
   Args:
@@ -26,7 +26,7 @@ def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array 
 
 
 def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
-  """Jensen-Shannon divergence as DeepInversion's code computes it (arXiv:1912.08795, eq. 7).
+  """Jensen-Shannon divergence as DeepInversion's code computes it (arXiv:1912.08795).
 
   That code is followed where it leaves the textbook: it measures M || P and
   M || Q, clamps all three to [0.01, 0.99] without normalising them again, and
@@ -47,7 +47,7 @@ def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
 
 
 def l1(student: Array, teacher: Array) -> Array:
-  """Mean over classes of |s - t|: [..., K] -> [...]. DFAD (arXiv:1912.11006), eq. 3."""
+  """Mean over classes of |s - t|: [..., K] -> [...]. DFAD (arXiv:1912.11006)."""
   return jnp.mean(jnp.abs(student - teacher), axis=-1)
 
 

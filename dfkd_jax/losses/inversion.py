@@ -59,7 +59,7 @@ def adversarial(
 def balance(logits: Array, temperature: float | Array = 1.0) -> Array:
   """Minus the entropy of the batch's mean answer: spreads a batch over the classes.
 
-  DAFL (arXiv:1904.01186), eq. 6; its temperature is 1, CuDFKD (arXiv:2208.13648)
+  DAFL (arXiv:1904.01186); its temperature is 1, CuDFKD (arXiv:2208.13648)
   takes the one of its distillation.
 
   Args:
@@ -76,14 +76,14 @@ def balance(logits: Array, temperature: float | Array = 1.0) -> Array:
 
 
 def activation(features: Array) -> Array:
-  """-mean |f| of the teacher's pooled features: [B, ...] -> [B]. DAFL (arXiv:1904.01186), eq. 5."""
+  """-mean |f| of the teacher's pooled features: [B, ...] -> [B]. DAFL (arXiv:1904.01186)."""
   return -jnp.mean(jnp.abs(features), axis=tuple(range(1, features.ndim)))
 
 
 def total_variation(images: Array) -> Array:
   """Mean absolute difference of neighbours: right, below and on both diagonals, summed.
 
-  DeepInversion's prior (arXiv:1912.08795, eq. 3) in its l1 form; the mean over a
+  DeepInversion's prior (arXiv:1912.08795) in its l1 form; the mean over a
   batch is the published value.
 
   Args:
@@ -102,7 +102,7 @@ def total_variation(images: Array) -> Array:
 
 
 def l2(images: Array) -> Array:
-  """Frobenius norm of a whole batch, un-squared (arXiv:1912.08795, eq. 3): [B, H, W, C] -> [].
+  """Frobenius norm of a whole batch, un-squared (arXiv:1912.08795): [B, H, W, C] -> [].
 
   The gradient at 0 is 0.
   """
@@ -113,7 +113,7 @@ def batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Arra
   """How far a batch's moments are from those that training left, summed over layers.
 
   sum_l |var_l - running var_l| + |mean_l - running mean_l|: un-squared norms over
-  channels (DeepInversion, arXiv:1912.08795, eq. 4, as its code has it), so that
+  channels (DeepInversion, arXiv:1912.08795, as its code has it), so that
   twice the deviation costs twice as much, and a scale of the deviations, as
   `mix` makes, scales the gradient of the loss by the same. The gradient where
   they are equal is 0.

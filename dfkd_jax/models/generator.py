@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import linen as nn
 
 from dfkd_jax.models import layers
@@ -49,8 +48,8 @@ class Generator(nn.Module):
     # Channel-major, so that published weights fit.
     x = x.reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
     x = layers.BatchNorm(use_running_average=not train, dtype=self.dtype, name='conv_blocks_0')(x)
-    x = _conv_block(upsample(x), 2 * self.width, 2, train, self.dtype)
-    x = _conv_block(upsample(x), self.width, 6, train, self.dtype)
+    x = _conv_block(x, 2 * self.width, 2, train, self.dtype, upsample=True)
+    x = _conv_block(x, self.width, 6, train, self.dtype, upsample=True)
     return _to_image(x, self.image_shape[-1], 9, self.dtype)
 
 
@@ -76,20 +75,18 @@ class SpatialGenerator(nn.Module):
     """Latents [B, h, w, Z] to images [B, H, W, C] in (0, 1), at least float32."""
     x = latents
     for i, width in enumerate(self.widths):
-      x = _conv_block(upsample(x) if i else x, width, 4 * i, train, self.dtype)
+      x = _conv_block(x, width, 4 * i, train, self.dtype, upsample=i > 0)
     return _to_image(x, self.channels, 4 * len(self.widths) - 1, self.dtype)
 
 
-def upsample(x: Array) -> Array:
-  """Each pixel of [B, H, W, C] four times: [B, 2H, 2W, C]."""
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-
-
-def _conv_block(x, width, index, train, dtype):
-  """Convolution, batch norm and leaky ReLU, called `conv_blocks_<index>` and `<index + 1>`."""
-  x = layers.Conv(
-      width, (3, 3), padding=1, use_bias=False, kernel_init=layers.uniform_fan_in, dtype=dtype,
-      name=f'conv_blocks_{index}')(x)
+def _conv_block(x, width, index, train, dtype, upsample):
+  """Upsampling or not, convolution, batch norm and leaky ReLU, called `conv_blocks_<index>` and `<index + 1>`."""
+  if upsample:
+    x = layers.UpsampledConv(width, dtype=dtype, name=f'conv_blocks_{index}')(x)
+  else:
+    x = layers.Conv(
+        width, (3, 3), padding=1, use_bias=False, kernel_init=layers.uniform_fan_in, dtype=dtype,
+        name=f'conv_blocks_{index}')(x)
   x = layers.BatchNorm(use_running_average=not train, dtype=dtype, name=f'conv_blocks_{index + 1}')(x)
   return nn.leaky_relu(x, 0.2)
 

@@ -10,86 +10,39 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
-from jax import lax
 
 from dfkd_jax import parallel
+from dfkd_jax.models.convolution import conv_general_dilated, upsampled_conv
 from dfkd_jax.types import Array, Moments, PyTree
 
 _TAP = 'batch_norm_input'  # A name that no submodule has: sow shares their namespace.
-_NHWC = ('NHWC', 'HWIO', 'NHWC')
-
-
-def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwargs: Any) -> Array:
-  """`lax.conv_general_dilated`, or on CPU the same with loop-safe gradients.
-
-  XLA's CPU backend rewrites convolutions to its fast kernel only outside of
-  loop bodies; inside `scan`, `map` or `while` the *gradient* of a convolution,
-  which is no ordinary NHWC convolution, runs 50 to 150 times slower
-  (https://github.com/jax-ml/jax/issues/12868). Here both gradients are written
-  as ordinary convolutions. Other backends match the stock form to their own
-  kernels and get that one.
-
-  Pass it to `nn.Conv(conv_general_dilated=...)`; the arguments are those of
-  `lax.conv_general_dilated`. Grouped and batch-grouped convolutions, and
-  layouts other than NHWC, HWIO, take the stock form everywhere.
-  """
-  stock = functools.partial(lax.conv_general_dilated, lhs, rhs, window_strides, padding, **kwargs)
-  if jax.default_backend() != 'cpu' or lhs.ndim != 4:
-    return stock()
-  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None))
-  canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
-  groups = kwargs.pop('feature_group_count', 1), kwargs.pop('batch_group_count', 1)
-  if numbers != canonical or groups != (1, 1):
-    return stock()
-  lhs_dilation = tuple(kwargs.pop('lhs_dilation', None) or (1, 1))
-  rhs_dilation = tuple(kwargs.pop('rhs_dilation', None) or (1, 1))
-  if isinstance(padding, str):
-    dilated = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
-    padding = lax.padtype_to_pads(lhs.shape[1:3], dilated, window_strides, padding)
-  padding = tuple((int(low), int(high)) for low, high in padding)
-  precision = kwargs.pop('precision', None)
-  preferred = kwargs.pop('preferred_element_type', None)
-  out = _canonical(lhs, rhs, tuple(window_strides), padding, lhs_dilation, rhs_dilation, precision)
-  return out if preferred is None else out.astype(preferred)
-
-
-def _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
-  return lax.conv_general_dilated(
-      lhs, rhs, strides, padding, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation,
-      dimension_numbers=_NHWC, precision=precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _canonical(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
-  return _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision)
-
-
-def _canonical_fwd(lhs, rhs, *static):
-  return _canonical(lhs, rhs, *static), (lhs, rhs)
-
-
-def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, saved, cotangent):
-  lhs, rhs = saved
-  dilate = lambda n, d: (n - 1) * d + 1
-  extents = [  # Per axis: kernel, input and output after their dilations, low padding.
-      (dilate(rhs.shape[i], rhs_dilation[i]), dilate(lhs.shape[i + 1], lhs_dilation[i]),
-       dilate(cotangent.shape[i + 1], strides[i]), padding[i][0]) for i in range(2)]
-  lhs_grad = _canonical(
-      cotangent, rhs[::-1, ::-1].swapaxes(2, 3), lhs_dilation,
-      tuple((k - 1 - low, n - o + low) for k, n, o, low in extents), strides, rhs_dilation, precision)
-  rhs_grad = _canonical(
-      lhs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), rhs_dilation,
-      tuple((low, o - n + k - 1 - low) for k, n, o, low in extents), lhs_dilation, strides, precision)
-  return lhs_grad, rhs_grad.transpose(1, 2, 0, 3)
-
-
-_canonical.defvjp(_canonical_fwd, _canonical_bwd)
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # PyTorch's default.
 he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, equation 14.
+
+
+class UpsampledConv(nn.Module):
+  """`Conv(features, (3, 3), padding=1, use_bias=False)` of maps after nearest upsampling by two.
+
+  Attributes:
+    features: O.
+    kernel_init: Of the kernel [3, 3, I, O].
+    dtype: Of the computation; None for that of parameters and inputs.
+  """
+
+  features: int
+  kernel_init: nn.initializers.Initializer = uniform_fan_in
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps [B, H, W, I] to [B, 2H, 2W, O]."""
+    kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
+    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+    return upsampled_conv(x, kernel)
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:

@@ -62,7 +62,7 @@ def save_safetensors(
   """
   arrays = {}
   for name, leaf in traverse_util.flatten_dict(dict(variables), sep='.').items():
-    array = np.ascontiguousarray(leaf)
+    array = np.asarray(leaf, order='C')
     with np.errstate(over='ignore'):
       array = array.astype(dtype) if dtype is not None and array.ndim > 1 else array
     if not np.isfinite(array).all():

@@ -123,7 +123,7 @@ def _to_flax(array: np.ndarray, leaf: str) -> np.ndarray:
 
 def _to_torch(array: np.ndarray, leaf: str) -> np.ndarray:
   array = np.moveaxis(array, (-1, -2), (0, 1)) if leaf == 'kernel' and array.ndim > 1 else array
-  return np.ascontiguousarray(array)
+  return np.asarray(array, order='C')
 
 
 def _fitted(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct) -> jax.Array:
@@ -132,7 +132,8 @@ def _fitted(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct) -> jax
                      '(both in the layout of Flax).')
   if not jnp.issubdtype(array.dtype, jnp.floating):
     raise ValueError(f'Parameter {name} is {array.dtype}, not floating-point.')
-  converted = array.astype(expected.dtype)
+  with np.errstate(over='ignore', invalid='ignore'):
+    converted = array.astype(expected.dtype)
   if not np.isfinite(converted).all():
     raise ValueError(f'Parameter {name} holds {np.size(converted) - np.isfinite(converted).sum()} '
                      f'values that are not finite in {expected.dtype}.')

@@ -37,12 +37,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """
   data = pathlib.Path(path).read_bytes()
   try:
+    if data[4:9] == b'\0\0\0\0{':  # After the header's length, of 64 bits.
+      return _read_safetensors(data)
     if data.startswith(b'PK\x03\x04'):
       return unwrap(torch_files.read_zip(data))
-    if data[:1] == b'\x80':
+    if data.startswith(b'\x80'):
       return unwrap(torch_files.read_legacy(data))
-    if data[8:9] == b'{':
-      return _read_safetensors(data)
   except torch_files.RefusedError as error:
     raise ValueError(f'Refused to read {path}: it {error}.') from None
   except Exception as error:  # A damaged pickle may raise anything.

@@ -79,10 +79,26 @@ _KNOWN = {
 }
 
 
+class _Stream(io.BytesIO):
+  """Bytes of a file that must not end within what is read."""
+
+  def read(self, size: int = -1) -> bytes:
+    data = super().read(size)
+    if len(data) < size:
+      raise EOFError('it ends too early')
+    return data
+
+  def readline(self, size: int = -1) -> bytes:
+    line = super().readline(size)
+    if not line.endswith(b'\n'):
+      raise EOFError('it ends within a name')
+    return line
+
+
 class _Unpickler(pickle._Unpickler):
   """Gives notes in the place of tensors; in Python, as the one in C trusts announced sizes."""
 
-  def __init__(self, stream: io.BytesIO):
+  def __init__(self, stream: _Stream):
     super().__init__(stream, encoding='utf-8')
     self.storages: dict[str, _Storage] = {}
 
@@ -115,13 +131,13 @@ def read_zip(data: bytes) -> Any:
     folder = pickles[0].removesuffix('data.pkl')
     if f'{folder}byteorder' in archive.namelist() and archive.read(f'{folder}byteorder') != b'little':
       raise RefusedError('is big-endian, which is not supported')
-    tree = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
+    tree = _Unpickler(_Stream(archive.read(pickles[0]))).load()
     return _resolve(tree, functools.cache(lambda key: archive.read(f'{folder}data/{key}')), {})
 
 
 def read_legacy(data: bytes) -> Any:
   """As `read_zip`, of the format before PyTorch 1.6."""
-  stream = io.BytesIO(data)
+  stream = _Stream(data)
   if _Unpickler(stream).load() != _LEGACY_MAGIC:
     raise RefusedError('is a pickle, but not one of PyTorch')
   _Unpickler(stream).load()  # The version of the protocol, always 1001.

@@ -1,0 +1,98 @@
+"""Synthesis image-steps/s and student images/s of FastDFKD, with compile time, memory and FLOPs.
+
+python benchmarks/throughput.py --pair=wrn40_2-wrn16_1 --batch_size=256
+
+Weights are random: speed does not depend on them. An image-step is one inner step on one image. Times are the best of
+`--repeats` runs that wait for the device; compilation is apart. FLOPs and memory are those of the compiled programs
+(XLA's cost analysis counts the body of a loop once, so they are measured on a program of one step).
+"""
+
+import argparse
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dfkd_jax import augment, distill, models, report, synth, tasks
+
+
+def compiled(function, *arguments, donate=()):
+  """A program, the seconds to compile it, and what XLA says of it."""
+  began = time.perf_counter()
+  program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+  return program, time.perf_counter() - began
+
+
+def flops(program) -> float:
+  analysis = program.cost_analysis() or {}
+  analysis = analysis[0] if isinstance(analysis, list) else analysis
+  return float(analysis.get('flops', float('nan')))
+
+
+def best_seconds(function, repeats: int) -> float:
+  """Least wall time of a call, device included."""
+  times = []
+  for _ in range(repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    times.append(time.perf_counter() - began)
+  return min(times)
+
+
+def measure(pair: str, batch_size: int, num_steps: int, student_steps: int, repeats: int, dtype) -> dict:
+  """One row."""
+  teacher_name, student_name = pair.split('-')
+  shape, task = (32, 32, 3), tasks.classification(10)
+  keys = jax.random.split(jax.random.key(0), 5)
+  teacher = models.create_network(models.create(teacher_name, 10, dtype=dtype), keys[0], shape)
+  student = models.create_network(models.create(student_name, 10, dtype=dtype), keys[1], shape)
+  make = functools.partial(
+      synth.create, 'fast_dfkd', generator=models.Generator(dtype=dtype), image_shape=shape, task=task,
+      factors=synth.Factors(one_hot=0.4, batch_norm=10.0, adversarial=1.1), batch_size=batch_size,
+      sample_batch_size=batch_size, capacity=4 * batch_size, augment=augment.crop_and_flip, adversarial_after=0)
+  synthesizer = make(num_steps=num_steps)
+  state = synthesizer.init(keys[2], teacher)
+  tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.2, momentum=0.9))
+  learner = distill.init(student, tx)
+  steps = lambda count: functools.partial(
+      distill.distill, synthesizer=synthesizer, tx=tx, num_steps=count, augment=augment.crop_and_flip)
+
+  synthesize, compile_synthesis = compiled(synthesizer.synthesize, state, keys[3], teacher, student)
+  train, compile_student = compiled(steps(student_steps), learner, state, keys[4], teacher)
+  one_synthesis, _ = compiled(make(num_steps=1).synthesize, state, keys[3], teacher, student)
+  one_step, _ = compiled(steps(1), learner, state, keys[4], teacher)
+  state, _ = synthesize(state, keys[3], teacher, student)
+  synthesis = best_seconds(lambda: synthesize(state, keys[3], teacher, student), repeats)
+  student_seconds = best_seconds(lambda: train(learner, state, keys[4], teacher), repeats)
+  mib = lambda program: program.memory_analysis().temp_size_in_bytes / 2**20
+  return {
+      'pair': pair, 'batch': batch_size, 'dtype': jnp.dtype(dtype or jnp.float32).name,
+      'synthesis_image_steps_per_second': batch_size * num_steps / synthesis,
+      'student_images_per_second': batch_size * student_steps / student_seconds,
+      'compile_seconds': {'synthesis': compile_synthesis, 'student': compile_student},
+      'temporary_mib': {'synthesis': mib(synthesize), 'student': mib(train)},
+      'gflop_per_image_step': {'synthesis': flops(one_synthesis) / batch_size / 1e9,
+                               'student': flops(one_step) / batch_size / 1e9},
+      'device': report.device(), 'versions': report.versions()}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--pair', nargs='+', default=['wrn40_2-wrn16_1', 'resnet34-resnet18'])
+  parser.add_argument('--batch_size', type=int, default=256)
+  parser.add_argument('--num_steps', type=int, default=5)
+  parser.add_argument('--student_steps', type=int, default=4)
+  parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--dtype', default=None, help='of the computation, such as bfloat16')
+  options = parser.parse_args()
+  dtype = jnp.dtype(options.dtype) if options.dtype else None
+  for pair in options.pair:
+    row = measure(pair, options.batch_size, options.num_steps, options.student_steps, options.repeats, dtype)
+    print(json.dumps(row))
+
+
+if __name__ == '__main__':
+  main()
