@@ -1,29 +1,149 @@
-"""Runs a config: python main.py --config=configs/cifar10.py:fast_dfkd --workdir=runs/fast5.
+"""Runs a config, such as the embedded quick start (without arguments) or CIFAR-10 at the paper's scale:
 
-Without arguments: the embedded quick start, configs/default.py.
+  python main.py
+  python main.py --config=configs/cifar10.py:fast_dfkd,fast5,wrn40_2-wrn16_1 --workdir=runs/fast5 \\
+    --config.teacher.source=weights.safetensors --config.seed=1
+
+What follows the colon are arguments, which each file in configs/ explains. Any field of the config may be set by
+--config.FIELD=VALUE; configs/common.py lists them all. The same command goes on where a run was stopped.
 """
 
+import argparse
+import difflib
+import importlib.util
+import pathlib
+import re
+import shlex
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
+from ml_collections import config_dict, config_flags
+from ml_collections.config_flags import config_path
 
-_CONFIG = config_flags.DEFINE_config_file('config', 'configs/default.py', 'What to run.', lock_config=True)
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go; default: runs/ and the name of the config.')
+HERE = pathlib.Path(__file__).resolve().parent
+_KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: "a tuple such as '(1, 2)'"}
 
 
-def main(argv: list[str]) -> None:
-  """Runs the config that the flags name; a bad one costs one line and status 2."""
-  del argv
-  logging.set_verbosity(logging.WARNING)
-  from dfkd_jax import train  # Flags are parsed before the seconds that this import takes.
+class _Parser(argparse.ArgumentParser):
+  """Raises where argparse would print its usage and exit."""
 
+  def error(self, message: str) -> None:
+    raise ValueError(f'{message}; see --help.')
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs what the arguments name; returns the exit status: 2 after one line on what is wrong with them."""
+  wanted = None
   try:
-    train.run(_CONFIG.value, _WORKDIR.value or 'runs/default')
+    wanted, overrides = _arguments(argv)
+    config = load(wanted.config)
+    override(config, overrides)
+    logging.set_verbosity(logging.WARNING)
+    from dfkd_jax import train  # Arguments are checked before the seconds that this import takes.
+
+    train.run(config, wanted.workdir or default_workdir(wanted.config), command=shlex.join(['python', *argv]))
   except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    if wanted and wanted.traceback:
+      raise
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('Interrupted. The same command goes on from the last checkpoint.', file=sys.stderr)
+    return 130
+  return 0
+
+
+def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Our arguments, and those that set fields of the config."""
+  parser = _Parser(
+      prog='python main.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False)
+  parser.add_argument(
+      '--config', metavar='FILE[:ARGUMENTS]', default='configs/default.py', help='what to run; default: %(default)s')
+  parser.add_argument('--workdir', metavar='FOLDER', help='where results go; default: runs/ and the name of the config')
+  parser.add_argument('--traceback', action='store_true', help='say where an error comes from')
+  return parser.parse_known_args(argv[1:])
+
+
+def default_workdir(name: str) -> str:
+  """`configs/cifar10.py:kd,fast2` -> `runs/cifar10-kd-fast2`."""
+  file, _, arguments = name.partition(':')
+  return '-'.join([f'runs/{pathlib.Path(file).stem}', *filter(None, arguments.split(','))])
+
+
+def load(name: str) -> config_dict.ConfigDict:
+  """The locked config of `FILE[:ARGUMENTS]`, FILE being looked for here and beside this program.
+
+  Raises:
+    ValueError: There is no such file, it has no `get_config`, or it does not know the arguments.
+  """
+  file, _, arguments = name.partition(':')
+  paths = [path for path in (pathlib.Path(file), HERE / file) if path.is_file() and path.suffix == '.py']
+  if not paths:
+    known = [path.relative_to(HERE).as_posix() for path in sorted((HERE / 'configs').glob('*.py'))]
+    raise ValueError(f'--config is {file!r}, must be a Python file.{_nearest(file, known)}')
+  spec = importlib.util.spec_from_file_location(f'{paths[0].stem}_config', paths[0])
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'--config is {file!r}, which has no get_config.')
+  return module.get_config(*filter(None, [arguments])).lock()
+
+
+def override(config: config_dict.ConfigDict, arguments: Sequence[str]) -> None:
+  """Sets fields by `--config.FIELD=VALUE`.
+
+  Raises:
+    ValueError: There is no such field, or its values are of another type.
+  """
+  fields = [_field(config, argument) for argument in arguments if argument.startswith('-')]
+  values, argv = flags.FlagValues(), ['main.py', *arguments]
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
+    left = values(argv)[1:]
+  except flags.Error as error:
+    for field in fields:
+      if match := re.match(rf'flag --config\.{re.escape(field)}=(.*?): ', str(error)):
+        kind = config_path.get_type(field, config)
+        raise ValueError(f'config.{field} is {match[1]!r}, must be {_KINDS.get(kind, kind.__name__)}.') from error
+    raise ValueError(str(error)) from error
+  if left:
+    raise ValueError(f'Unknown argument {left[0]!r}; see --help.')
+
+
+def _field(config: config_dict.ConfigDict, argument: str) -> str:
+  """The field that an argument sets, which must be there."""
+  match = re.fullmatch(r'--?(?:no)?config\.([\w.]+)(?:\[\d+\])*(?:=.*)?', argument, re.DOTALL)
+  if not match:
+    name = argument.split('=')[0]
+    raise ValueError(f'Unknown argument {name!r}.{_nearest(name, ["--config", "--workdir"])} See --help.')
+  known = _fields(config)
+  if match[1] in known:
+    return match[1]
+  section = match[1].rpartition('.')[0]
+  while section and section not in known:
+    section = section.rpartition('.')[0]
+  there = [name for name in known if name.rpartition('.')[0] == section]
+  raise ValueError(
+      f'Unknown config field {match[1]!r}.{_nearest(match[1], known)} '
+      f'{f"config.{section}" if section else "config"} has: {", ".join(there) or "no fields"}.')
+
+
+def _fields(section: config_dict.ConfigDict, prefix: str = '') -> list[str]:
+  """Dotted names of all fields and sections."""
+  names = []
+  for name, value in section.items():
+    names.append(prefix + name)
+    if isinstance(value, config_dict.ConfigDict):
+      names += _fields(value, f'{prefix}{name}.')
+  return names
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+  near = difflib.get_close_matches(name, known, 1)
+  return f' Did you mean {near[0]!r}?' if near else ''
 
 
 if __name__ == '__main__':
-  app.run(main)
+  sys.exit(main(sys.argv))

@@ -4,7 +4,9 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from dfkd_jax import augment, distill, models, parallel, synth, tasks
@@ -15,10 +17,80 @@ from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import PRNGKey
 
 TEACHERS = pathlib.Path(__file__).resolve().parent / 'assets' / 'teachers'
+JOBS = ('distill', 'train')
 LABELS = ('uniform', 'stratified', 'balanced')
 _SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
+# Where a number must lie; fields that a config does not have, or leaves open, are passed over.
+_RANGES = {
+    '[0, 4294967296)': ('seed',),
+    '[2, inf)': ('dataset.num_classes',),
+    '[1, inf)': (
+        'num_devices', 'dataset.image_shape', 'distill.rounds', 'distill.steps_per_round', 'distill.batch_size',
+        'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
+        'checkpoint.max_to_keep', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
+        'method.capacity', 'method.num_tasks', 'method.latent_dim'),
+    '[0, inf)': (
+        'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
+        'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
+        'method.reset_after', *(f'factors.{name}' for name in objective.Factors._fields)),
+    '(0, inf)': (
+        'teacher.std', 'student.std', 'distill.temperature', 'train.temperature', 'optimizer.learning_rate',
+        'method.generator_lr', 'method.latent_lr', 'method.meta_lr'),
+    '[0, 1)': (
+        'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum'),
+    '(0, 1]': ('optimizer.gamma',),
+}
+
 Config = ml_collections.ConfigDict
+
+
+def check(config: Config) -> None:
+  """Looks at names and numbers that can be judged without building anything.
+
+  Raises:
+    ValueError: In one line, all numbers that are out of range; or the first of what else does not fit.
+  """
+  wrong = [
+      f'{name} is {value}, must be in {interval}'
+      for interval, names in _RANGES.items() for name in names
+      if (value := _get(config, name)) is not None and not _within(value, interval)]
+  if wrong:
+    raise ValueError(f'{"; ".join(wrong)}.')
+  synth.known(config.job, JOBS, 'job')
+  if config.dataset.name is None:
+    raise ValueError('dataset.name is None, must be the name of a prepared data set.')
+  if len(config.dataset.image_shape) != 3:
+    raise ValueError(f'dataset.image_shape is {config.dataset.image_shape}, must be (height, width, channels).')
+  channels = config.dataset.image_shape[-1]
+  for name in ('teacher.mean', 'teacher.std', 'student.mean', 'student.std'):
+    value = _get(config, name)
+    if len(value) not in (1, channels):
+      raise ValueError(f'{name} is {value}, must have one number for each of the {channels} channels.')
+  if config.job == 'distill' and config.distill.distill_after >= config.distill.rounds:
+    raise ValueError(
+        f'distill.distill_after is {config.distill.distill_after}, must be below distill.rounds, '
+        f'{config.distill.rounds}: else the student takes no step.')
+
+
+def _get(config: Config, name: str):
+  """The value of a dotted name, None if there is none."""
+  for part in name.split('.'):
+    config = config.get(part)
+    if config is None:
+      return None
+  return config
+
+
+def _within(value, interval: str) -> bool:
+  """Whether a number, or each of a tuple, is one and lies in an interval such as '[0, 1)'."""
+  values = value if isinstance(value, (tuple, list)) else (value,)
+  if any(isinstance(each, bool) or not isinstance(each, (int, float)) for each in values):
+    return False
+  low, high = map(float, interval[1:-1].split(','))
+  above = np.greater_equal if interval[0] == '[' else np.greater
+  below = np.less_equal if interval[-1] == ']' else np.less
+  return all(above(each, low) and below(each, high) for each in values)
 
 
 def task(config: Config) -> tasks.Task:
@@ -32,19 +104,27 @@ def network(config: Config, which: str, key: PRNGKey) -> Network:
   """The 'teacher' or the 'student' with fresh variables."""
   section = config[which]
   return models.create_network(
-      _module(section, config, which), key, tuple(config.dataset.image_shape), mean=section.mean, std=section.std)
+      module(config, which), key, tuple(config.dataset.image_shape), mean=section.mean, std=section.std)
 
 
 def teacher(config: Config) -> Network:
   """The teacher with its weights."""
-  section, shape = config.teacher, tuple(config.dataset.image_shape)
+  section = config.teacher
   if section.source is None:
     raise ValueError(
         'teacher.source is None, must be a file of weights (.safetensors, .pth, .th) or embedded:NAME; '
         'configs/teacher_*.py train one.')
-  module = _module(section, config, 'teacher')
-  variables = pretrained.load(weights_path(section.source), module, shape)
-  return models.bind(module, variables, mean=section.mean, std=section.std)
+  path, found = weights_path(section.source), module(config, 'teacher')
+  try:
+    variables = pretrained.load(path, found, tuple(config.dataset.image_shape))
+  except OSError as error:
+    raise ValueError(f'teacher.source is {section.source!r}, which cannot be read: {error.strerror}.') from error
+  bound = models.bind(found, variables, mean=section.mean, std=section.std)
+  if config.factors.batch_norm and not bound.running():
+    raise ValueError(
+        f'factors.batch_norm is {config.factors.batch_norm}, must be 0: the teacher {section.name!r} has no batch '
+        'norm whose moments could be matched.')
+  return bound
 
 
 def weights_path(source: str) -> pathlib.Path:
@@ -58,14 +138,21 @@ def weights_path(source: str) -> pathlib.Path:
   return path
 
 
-def _module(section: Config, config: Config, which: str):
+def module(config: Config, which: str):
+  """The 'teacher' or the 'student' without variables, made sure to take the images of the data set."""
+  section, options = config[which], _plain(config[which].options)
   if section.name is None:
     raise ValueError(f'{which}.name is None, must be one of {", ".join(models.names())}.')
-  options = _plain(section.options)
+  models.create(section.name, config.dataset.num_classes)  # An unknown name is no matter of options.
+  images = jax.ShapeDtypeStruct((1, *config.dataset.image_shape), jnp.float32)
   try:
-    return models.create(section.name, config.dataset.num_classes, **options)
-  except TypeError as error:
-    raise ValueError(f'{which}.options is {options}, which model {section.name!r} does not take: {error}.') from error
+    found = models.create(section.name, config.dataset.num_classes, **options)
+    jax.eval_shape(found.init, jax.random.key(0), images)
+  except Exception as error:  # Whatever a value of another type, or a width of 0, leads to.
+    raise ValueError(
+        f'{which}.options is {options}, with which model {section.name!r} takes no images '
+        f'{tuple(config.dataset.image_shape)}: {error}') from error
+  return found
 
 
 def augmentation(section: Config) -> Callable:
@@ -77,19 +164,23 @@ def augmentation(section: Config) -> Callable:
 def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synthesizer]:
   """The method, waiting for the name of the mapped axis."""
   numbers = _plain(config.method)
-  name = numbers.pop('name')
+  name = numbers.pop('name', None)
   if name is None:
     raise ValueError(f'method.name is None, must be one of {", ".join(synth.names())}.')
-  image_shape = tuple(config.dataset.image_shape)
+  taken = synth.parameters(name)
   num_tasks = numbers.get('num_tasks', 1)
   share = parallel.even_share(config.distill.batch_size, num_devices * num_tasks, 'distill.batch_size') * num_tasks
   if 'capacity' in numbers:
-    numbers['capacity'] = parallel.even_share(numbers['capacity'], num_devices, 'method.capacity')
+    least = numbers.get('batch_size', 1) * num_tasks * num_devices
+    if numbers['capacity'] < least:
+      raise ValueError(
+          f'method.capacity is {numbers["capacity"]}, must be at least {least}, the images of one round.')
+    numbers['capacity'] = parallel.even_share(numbers['capacity'], num_devices * num_tasks, 'method.capacity')
+    numbers['capacity'] *= num_tasks
   at_hand = dict(
-      generator=generator(config), image_shape=image_shape, task=task(config),
+      generator=generator(config), image_shape=tuple(config.dataset.image_shape), task=task(config),
       factors=objective.Factors(**config.factors.to_dict()), augment=augmentation(config.augment.synthesis),
       sample_batch_size=share)
-  taken = synth.parameters(name)
   at_hand = {key: value for key, value in at_hand.items() if key in taken}
   return lambda axis: synth.create(name, **at_hand, **numbers, axis=axis)
 
@@ -137,11 +228,11 @@ def schedule(section: Config, rounds: int, steps_per_round: int) -> optax.Schedu
       rate if not warmup else 0.0, rate, warmup, max(total, warmup + 1), section.end_value)
 
 
-def _plain(section: Config) -> dict:
-  """A section as a dict, without the placeholders that were left open."""
-  return {key: value for key, value in section.to_dict().items() if value is not None}
-
-
 def mesh(config: Config) -> jax.sharding.Mesh:
   """The devices of the run."""
   return parallel.make_mesh(config.num_devices)
+
+
+def _plain(section: Config) -> dict:
+  """A section as a dict, without the placeholders that were left open."""
+  return {key: value for key, value in section.to_dict().items() if value is not None}

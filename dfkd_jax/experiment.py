@@ -1,5 +1,7 @@
 """What every run of a config has: a folder, a test set, a ledger, checkpoints, a loop over rounds."""
 
+import json
+import os
 import pathlib
 import sys
 import time
@@ -16,42 +18,63 @@ from dfkd_jax.types import PyTree
 
 Advance = Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
 
+# Where things lie is no part of what a run computes: it may go on with them elsewhere.
+_PLACES = ('compilation_cache', 'dataset.data_dir')
+_BEST = 'student.best is picked on the test images; student.last is not.'
+
 
 class Experiment:
-  """One run in one folder; a context manager.
+  """One run in one folder; a context manager, and nothing is written before it is entered.
 
   Args:
     config: Of the run; kept beside the checkpoints, and compared when the run goes on.
     workdir: Made if missing.
     unit: What the loop counts, 'round' or 'epoch'.
+    command: That started the run, for the record.
 
   Raises:
     ValueError: The folder cannot be written or holds a run of another config, or the test set is not there.
   """
 
-  def __init__(self, config: build.Config, workdir: str, unit: str):
-    self.began = time.perf_counter()
-    self.config, self.unit, self.workdir = config, unit, pathlib.Path(workdir)
+  def __init__(self, config: build.Config, workdir: str, unit: str, command: str | None = None):
+    self._began = time.perf_counter()
+    self.config, self.unit, self.command = config, unit, command
+    self.workdir = pathlib.Path(workdir).expanduser()
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
+      plain = _jsonable(config)
+      self.meta = {'config': plain, 'hash': config_hash(plain)}
+      _check_place(self.workdir)
+      _same_config(_stored_config(self.workdir), plain, self.workdir)
       self.task = build.task(config)
-      section = config.dataset
-      self.test = data.load(
-          section.name, section.test_split, section.data_dir, image_shape=tuple(section.image_shape))
-      found = len(self.test.class_names)
-      if found != section.num_classes:
-        raise ValueError(f'dataset.num_classes is {section.num_classes}, but {section.name!r} has {found} classes.')
+      self.test = self.load(config.dataset.test_split)
     self.best: dict[str, Any] = {}
     self.last: dict[str, Any] = {}
-    self.answers: np.ndarray | None = None  # the teacher's, on the test images
-    self.meta = {'config': _jsonable(config), 'hash': config_hash(_jsonable(config))}
-    self._checkpoints = None
+    self._wall = 0.0  # Seconds of the processes that this one goes on from.
+    self._answers: np.ndarray | None = None  # The teacher's, on the test images.
+    self._compiled: set = set()  # Modules whose evaluation is.
+    self._checkpoints: Checkpoints | None = None
+
+  def load(self, split: str) -> data.Dataset:
+    """A split of the data set, which must be as the config says."""
+    section = self.config.dataset
+    found = data.load(section.name, split, section.data_dir, image_shape=tuple(section.image_shape))
+    classes = len(found.class_names)
+    if classes != section.num_classes:
+      raise ValueError(f'dataset.num_classes is {section.num_classes}, must be {classes}, as {section.name!r} has.')
+    return found
+
+  def finished(self) -> dict[str, Any] | None:
+    """The summary, printed again, if this run has come to its end before."""
+    found = _read_summary(self.workdir)
+    if found is not None:
+      print(f'This run has finished before. To run it anew, name another workdir than {self.workdir}.', file=sys.stderr)
+      print(report.format_summary(found))
+    return found
 
   def __enter__(self) -> 'Experiment':
     self._checkpoints = Checkpoints(self.workdir / 'checkpoints', max_to_keep=self.config.checkpoint.max_to_keep)
     self._checkpoints.__enter__()
-    if self._checkpoints.latest() is not None:
-      _same_config(self._checkpoints.meta()['config'], self.meta['config'], self.workdir)
     return self
 
   def __exit__(self, *error) -> None:
@@ -59,29 +82,41 @@ class Experiment:
 
   def follow(self, teacher: Network) -> dict[str, float]:
     """Takes the teacher's answers on the test images, for `agreement`; returns its own metrics."""
+    metrics = self.evaluate(teacher)
+    ask = lambda images: evaluate.predict(teacher, images, batch_size=self.config.evaluate.batch_size)
+    with self.ledger.part('compile'):
+      ask(self.test.images[:1])
     with self.ledger.part('evaluation'):
-      self.answers = evaluate.predict(teacher, self.test.images, batch_size=self.config.evaluate.batch_size)
-    return self.evaluate(teacher)
+      self._answers = ask(self.test.images)
+    return metrics
 
   def evaluate(self, network: Network) -> dict[str, float]:
     """A network on the test set."""
+    judge = lambda images, labels, answers: evaluate.evaluate(
+        network, (images, labels), task=self.task, batch_size=self.config.evaluate.batch_size,
+        teacher_predictions=answers)
+    if network.module not in self._compiled:
+      with self.ledger.part('compile'):
+        judge(self.test.images[:1], self.test.labels[:1], None)
+      self._compiled.add(network.module)
     with self.ledger.part('evaluation'):
-      return evaluate.evaluate(
-          network, self.test, task=self.task, batch_size=self.config.evaluate.batch_size,
-          teacher_predictions=self.answers)
+      return judge(self.test.images, self.test.labels, self._answers)
 
   def resume(self, state: PyTree) -> tuple[PyTree, int]:
     """The state where the run stopped, and how many rounds are done; else the state given, and 0."""
     if self._checkpoints.latest() is None:
+      print(f'Results go to {self.workdir}', file=sys.stderr)
       return state, 0
     with self.ledger.part('checkpoint'):
       state, meta = self._checkpoints.restore(state)
-    self.best, self.last, done = meta['best'], meta['last'], meta['done']
-    self.ledger.load(meta['seconds'])
-    print(f'Going on in {self.workdir} after {self.unit} {done}.', file=sys.stderr)
-    return state, done
+    self.best, self.last, self._wall = meta['best'], meta['last'], meta['wall_seconds']
+    self.ledger.load(meta['ledger'])
+    print(f'Going on in {self.workdir} after {self.unit} {meta["done"]}', file=sys.stderr)
+    return state, meta['done']
 
-  def loop(self, state: PyTree, done: int, total: int, advance: Advance, network_of: Callable[[PyTree], Network]):
+  def loop(
+      self, state: PyTree, done: int, total: int, advance: Advance, network_of: Callable[[PyTree], Network]
+  ) -> PyTree:
     """Rounds `done` to `total`: advance, evaluate, write metrics, save.
 
     Args:
@@ -117,18 +152,60 @@ class Experiment:
   def _save(self, done: int, state: PyTree) -> None:
     with self.ledger.part('checkpoint'):
       self._checkpoints.save(done, state, self.meta | {
-          'done': done, 'best': self.best, 'last': self.last, 'seconds': self.ledger.state()})
+          'done': done, 'best': self.best, 'last': self.last, 'ledger': self.ledger.state(),
+          'wall_seconds': self._wall_seconds()})
 
-  def summary(self, **results: Any) -> dict[str, Any]:
-    """Writes summary.json, prints it for a reader, and returns it."""
-    seconds = self.ledger.seconds()
+  def _wall_seconds(self) -> float:
+    return self._wall + time.perf_counter() - self._began
+
+  def summary(self, *, num_devices: int, files: tuple[str, ...], **results: Any) -> dict[str, Any]:
+    """Writes summary.json, prints it for a reader, and returns it.
+
+    Args:
+      num_devices: Of the devices at hand, those that were used.
+      files: Names of what the caller wrote to the workdir.
+      **results: As `report.format_summary` takes them.
+    """
+    with self.ledger.part('checkpoint'):
+      self._checkpoints.wait()
     found = results | {
-        'seconds': seconds, 'wall_seconds': sum(seconds.values()), 'seed': self.config.seed,
+        'student': {'last': self.last, 'best': self.best}, 'note': _BEST,
+        'seconds': self.ledger.seconds(), 'wall_seconds': self._wall_seconds(), 'seed': self.config.seed,
         'config': self.meta['config'], 'config_hash': self.meta['hash'], 'versions': report.versions(),
-        'device': report.device(), 'command': ' '.join(['python', *sys.argv]), 'workdir': str(self.workdir)}
+        'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),
+        'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/']}
     report.write_summary(self.workdir, found)
     print(report.format_summary(found))
     return found
+
+
+def _check_place(workdir: pathlib.Path) -> None:
+  """Raises ValueError if the folder could not be made or written, without trying to."""
+  nearest = workdir.absolute()
+  while not os.path.exists(nearest):
+    nearest = nearest.parent
+  if not nearest.is_dir():
+    raise ValueError(f'workdir is {str(workdir)!r}, must be a folder: {nearest} is a file.')
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise ValueError(f'workdir is {str(workdir)!r}, must be writable: {nearest} is not.')
+
+
+def _stored_config(workdir: pathlib.Path) -> dict | None:
+  """The config of the run in a folder, if there is one."""
+  if (summary := _read_summary(workdir)) is not None:
+    return summary['config']
+  if not (workdir / 'checkpoints').is_dir():
+    return None
+  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
+    return checkpoints.meta().get('config', {}) if checkpoints.steps() else None
+
+
+def _read_summary(workdir: pathlib.Path) -> dict | None:
+  try:
+    found = json.loads((workdir / 'summary.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError):  # A damaged one is written anew.
+    return None
+  return found if isinstance(found, dict) and 'config' in found else None
 
 
 def _jsonable(config: build.Config) -> dict:
@@ -136,17 +213,22 @@ def _jsonable(config: build.Config) -> dict:
   plain = lambda value: (
       {k: plain(v) for k, v in value.items()} if isinstance(value, dict)
       else [plain(v) for v in value] if isinstance(value, (list, tuple)) else value)
-  found = plain(config.to_dict())
-  found.pop('compilation_cache', None)  # Where programs are cached is no part of what a run computes.
-  return found
+  return plain(config.to_dict())
 
 
-def _same_config(stored: dict, given: dict, workdir: pathlib.Path) -> None:
+def _same_config(stored: dict | None, given: dict, workdir: pathlib.Path) -> None:
+  """Raises ValueError that names the first field in which a run that is there differs from the one wanted."""
+  if stored is None:
+    return
   flat = lambda tree: {jax.tree_util.keystr(path, simple=True, separator='.'): value
-                       for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda v: v is None)}
+                       for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_value)}
   there, here = flat(stored), flat(given)
-  for name in sorted(there | here):
+  for name in sorted((there | here).keys() - set(_PLACES)):
     if there.get(name) != here.get(name):
       raise ValueError(
           f'{workdir} holds a run with another config: {name} is {there.get(name)!r} there, {here.get(name)!r} here. '
           'Name another --workdir.')
+
+
+def _is_value(tree: Any) -> bool:
+  return not isinstance(tree, dict)

@@ -1,14 +1,17 @@
 """Training on real data: teachers, students from scratch, and distillation with data (the published baselines)."""
 
 import functools
+import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dfkd_jax import build, data, distill, parallel, synth
+from dfkd_jax import build, distill, parallel, synth
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import pretrained
@@ -16,34 +19,36 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.types import Array, Metrics, PRNGKey
 
 
-def run(config: build.Config, workdir: str) -> dict:
-  """Trains `config.train.network` on `config.dataset`; writes weights.safetensors and summary.json."""
-  which = synth.known(config.train.network, ('teacher', 'student'), 'train.network')
+def run(config: build.Config, workdir: str, command: str | None = None) -> dict[str, Any]:
+  """Trains `config.train.network` on `config.dataset`.
+
+  Writes metrics.jsonl, summary.json, weights.safetensors and checkpoints. In the summary `student` is the network
+  that was trained, `network` says whether the config calls it teacher or student, and `teacher` is whom it follows.
+  """
+  section = config.train
+  which = synth.known(section.network, ('teacher', 'student'), 'train.network')
   mesh = build.mesh(config)
-  with Experiment(config, workdir, 'epoch') as experiment:
-    with experiment.ledger.part('setup'):
-      train = data.load(
-          config.dataset.name, config.dataset.train_split, config.dataset.data_dir,
-          image_shape=tuple(config.dataset.image_shape))
-      batch_size = config.train.batch_size
-      parallel.even_share(batch_size, mesh.size, 'train.batch_size')
-      steps = len(train.labels) // batch_size
-      if not steps:
-        raise ValueError(f'train.batch_size is {batch_size}, must be at most the {len(train.labels)} training images.')
-      teacher = build.teacher(config) if config.train.teacher_factor else None
-      init_key, run_key = jax.random.split(jax.random.key(config.seed))
-      tx = build.optimizer(config, config.train.epochs, steps)
-      student = parallel.place(mesh, distill.init(build.network(config, which, init_key), tx))
-      images, labels = jax.device_put((train.images, train.labels), parallel.replicated(mesh))
-    metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
+  parallel.even_share(section.batch_size, mesh.size, 'train.batch_size')
+  experiment = Experiment(config, workdir, 'epoch', command)
+  if (summary := experiment.finished()) is not None:
+    return summary
+  with experiment.ledger.part('setup'):
+    train = experiment.load(config.dataset.train_split)
+    steps = len(train.labels) // section.batch_size
+    if not steps:
+      raise ValueError(
+          f'train.batch_size is {section.batch_size}, must be at most {len(train.labels)}, all training images.')
+    init_key, run_key = jax.random.split(jax.random.key(config.seed))
+    teacher = parallel.place(mesh, build.teacher(config)) if section.teacher_factor else None
+    tx = build.optimizer(config, section.epochs, steps)
+    student = parallel.place(mesh, distill.init(build.network(config, which, init_key), tx))
+    images, labels = jax.device_put((train.images, train.labels), parallel.replicated(mesh))
+  with experiment.ledger.part('compile'):
+    order_of = _orders(len(train.labels), steps, section.batch_size)
+    program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
+  with experiment:  # All that can be wrong was found by now.
     student, done = experiment.resume(student)
-    epoch = functools.partial(
-        _epoch, tx=tx, section=config.train, augment=build.augmentation(config.augment.student))
-    program = parallel.each_device(
-        epoch, mesh, (parallel.specs(student), parallel.REPLICATED, parallel.REPLICATED, parallel.BATCHES,
-                      parallel.REPLICATED, parallel.REPLICATED), parallel.REPLICATED, donate=(0,))
-    order_of = jax.jit(lambda key: jax.random.permutation(key, len(train.labels))[:steps * batch_size].reshape(
-        steps, batch_size))
+    metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
 
     def advance(student, index):
       key_order, key_augment = jax.random.split(jax.random.fold_in(run_key, index))
@@ -51,11 +56,30 @@ def run(config: build.Config, workdir: str) -> dict:
         student, metrics = program(student, images, labels, order_of(key_order), key_augment, teacher)
         return student, {name: float(value) for name, value in metrics.items()}
 
-    student = experiment.loop(student, done, config.train.epochs, advance, lambda state: state.network)
+    student = experiment.loop(student, done, section.epochs, advance, lambda state: state.network)
     write_weights(experiment.workdir / 'weights.safetensors', student.network, config[which].name)
     return experiment.summary(
-        student={'last': experiment.last, 'best': experiment.best}, teacher=metrics_of_teacher,
+        num_devices=mesh.size, files=('weights.safetensors',), network=which, synthetic=False,
+        teacher=metrics_of_teacher,
         parameters={'student': student.network.num_params(), 'teacher': teacher and teacher.num_params()})
+
+
+def _orders(num_images: int, steps: int, batch_size: int) -> Callable[[PRNGKey], Array]:
+  """key -> [steps, B] int32, images of an epoch, each at most once."""
+
+  @jax.jit
+  def order_of(key):
+    return jax.random.permutation(key, num_images)[:steps * batch_size].reshape(steps, batch_size)
+
+  return order_of
+
+
+def _compiled_epoch(config: build.Config, mesh, tx: optax.GradientTransformation, arguments: tuple):
+  epoch = functools.partial(
+      _epoch, tx=tx, section=config.train, augment=build.augmentation(config.augment.student))
+  one = parallel.REPLICATED
+  program = parallel.each_device(epoch, mesh, (one, one, one, parallel.BATCHES, one, one), one, donate=(0,))
+  return program.lower(*arguments).compile()
 
 
 def _epoch(
@@ -85,6 +109,9 @@ def _epoch(
 
 
 def write_weights(path: pathlib.Path, network: Network, name: str) -> None:
-  """Variables of a network as safetensors, which `teacher.source` takes."""
+  """Variables of a network as safetensors, which `teacher.source` takes; the file is replaced in one go."""
   variables = jax.device_get({'params': network.params, 'batch_stats': network.batch_stats})
-  pretrained.save_safetensors(path, variables, {'model': name, 'mean': str(network.mean), 'std': str(network.std)})
+  temporary = path.with_suffix('.tmp')
+  pretrained.save_safetensors(
+      temporary, variables, {'model': name, 'mean': str(network.mean), 'std': str(network.std)})
+  os.replace(temporary, path)

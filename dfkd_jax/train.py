@@ -1,17 +1,24 @@
 """Data-free distillation as a run: rounds of synthesis and of student steps, evaluation, checkpoints, report."""
 
 import functools
+import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from flax import struct
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, PartitionSpec
 
 from dfkd_jax import build, distill, parallel, report, supervised, synth
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
-from dfkd_jax.types import PRNGKey, PyTree
+from dfkd_jax.types import Batch, PRNGKey, PyTree
+
+Make = Callable[[str | None], synth.Synthesizer]  # From the name of the mapped axis.
 
 
 class State(struct.PyTreeNode):
@@ -28,19 +35,28 @@ class Programs(NamedTuple):
   distill: Any  # (student, synthesis, key, teacher) -> (student, synthesis, metrics)
 
 
-def run(config: build.Config, workdir: str) -> dict[str, Any]:
+def run(config: build.Config, workdir: str, command: str | None = None) -> dict[str, Any]:
   """Runs a config; results go to `workdir`, and come back as the summary.
 
+  The same config in the same folder goes on where it stopped; if it had come to its end, its summary is returned.
+
+  Args:
+    config: With the fields of configs/common.py.
+    workdir: Made if missing.
+    command: That started the run, for the record.
+
   Raises:
-    ValueError: Something in the config, the data or the weights does not fit; one line.
+    ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
   """
+  build.check(config)
   if config.compilation_cache:
-    jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
-  job = synth.known(config.job, ('distill', 'train'), 'job')
-  return run_distillation(config, workdir) if job == 'distill' else supervised.run(config, workdir)
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
+    compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
+  job = {'distill': run_distillation, 'train': supervised.run}[config.job]
+  return job(config, workdir, command)
 
 
-def run_distillation(config: build.Config, workdir: str) -> dict[str, Any]:
+def run_distillation(config: build.Config, workdir: str, command: str | None = None) -> dict[str, Any]:
   """Distils the teacher into the student without data.
 
   Writes metrics.jsonl, summary.json, images.png, student.safetensors and checkpoints.
@@ -49,36 +65,45 @@ def run_distillation(config: build.Config, workdir: str) -> dict[str, Any]:
   mesh = build.mesh(config)
   make = build.synthesizer(config, mesh.size)
   make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
-  with Experiment(config, workdir, 'round') as experiment:
-    with experiment.ledger.part('setup'):
-      teacher = parallel.place(mesh, build.teacher(config))
-      student_key, init_key, run_key, control_key = jax.random.split(jax.random.key(config.seed), 4)
-      tx = build.optimizer(config, max(section.rounds - section.distill_after, 1), section.steps_per_round)
-      network = build.network(config, 'student', student_key)
-      state = State(_init(make, mesh, init_key, teacher), parallel.place(mesh, distill.init(network, tx)))
-    metrics_of_teacher = experiment.follow(teacher)
-    with experiment.ledger.part('compile'):
-      programs = compiled(config, mesh, make, tx, state, teacher)
+  tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
+  experiment = Experiment(config, workdir, 'round', command)
+  if (summary := experiment.finished()) is not None:
+    return summary
+  with experiment.ledger.part('setup'):
+    student_key, init_key, run_key, control_key = jax.random.split(jax.random.key(config.seed), 4)
+    teacher = parallel.place(mesh, build.teacher(config))
+    # On the host, since what is placed will be donated, and the control starts from the same.
+    network = jax.tree.map(np.array, build.network(config, 'student', student_key))
+    state = State(_init(make, mesh, init_key, teacher), parallel.place(mesh, distill.init(network, tx)))
+  with experiment.ledger.part('compile'):
+    programs = compiled(config, mesh, make, tx, state, teacher)
+  with experiment:  # All that can be wrong was found by now.
     state, done = experiment.resume(state)
+    metrics_of_teacher = experiment.follow(teacher)
     advance = functools.partial(_round, experiment, programs, run_key, teacher)
     state = experiment.loop(state, done, section.rounds, advance, lambda state: state.student.network)
     supervised.write_weights(experiment.workdir / 'student.safetensors', state.student.network, config.student.name)
-    _write_images(experiment, make(None), state.synthesis, run_key)
+    files = ('student.safetensors', *_write_images(experiment, mesh, make, state.synthesis, run_key))
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
-        student={'last': experiment.last, 'best': experiment.best}, teacher=metrics_of_teacher, control=control,
+        num_devices=mesh.size, files=files, teacher=metrics_of_teacher, control=control,
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
 
 
-def _init(make, mesh, key: PRNGKey, teacher: Network) -> PyTree:
+def _init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:
   """The method's state, spread over the mesh."""
-  init = lambda key, teacher, *, axis: make(axis).init(key, teacher)
+
+  def init(key, teacher, *, axis):
+    return make(axis).init(key, teacher)
+
   shapes = jax.eval_shape(functools.partial(init, axis=None), key, teacher)
   return parallel.each_device(
       init, mesh, (parallel.REPLICATED, parallel.REPLICATED), parallel.specs(shapes))(key, teacher)
 
 
-def compiled(config: build.Config, mesh, make, tx, state: State, teacher: Network) -> Programs:
+def compiled(
+    config: build.Config, mesh: Mesh, make: Make, tx: optax.GradientTransformation, state: State, teacher: Network
+) -> Programs:
   """Compiles both programs of a round for the shapes of this state.
 
   Args:
@@ -89,30 +114,36 @@ def compiled(config: build.Config, mesh, make, tx, state: State, teacher: Networ
     state: Only shapes and places matter.
     teacher: Likewise.
   """
+
+  def synthesize(synthesis, key, teacher, student, *, axis):
+    return make(axis).synthesize(synthesis, key, teacher, student)
+
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
-  key = jax.random.key(0)
-  synthesize = parallel.each_device(
-      lambda synthesis, key, teacher, student, *, axis: make(axis).synthesize(synthesis, key, teacher, student),
-      mesh, (spread, one, one, one), (spread, one), donate=(0,))
-  step = distiller(config, make, tx, config.distill.steps_per_round)
-  student_steps = parallel.each_device(step, mesh, (one, spread, one, one), (one, spread, one), donate=(0, 1))
+  program = parallel.each_device(synthesize, mesh, (spread, one, one, one), (spread, one), donate=(0,))
   return Programs(
-      synthesize.lower(state.synthesis, key, teacher, state.student.network).compile(),
-      student_steps.lower(state.student, state.synthesis, key, teacher).compile())
+      program.lower(state.synthesis, jax.random.key(0), teacher, state.student.network).compile(),
+      _compiled_steps(config, mesh, make, tx, state, teacher))
 
 
-def distiller(config: build.Config, make, tx, num_steps: int):
+def _compiled_steps(config, mesh, make, tx, state: State, teacher):
+  one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
+  step = distiller(config, make, tx, config.distill.steps_per_round)
+  program = parallel.each_device(step, mesh, (one, spread, one, one), (one, spread, one), donate=(0, 1))
+  return program.lower(state.student, state.synthesis, jax.random.key(0), teacher).compile()
+
+
+def distiller(config: build.Config, make: Make, tx: optax.GradientTransformation, num_steps: int) -> Callable:
   """`distill.distill` with the numbers of a config: (student, synthesis, key, teacher, *, axis)."""
   section = config.distill
   augment = build.augmentation(config.augment.student)
 
-  def step(student, synthesis, key, teacher, *, axis):
+  def student_steps(student, synthesis, key, teacher, *, axis):
     return distill.distill(
         student, synthesis, key, teacher, synthesizer=make(axis), tx=tx, num_steps=num_steps,
         temperature=section.temperature, divergence=section.divergence, augment=augment,
         num_tasks=config.method.get('num_tasks', 1), axis=axis)
 
-  return step
+  return student_steps
 
 
 def _round(experiment, programs: Programs, run_key: PRNGKey, teacher: Network, state: State, index: int):
@@ -136,37 +167,38 @@ def _round(experiment, programs: Programs, run_key: PRNGKey, teacher: Network, s
 def _control(experiment, mesh, tx, network: Network, teacher: Network, key: PRNGKey) -> dict[str, float]:
   """A student with the same start and as many steps on noise: what the images are worth is the difference."""
   config = experiment.config
-  section = config.distill
-  rounds = max(section.rounds - section.distill_after, 0)
-  num_tasks = config.method.get('num_tasks', 1)
-  share = section.batch_size // mesh.size
+  section, num_tasks = config.distill, config.method.get('num_tasks', 1)
   make = lambda axis: synth.create(
-      'noise', image_shape=tuple(config.dataset.image_shape), sample_batch_size=share, num_tasks=num_tasks, axis=axis)
+      'noise', image_shape=tuple(config.dataset.image_shape), sample_batch_size=section.batch_size // mesh.size,
+      num_tasks=num_tasks, axis=axis)
+  with experiment.ledger.part('compile'):
+    state = State(_init(make, mesh, key, teacher), parallel.place(mesh, distill.init(network, tx)))
+    program = _compiled_steps(config, mesh, make, tx, state, teacher)
   with experiment.ledger.part('control'):
-    student = parallel.place(mesh, distill.init(network, tx))
-    synthesis = _init(make, mesh, key, teacher)
-    one, spread = parallel.REPLICATED, parallel.specs(synthesis)
-    program = parallel.each_device(
-        distiller(config, make, tx, section.steps_per_round), mesh, (one, spread, one, one), (one, spread, one),
-        donate=(0, 1))
-    for index in range(rounds):
+    student, synthesis = state.student, state.synthesis
+    for index in range(section.rounds - section.distill_after):
       student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
     jax.block_until_ready(student.step)
   return experiment.evaluate(student.network)
 
 
-def _write_images(experiment, synthesizer: synth.Synthesizer, synthesis: PyTree, key: PRNGKey) -> None:
-  """A grid of samples, a column for each class as far as there are any, with the teacher's labels."""
+def _write_images(experiment, mesh: Mesh, make: Make, synthesis: PyTree, key: PRNGKey) -> tuple[str, ...]:
+  """A grid of samples, first of every class one, with the teacher's labels; returns the names of its files."""
+
+  def sample(synthesis, key, *, axis):
+    return make(axis).sample(synthesis, key)
+
   section = experiment.config.grid
-  columns, wanted = section.columns, section.columns * section.rows
-  batches = [jax.jit(synthesizer.sample)(synthesis, jax.random.fold_in(key, index)) for index in range(4)]
-  images = np.concatenate([np.asarray(batch.images) for batch in batches])
-  labels = np.concatenate([np.asarray(batch.labels) for batch in batches])
-  if (labels < 0).any():  # Of the control.
-    return
-  turn = np.zeros(len(labels), int)  # The how-manieth of its class each image is.
-  for label in np.unique(labels):
-    turn[labels == label] = np.arange((labels == label).sum())
-  order = np.lexsort((labels, turn))[:wanted]
-  names = experiment.test.class_names
-  report.image_grid(experiment.workdir / 'images.png', images[order], [names[k] for k in labels[order]], columns)
+  program = parallel.each_device(
+      sample, mesh, (parallel.specs(synthesis), parallel.REPLICATED), PartitionSpec(parallel.AXIS))
+  batches = [jax.device_get(program(synthesis, jax.random.fold_in(key, index))) for index in range(4)]
+  drawn = Batch(*map(np.concatenate, zip(*batches, strict=True)))
+  if (drawn.labels < 0).any():  # Of the control.
+    return ()
+  turn = np.zeros(len(drawn.labels), int)  # The how-manieth of its class each image is.
+  for label in np.unique(drawn.labels):
+    turn[drawn.labels == label] = np.arange((drawn.labels == label).sum())
+  order = np.lexsort((drawn.labels, turn))[:section.columns * section.rows]
+  names = [experiment.test.class_names[label] for label in drawn.labels[order]]
+  report.image_grid(experiment.workdir / 'images.png', drawn.images[order], names, section.columns)
+  return ('images.png',)

@@ -74,7 +74,7 @@ def assert_trees_close(ours, theirs, tolerance=1e-10):
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()))
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
 @hypothesis.given(convolutions())
 def test_convolution_has_the_derivatives_of_the_stock_one(case):
   lhs, rhs, options = case
@@ -85,7 +85,7 @@ def test_convolution_has_the_derivatives_of_the_stock_one(case):
     assert_trees_close(*both(lhs, rhs))
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
 @hypothesis.given(convolutions())
 def test_convolution_in_vmap_and_scan(case):
   lhs, rhs, options = case

@@ -125,10 +125,10 @@ def test_over_tasks_equals_a_python_loop(task_map, num_tasks):
 @pytest.fixture(scope='module')
 def scene():
   """Teacher, student, images, labels and the teacher's outputs."""
-  teacher, student = toys.network(0), toys.network(1, widths=(4, 3))
+  teacher, student = toys.teacher(), toys.student()
   images = jax.random.uniform(jax.random.key(2), (6, *toys.IMAGE))
   labels = jnp.array([0, 1, 2, 3, 4, 0])
-  return teacher, student, images, labels, jax.jit(lambda: teacher(images))()
+  return teacher, student, images, labels, toys.jit(lambda: teacher(images))()
 
 
 def terms(scene, factors, **changes):
@@ -202,10 +202,9 @@ def test_checked_factors_come_back_as_they_are():
 
 def test_the_adversary_with_itself_gives_nothing_and_with_another_something(scene):
   """The published baselines handed the teacher over as its own student."""
-  teacher, _, images, labels, _ = scene
-  near = teacher.replace(params=jax.tree.map(lambda leaf: 1.2 * leaf + 0.01, teacher.params))
+  teacher, near, images, labels, _ = scene
 
-  @jax.jit
+  @toys.jit
   @jax.value_and_grad
   def term(images, student):
     found = objective.terms(
@@ -216,8 +215,8 @@ def test_the_adversary_with_itself_gives_nothing_and_with_another_something(scen
   assert abs(float(value)) < 1e-6
   assert np.abs(grad).max() < 1e-6
   value, grad = term(images, near)
-  assert float(value) < -1e-6
-  assert np.abs(grad).max() > 1e-6
+  assert float(value) < -1e-3
+  assert np.abs(grad).max() > 1e-5
 
 
 def test_past_moments_are_mixed_in(scene):

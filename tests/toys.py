@@ -1,5 +1,7 @@
 """Networks, a generator and a task so small that a program of them compiles in seconds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,16 +11,33 @@ IMAGE = (12, 8, 3)
 CLASSES = 5
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
+# Half the time of a compilation is spent on making programs fast that run for milliseconds.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
-def network(seed, widths=(3, 6)):
-  """A classifier with drawn running moments: those of `init`, 0 and 1, would hide mistakes."""
-  module = models.ConvNet(CLASSES, widths=widths, strides=(1, 2))
-  found = models.create_network(module, jax.random.key(seed), IMAGE)
-  leaves, tree = jax.tree.flatten(found.batch_stats)
-  keys = jax.random.split(jax.random.key(seed + 1000), len(leaves))
-  drawn = [jnp.exp(jax.random.normal(key, leaf.shape) / 3) for key, leaf in zip(keys, leaves, strict=True)]
-  variables = {'params': found.params, 'batch_stats': jax.tree.unflatten(tree, drawn)}
-  return models.bind(module, variables, mean=MEAN, std=STD)
+
+@functools.partial(jit, static_argnums=1)
+def variables(key, module):
+  """With drawn running moments: those of `init`, 0 and 1, would hide mistakes."""
+  found = module.init(key, jnp.zeros((1, *IMAGE)))
+
+  def draw(path, leaf):
+    noise = jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape)
+    return 0.3 * noise if path[-1].key == 'mean' else jnp.exp(noise / 3)
+
+  return {'params': found['params'], 'batch_stats': jax.tree_util.tree_map_with_path(draw, found['batch_stats'])}
+
+
+@functools.cache
+def teacher():
+  module = models.ConvNet(CLASSES, widths=(3, 6), strides=(1, 2))
+  return models.bind(module, variables(jax.random.key(0), module), mean=MEAN, std=STD)
+
+
+@functools.cache
+def student():
+  """So close to the teacher that they agree on some images, as the adversary needs."""
+  shift = lambda leaf: 1.2 * leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)
+  return teacher().replace(params=jax.tree.map(shift, teacher().params))
 
 
 def float64(tree):
