@@ -7,7 +7,7 @@ METHODS = {'fast_dfkd': fast_dfkd}
 PAIRS = ('wrn40_2-wrn16_1', 'resnet34-resnet18', 'vgg11-resnet18', 'wrn40_2-wrn40_1', 'wrn40_2-wrn16_2')
 
 
-def get_config(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tuple):
+def make(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tuple):
   """METHOD or scratch or kd, then PAIR and fast2 / fast5 / fast10, in any order."""
   picked = common.pick(
       arguments, job=(*METHODS, 'scratch', 'kd'), pair=PAIRS, variant=tuple(fast_dfkd.VARIANTS))

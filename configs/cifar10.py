@@ -11,4 +11,4 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 def get_config(arguments: str = ''):
-  return cifar.get_config(arguments, dataset='cifar10', num_classes=10, mean=MEAN, std=STD)
+  return cifar.make(arguments, dataset='cifar10', num_classes=10, mean=MEAN, std=STD)

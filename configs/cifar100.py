@@ -10,4 +10,4 @@ MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 def get_config(arguments: str = ''):
-  return cifar.get_config(arguments, dataset='cifar100', num_classes=100, mean=MEAN, std=STD)
+  return cifar.make(arguments, dataset='cifar100', num_classes=100, mean=MEAN, std=STD)

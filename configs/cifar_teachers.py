@@ -7,7 +7,7 @@ say 94.87, so weight decay is 5e-4 with Nesterov momentum and a cosine to 0, the
 from configs import common
 
 
-def get_config(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tuple):
+def make(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tuple):
   """The name of a network: wrn40_2, resnet34, vgg11."""
   picked = common.pick(arguments, network=('wrn40_2', 'resnet34', 'vgg11'))
   config = common.base()

@@ -7,5 +7,5 @@ from configs import cifar10, cifar_teachers
 
 
 def get_config(arguments: str = ''):
-  return cifar_teachers.get_config(
+  return cifar_teachers.make(
       arguments, dataset='cifar10', num_classes=10, mean=cifar10.MEAN, std=cifar10.STD)

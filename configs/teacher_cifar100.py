@@ -7,5 +7,5 @@ from configs import cifar100, cifar_teachers
 
 
 def get_config(arguments: str = ''):
-  return cifar_teachers.get_config(
+  return cifar_teachers.make(
       arguments, dataset='cifar100', num_classes=100, mean=cifar100.MEAN, std=cifar100.STD)

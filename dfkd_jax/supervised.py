@@ -1,6 +1,7 @@
 """Training on real data: teachers, students from scratch, and distillation with data (the published baselines)."""
 
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -111,7 +112,8 @@ def _epoch(
 def write_weights(path: pathlib.Path, network: Network, name: str) -> None:
   """Variables of a network as safetensors, which `teacher.source` takes; the file is replaced in one go."""
   variables = jax.device_get({'params': network.params, 'batch_stats': network.batch_stats})
+  # One entry: of several, the order in the file is random, and the same weights would not be the same bytes.
+  about = {'network': json.dumps({'model': name, 'mean': network.mean, 'std': network.std})}
   temporary = path.with_suffix('.tmp')
-  pretrained.save_safetensors(
-      temporary, variables, {'model': name, 'mean': str(network.mean), 'std': str(network.std)})
+  pretrained.save_safetensors(temporary, variables, about)
   os.replace(temporary, path)

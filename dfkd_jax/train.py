@@ -157,7 +157,8 @@ def _round(experiment, programs: Programs, run_key: PRNGKey, teacher: Network, s
   # Both programs are under way; only now is anything waited for.
   numbers = {f'synthesis_{name}': float(np.asarray(values)[-1]) for name, values in metrics.items()}
   between = time.perf_counter()
-  numbers |= {name: float(value) for name, value in learnt.items()}
+  if learnt:  # `agreement` is that on real images.
+    numbers |= {'loss': float(learnt['loss']), 'synthetic_agreement': float(learnt['agreement'])}
   jax.block_until_ready(student.step)
   experiment.ledger.add('synthesis', between - began)
   experiment.ledger.add('student', time.perf_counter() - between)

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from dfkd_jax import augment, models, parallel, synth, tasks
 from dfkd_jax.losses import inversion
-from dfkd_jax.synth import Factors, generative
+from dfkd_jax.synth import Factors, generative, replay
 
 LATENTS = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
 
@@ -159,7 +159,8 @@ def test_the_reset_draws_four_tensors_anew_and_only_once():
 
 
 def test_reset_touches_biases_that_have_been_learnt():
-  params = jax.tree.map(jnp.ones_like, generative.init(toys.generator(), jax.random.key(0), (2, 7)))
+  shapes = jax.eval_shape(lambda key: generative.init(toys.generator(), key, (2, 7)), jax.random.key(0))
+  params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
   after = generative.reset(jax.random.key(1), params, toys.generator().first_layers)
   changed = {path for path, leaf in traverse_util.flatten_dict(after, sep='/').items() if not np.all(leaf == 1)}
   assert changed == {'l1_0/kernel', 'l1_0/bias', 'conv_blocks_0/scale', 'conv_blocks_0/bias'}
@@ -199,13 +200,12 @@ def single_task():
 
 @pytest.mark.parametrize('task_map', ['vmap', 'map'])
 def test_four_tasks_are_the_average_of_four_calls(task_map):
-  """In float32 at one inner step, where the meta-gradient is the gradient itself; all that is drawn is by `task_keys`."""
+  """In float32 at one inner step, where the meta-gradient is the gradient; all that is drawn is by `task_keys`."""
   whole = toys.fast_dfkd(num_steps=1, num_tasks=4, task_map=task_map, augment=augment.flip, capacity=16)
-  start = whole.init(jax.random.key(0), toys.teacher())
-  together, metrics = toys.jit(whole.synthesize)(start, jax.random.key(5), toys.teacher(), toys.student())
-
-  alone = start.replace(buffer=toys.fast_dfkd().init(jax.random.key(0), toys.teacher()).buffer)
-  with jax.debug_key_reuse(False):
+  start = toys.jit(whole.init)(jax.random.key(0), toys.teacher())
+  alone = start.replace(buffer=replay.create(12, toys.IMAGE, toys.CLASSES))
+  with jax.debug_key_reuse(False):  # Which takes the keys of a scan under vmap for used.
+    together, metrics = toys.jit(whole.synthesize)(start, jax.random.key(5), toys.teacher(), toys.student())
     parents = jax.random.split(jax.random.key(5), 4)[:3]
     keys = [parallel.task_keys(parent, 4, None) for parent in parents]
     found = [single_task()(alone, *(of[task] for of in keys)) for task in range(4)]
@@ -243,7 +243,7 @@ def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
 
   teacher, student = (models.create_network(Dense(), jax.random.key(seed), toys.IMAGE) for seed in (3, 4))
   method = toys.fast_dfkd(task=tasks.segmentation(toys.CLASSES), num_steps=2)
-  state = method.init(jax.random.key(0), teacher)
+  state = toys.jit(method.init)(jax.random.key(0), teacher)
   state, metrics = toys.jit(method.synthesize)(state, jax.random.key(1), teacher, student)
   assert np.isfinite(metrics['loss']).all()
   assert state.buffer.labels[:, :4].shape == (1, 4)
@@ -269,14 +269,14 @@ def test_bad_arguments_are_named(changes, message):
     (dict(capacity=3), 'capacity is 3, must be at least a batch of 4 images')])
 def test_bad_numbers_are_named_at_the_first_call(changes, message):
   method = toys.fast_dfkd(**changes)
-  state = method.init(jax.random.key(0), toys.teacher())
+  state = jax.eval_shape(method.init, jax.random.key(0), toys.teacher())
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(method.synthesize, state, jax.random.key(1), toys.teacher(), toys.student())
 
 
 def test_the_adversary_needs_a_student():
   method = toys.fast_dfkd()
-  state = method.init(jax.random.key(0), toys.teacher())
+  state = jax.eval_shape(method.init, jax.random.key(0), toys.teacher())
   with pytest.raises(ValueError, match='student is None'):
     jax.eval_shape(lambda *inputs: method.synthesize(*inputs, None), state, jax.random.key(1), toys.teacher())
 
@@ -291,9 +291,9 @@ def test_a_teacher_without_batch_norm_is_refused():
 
   teacher = models.create_network(Plain(), jax.random.key(0), toys.IMAGE)
   with pytest.raises(ValueError, match='The teacher has no BatchNorm'):
-    toys.fast_dfkd().init(jax.random.key(0), teacher)
+    jax.eval_shape(toys.fast_dfkd().init, jax.random.key(0), teacher)
   method = toys.fast_dfkd(factors=Factors(one_hot=1.0))
-  state = method.init(jax.random.key(0), teacher)
+  state = jax.eval_shape(method.init, jax.random.key(0), teacher)
   _, metrics = jax.eval_shape(method.synthesize, state, jax.random.key(1), teacher, None)
   assert set(metrics) == {'loss', 'one_hot'}
 

@@ -15,7 +15,6 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
-@functools.partial(jit, static_argnums=1)
 def variables(key, module):
   """With drawn running moments: those of `init`, 0 and 1, would hide mistakes."""
   found = module.init(key, jnp.zeros((1, *IMAGE)))
@@ -29,15 +28,29 @@ def variables(key, module):
 
 @functools.cache
 def teacher():
+  """Its last layer is scaled so that a generator's first images fall into several classes."""
   module = models.ConvNet(CLASSES, widths=(3, 6), strides=(1, 2))
-  return models.bind(module, variables(jax.random.key(0), module), mean=MEAN, std=STD)
+
+  @jit
+  def scaled(key, key_params, key_latents):
+    found = variables(key, module)
+    latents = jax.random.normal(key_latents, (64, 7))
+    images = generator().apply(generator().init(key_params, latents), latents, mutable=['batch_stats'])[0]
+    logits = models.bind(module, found, mean=MEAN, std=STD)(images).logits
+    last, spread = found['params']['fc'], 2 / logits.std(0)
+    found['params']['fc'] = {'kernel': spread * last['kernel'], 'bias': spread * (last['bias'] - logits.mean(0))}
+    return found
+
+  with jax.enable_x64(False):  # Whoever asks first.
+    return models.bind(module, scaled(*jax.random.split(jax.random.key(0), 3)), mean=MEAN, std=STD)
 
 
 @functools.cache
 def student():
   """So close to the teacher that they agree on some images, as the adversary needs."""
   shift = lambda leaf: 1.2 * leaf + 0.05 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)
-  return teacher().replace(params=jax.tree.map(shift, teacher().params))
+  with jax.enable_x64(False):
+    return teacher().replace(params=jax.tree.map(shift, teacher().params))
 
 
 def float64(tree):

@@ -16,7 +16,7 @@ _TRAINING = ('train', 'training', 'is_training')
 _EVALUATING = ('use_running_average', 'deterministic')
 
 
-class Network(struct.PyTreeNode):
+class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.jit(network)` has a hash.
   """A module, its variables and its preprocessing.
 
   Any Linen module that maps images [B, H, W, C] to logits [B, ..., K] will do.

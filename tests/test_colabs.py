@@ -1,0 +1,24 @@
+"""The notebooks run: their own code, with fewer calls."""
+
+import json
+import pathlib
+
+import pytest
+from dfkd_jax import build
+
+COLABS = pathlib.Path(__file__).resolve().parent.parent / 'colabs'
+
+
+@pytest.mark.parametrize('path', sorted(COLABS.glob('*.ipynb')), ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  cells = json.loads(path.read_text())['cells']
+  assert all(cell.get('outputs', []) == [] for cell in cells), 'Clear the outputs before committing.'
+  source = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+  assert 'num_calls, batch_size = 40, 128' in source
+  source = source.replace('num_calls, batch_size = 40, 128', 'num_calls, batch_size = 12, 16')
+  if not build.TEACHERS.exists():
+    pytest.skip('The embedded teacher is not at hand.')
+  exec(compile(source, str(path), 'exec'), {})
+  assert (tmp_path / 'images.png').exists()
+  assert capsys.readouterr().out.count('top1') == 2

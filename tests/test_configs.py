@@ -1,0 +1,247 @@
+"""A contract over every file in configs/, and the numbers of the paper."""
+
+import importlib.util
+import inspect
+import re
+
+import jax
+import pytest
+import toy_runs
+
+from dfkd_jax import build, train
+
+FILES = {path.stem: path for path in sorted((toy_runs.ROOT / 'configs').glob('*.py'))}
+
+
+def load(name):
+  spec = importlib.util.spec_from_file_location(f'{name}_config', FILES[name])
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+MODULES = {name: load(name) for name in FILES}
+CONFIGS = {name: module.get_config for name, module in MODULES.items() if hasattr(module, 'get_config')}
+DISTILLING, TRAINING = ['cifar10', 'cifar100', 'default', 'cifar10_resnet56'], [
+    'teacher_cifar10', 'teacher_cifar100', 'teacher_fashion_mnist']
+
+
+def arguments(name):
+  """All that a config accepts, one at a time, and nothing: it lists them itself where it meets another."""
+  with pytest.raises(ValueError, match='Unknown config argument') as error:
+    CONFIGS[name]('no_such_argument')
+  return ['', *re.search(r'Known: (.*)\.$', str(error.value))[1].split(', ')]
+
+
+EACH = [f'{name}:{argument}' for name in CONFIGS for argument in arguments(name)]
+
+
+def get(each):
+  name, _, argument = each.partition(':')
+  return CONFIGS[name](argument)
+
+
+def fields(config, prefix=''):
+  for name, value in config.items():
+    yield prefix + name
+    if hasattr(value, 'items') and f'{prefix}{name}' not in ('method', 'teacher.options', 'student.options'):
+      yield from fields(value, f'{prefix}{name}.')
+
+
+def test_all_files_were_found():
+  assert set(DISTILLING + TRAINING) <= set(CONFIGS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_says_what_it_is_and_how_to_run_it(name):
+  text = MODULES[name].__doc__
+  assert 'python main.py' in text
+  assert list(inspect.signature(CONFIGS[name]).parameters) == ['arguments']
+  assert CONFIGS[name]() == CONFIGS[name]('')
+
+
+@pytest.mark.parametrize('each', EACH)
+def test_has_no_stray_fields(each):
+  config = get(each)
+  known = set(fields(toy_runs.common.base()))
+  assert set(fields(config)) - known <= {'generator.options.width'}
+  assert known <= set(fields(config))
+
+
+@pytest.mark.parametrize('each', EACH)
+def test_passes_its_own_checks(each):
+  build.check(get(each))
+
+
+@pytest.mark.parametrize('each', EACH)
+def test_builds(each):
+  config = get(each)
+  config.num_devices = 1
+  for which in ('teacher', 'student'):
+    if config[which].name:
+      module, images = build.module(config, which), jax.ShapeDtypeStruct((1, *config.dataset.image_shape), 'float32')
+      shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+      assert shapes['params']['fc' if 'fc' in shapes['params'] else next(
+          name for name in shapes['params'] if name in ('linear', 'classifier'))]['bias'].shape == (
+              config.dataset.num_classes,)
+  tx = build.optimizer(config, 3, 2)
+  assert tx.update
+  build.augmentation(config.augment.student)
+  if config.job == 'distill':
+    assert build.synthesizer(config, 1)(None).sample
+  else:
+    assert config[config.train.network].name
+
+
+@pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])
+@pytest.mark.parametrize(('variant', 'num_steps', 'generator_lr', 'latent_lr', 'meta_lr'), [
+    ('fast2', 2, 5e-3, 0.015, 0.010), ('fast5', 5, 3e-3, 0.010, 0.015), ('fast10', 10, 2e-3, 0.010, 0.020)])
+@pytest.mark.parametrize(('pair', 'adversarial', 'one_hot'), [
+    ('resnet34-resnet18', 1.33, 0.5), ('vgg11-resnet18', 1.0, 0.5), ('wrn40_2-wrn16_1', 1.1, 0.4),
+    ('wrn40_2-wrn40_1', 1.1, 0.4), ('wrn40_2-wrn16_2', 1.1, 0.4)])
+def test_numbers_of_the_published_pairs(
+    dataset, variant, num_steps, generator_lr, latent_lr, meta_lr, pair, adversarial, one_hot):
+  """The table of the published CIFAR script (arXiv:2112.06253)."""
+  config = CONFIGS[dataset](','.join((variant, pair, 'fast_dfkd')))
+  assert (config.teacher.name, config.student.name) == tuple(pair.split('-'))
+  method, factors = config.method, config.factors
+  assert (method.num_steps, method.generator_lr, method.latent_lr) == (num_steps, generator_lr, latent_lr)
+  assert method.meta_lr is None  # Then it is their product.
+  assert method.generator_lr * method.num_steps == pytest.approx(meta_lr)
+  assert (factors.adversarial, factors.one_hot, factors.batch_norm) == (adversarial, one_hot, 10.0)
+  assert factors.balance == factors.activation == factors.total_variation == factors.l2 == 0
+  assert (config.dataset.name, config.dataset.num_classes) == (dataset, {'cifar10': 10, 'cifar100': 100}[dataset])
+
+
+def test_numbers_that_all_pairs_share():
+  config = CONFIGS['cifar10']()
+  method, section, optimizer = config.method, config.distill, config.optimizer
+  assert (method.meta, method.moments_momentum, method.latent_dim, method.batch_size) == ('fomaml', 0.9, 256, 256)
+  assert (method.adam_b1, method.adam_b2, method.reptile_scale, method.keep) == (0.5, 0.999, 67, 'best')
+  assert method.capacity == 56_320 == section.rounds * method.batch_size  # Nothing is ever dropped.
+  assert (section.rounds, section.distill_after, section.steps_per_round) == (220, 20, 400)
+  assert (section.batch_size, section.temperature, section.divergence) == (256, 20, 'kl')
+  assert method.adversarial_after == 19  # One call before distillation begins.
+  assert method.reset_after == 139
+  assert (optimizer.name, optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == ('sgd', 0.2, 0.9, 1e-4)
+  assert not optimizer.nesterov
+  for of in (config.augment.synthesis, config.augment.student):
+    assert (of.name, of.pad) == ('crop_and_flip', 4)
+  assert config.teacher.mean == config.student.mean == (0.4914, 0.4822, 0.4465)
+  assert config.teacher.std == (0.2023, 0.1994, 0.2010)
+  assert CONFIGS['cifar100']().teacher.mean == (0.5071, 0.4867, 0.4408)
+  assert CONFIGS['cifar100']().student.std == (0.2675, 0.2565, 0.2761)
+  assert config.seed == 0
+
+
+def test_published_learning_rates():
+  """By epoch of distillation j: 2e-4 + (0.2 - 2e-4) (1 + cos(pi j / 200)) / 2, constant within it."""
+  config = CONFIGS['cifar10']()
+  section = config.distill
+  rate = build.schedule(config.optimizer, section.rounds - section.distill_after, section.steps_per_round)
+  for epoch, wanted in ((0, 0.2), (1, 0.199988), (100, 0.1001), (119, 0.070725), (199, 2.1232e-4)):
+    for step in (0, 399):
+      assert float(rate(400 * epoch + step)) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(('job', 'batch_size', 'gamma', 'label_factor', 'teacher_factor'), [
+    ('scratch', 256, 0.2, 1.0, 0.0), ('kd', 128, 0.1, 0.1, 1.0)])
+def test_numbers_of_the_published_baselines(job, batch_size, gamma, label_factor, teacher_factor):
+  config = CONFIGS['cifar10'](f'{job},resnet34-resnet18')
+  train_section, optimizer = config.train, config.optimizer
+  assert (config.job, train_section.network, config.student.name) == ('train', 'student', 'resnet18')
+  assert (train_section.epochs, train_section.batch_size, train_section.temperature) == (200, batch_size, 1.0)
+  assert (train_section.label_factor, train_section.teacher_factor) == (label_factor, teacher_factor)
+  assert (optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 1e-4)
+  rate = build.schedule(optimizer, 200, 10)
+  for epoch, times in ((0, 0), (119, 0), (120, 1), (149, 1), (150, 2), (180, 3), (199, 3)):
+    assert float(rate(10 * epoch + 9)) == pytest.approx(0.1 * gamma**times)
+
+
+@pytest.mark.parametrize('name', TRAINING)
+def test_teachers_are_trained_on_the_training_images(name):
+  config = CONFIGS[name]()
+  assert (config.job, config.train.network) == ('train', 'teacher')
+  assert (config.dataset.train_split, config.dataset.test_split) == ('train', 'test')
+  assert config.train.teacher_factor == 0
+
+
+def test_settings_of_the_embedded_teacher_are_chosen_without_test_images():
+  section = CONFIGS['teacher_fashion_mnist']('validate').dataset
+  assert 'test' not in section.train_split + section.test_split
+  assert (section.train_split, section.test_split) == ('train[:55000]', 'train[55000:]')
+
+
+@pytest.mark.parametrize('student', ['resnet20', 'wrn16_1'])
+def test_a_teacher_that_nobody_here_trained(student):
+  config = CONFIGS['cifar10_resnet56'](student)
+  assert (config.teacher.name, config.teacher.options.shortcut, config.student.name) == ('resnet56', 'pad', student)
+  assert config.teacher.mean == (0.485, 0.456, 0.406)
+  assert config.teacher.std == (0.229, 0.224, 0.225)
+  assert config.teacher.source is None
+  shapes = jax.eval_shape(build.module(config, 'teacher').init, jax.random.key(0), jax.ShapeDtypeStruct(
+      (1, 32, 32, 3), 'float32'))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == 853_018
+
+
+def test_the_embedded_quick_start_is_complete():
+  full, smoke = CONFIGS['default'](), CONFIGS['default']('smoke')
+  assert full.teacher.source.startswith('embedded:')
+  assert full.control
+  assert smoke.distill.rounds < full.distill.rounds
+  teacher, student = (build.network(full, which, jax.random.key(0)).num_params() for which in ('teacher', 'student'))
+  assert 4 * student <= teacher
+
+
+def test_arguments_come_in_any_order_and_exclude_each_other():
+  assert CONFIGS['cifar10']('fast2,vgg11-resnet18') == CONFIGS['cifar10']('vgg11-resnet18,fast_dfkd,fast2')
+  with pytest.raises(ValueError, match="'fast2' and 'fast5' exclude each other"):
+    CONFIGS['cifar10']('fast2,fast5')
+  with pytest.raises(ValueError, match="Unknown config argument 'fast3'. Did you mean 'fast2'"):
+    CONFIGS['cifar10']('fast3')
+
+
+def shrunk(each):
+  """A config with everything small, but its kinds of things kept."""
+  config = get(each)
+  config.unlock()
+  config.num_devices = 1
+  config.dataset.update(
+      name='toy', data_dir=toy_runs.data_dir(), image_shape=toy_runs.IMAGE, num_classes=toy_runs.CLASSES)
+  for which, widths in toy_runs.NETWORKS.items():
+    shortcut = {'shortcut': 'pad'} if config[which].options.get('shortcut') else {}
+    thin = config[which].name and config[which].name.startswith('resnet')
+    config[which].name = 'resnet8' if thin else 'convnet'
+    config[which].options = dict(widths=(2, 2, 3, 4), **shortcut) if thin else widths
+    config[which].update(mean=(0.4,), std=(0.3,))
+  config.teacher.source = None
+  config.generator.options.width = 2
+  if config.job == 'distill':
+    config.method.update(num_steps=min(config.method.num_steps, 3), batch_size=4, capacity=8, latent_dim=3)
+    config.distill.update(rounds=1, distill_after=0, steps_per_round=2, batch_size=4)
+  config.train.update(epochs=1, batch_size=4)
+  config.evaluate.batch_size = 23
+  config.compilation_cache = str(toy_runs.folder() / 'programs')
+  return config
+
+
+def with_teacher(config, tmp_path):
+  network = build.network(config, 'teacher', jax.random.key(3))
+  build.pretrained.save_safetensors(
+      tmp_path / 'weights.safetensors', {'params': network.params, 'batch_stats': network.batch_stats})
+  config.teacher.source = str(tmp_path / 'weights.safetensors')
+  return config
+
+
+@pytest.mark.parametrize('each', ['default:smoke', 'cifar10:fast2', 'cifar10_resnet56:', 'cifar100:kd',
+                                  'cifar10:scratch', 'teacher_cifar10:', 'teacher_fashion_mnist:'])
+def test_runs_from_end_to_end(each, tmp_path):
+  config = with_teacher(shrunk(each), tmp_path)
+  with toy_runs.quick():
+    summary = train.run(config, tmp_path / 'run')
+  assert summary['student']['last']['round'] == 1
+  lines = toy_runs.metrics(tmp_path / 'run')
+  assert len(lines) == 1
+  assert {'loss', 'top1'} <= set(lines[0])
+  assert ('control' in summary) == (config.job == 'distill')
+  assert bool(summary.get('control')) == (config.job == 'distill' and config.control)

@@ -1,0 +1,202 @@
+"""What every method keeps to; a new file in synth/methods is picked up by itself."""
+
+import functools
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+
+from dfkd_jax import augment, synth, tasks
+from dfkd_jax.types import Batch
+
+NAMES = synth.names()
+SAMPLES = 6
+
+
+def create(name, **changes):
+  """A method from whatever of these arguments it takes."""
+  at_hand = {
+      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
+      'num_classes': toys.CLASSES, 'factors': synth.Factors(one_hot=1.0, batch_norm=1.0, adversarial=0.5),
+      'num_steps': 2, 'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': SAMPLES, 'capacity': 8,
+      'augment': augment.flip, **changes}
+  taken = synth.parameters(name)
+  return synth.create(name, **{key: value for key, value in at_hand.items() if key in taken})
+
+
+@functools.cache
+def programs(name):
+  """The four functions of a method, compiled once for all tests."""
+  method = create(name)
+  # Programs of one function share a cache, as methods share `no_weights`; a partial of it is its own.
+  return synth.Synthesizer(*(toys.jit(functools.partial(function)) for function in method))
+
+
+@functools.cache
+def rounds(name):
+  """Three rounds of everything: states after each part, the batches, the weights and the metrics."""
+  method = programs(name)
+  state = method.init(jax.random.key(0), toys.teacher())
+  states, batches, weights, metrics = [state], [], [], []
+  for index in range(3):
+    state, found = method.synthesize(state, jax.random.key(10 + index), toys.teacher(), toys.student())
+    batch = method.sample(state, jax.random.key(20 + index))
+    states.append(state)
+    state, weighed = method.weigh(state, batch, jnp.linspace(0.1, 2.0, SAMPLES))
+    states.append(state)
+    batches.append(batch)
+    weights.append(weighed)
+    metrics.append(found)
+  return states, batches, weights, metrics
+
+
+def shapes(tree):
+  """Structure, shapes, dtypes and weak types: all that decides whether a program is compiled again."""
+  return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def equal(tree, other):
+  return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), tree, other)))
+
+
+def test_methods_are_the_files():
+  folder = pathlib.Path(synth.methods.__file__).parent
+  assert set(NAMES) == {path.stem for path in folder.glob('*.py')} - {'__init__'}
+  assert {'fast_dfkd', 'noise'} <= set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_state_keeps_its_structure(name):
+  states, *_ = rounds(name)
+  for state in states[1:]:
+    assert jax.tree.structure(state) == jax.tree.structure(states[0])
+    assert shapes(state) == shapes(states[0])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_state_holds_neither_keys_nor_the_teacher(name):
+  states, *_ = rounds(name)
+  kernel = toys.teacher().params['conv2']['kernel']
+  for leaf in jax.tree.leaves(states[-1]):
+    assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    assert leaf.shape != kernel.shape or not np.array_equal(leaf, kernel)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_samples(name):
+  _, batches, weights, _ = rounds(name)
+  for batch, weighed in zip(batches, weights, strict=True):
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (SAMPLES, *toys.IMAGE)
+    assert batch.images.dtype == jnp.float32
+    assert (batch.labels.shape, batch.labels.dtype) == ((SAMPLES,), jnp.int32)
+    assert (batch.slots.shape, batch.slots.dtype) == ((SAMPLES,), jnp.int32)
+    assert float(batch.images.min()) >= 0
+    assert float(batch.images.max()) <= 1
+    assert float(batch.images.std()) > 1e-3
+    assert int(batch.labels.min()) >= -1
+    assert int(batch.labels.max()) < toys.CLASSES
+    assert weighed.shape == (SAMPLES,)
+    assert jnp.issubdtype(weighed.dtype, jnp.floating)
+    assert np.isfinite(weighed).all()
+    assert float(weighed.min()) >= 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_metrics_are_finite_and_keep_their_names(name):
+  *_, metrics = rounds(name)
+  for found in metrics:
+    assert found.keys() == metrics[0].keys()
+    assert all(leaf.ndim == 1 and np.isfinite(leaf).all() for leaf in found.values())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_each_program_is_compiled_once(name):
+  rounds(name)
+  assert [function._cache_size() for function in programs(name)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_same_key_same_result(name):
+  method, (states, *_) = programs(name), rounds(name)
+  call = lambda seed: method.synthesize(states[0], jax.random.key(seed), toys.teacher(), toys.student())
+  draw = lambda state, seed: method.sample(state, jax.random.key(seed))
+  (state, metrics), again, (other, _) = call(10), call(10), call(11)
+  assert equal((state, metrics), again)
+  assert equal(state, states[1])
+  assert equal(draw(state, 3), draw(state, 3))
+  assert not np.array_equal(draw(state, 3).images, draw(state, 4).images)
+  # Noise draws nothing before `sample`; what synthesizes, synthesizes something else.
+  assert equal(state, other) == (not metrics)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_teacher_and_student_stay_as_they_are(name):
+  """Not even donated: the arrays are read again, and hold what they held."""
+  method = programs(name)
+  networks = toys.teacher(), toys.student()
+  before = jax.tree.map(np.array, networks)
+  state = method.init(jax.random.key(1), networks[0])
+  jax.block_until_ready(method.synthesize(state, jax.random.key(2), *networks))
+  assert equal(before, networks)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_objective_falls(name):
+  """Ten rounds without adversary on a teacher of random weights."""
+  if 'loss' not in rounds(name)[-1][0]:
+    pytest.skip(f'{name} minimises nothing.')
+  method = create(name, factors=synth.Factors(one_hot=1.0, batch_norm=1.0), augment=augment.identity)
+  state = toys.jit(method.init)(jax.random.key(0), toys.teacher())
+  synthesize, losses = toys.jit(method.synthesize), []
+  for index in range(10):
+    state, metrics = synthesize(state, jax.random.key(index), toys.teacher(), toys.student())
+    losses.append(np.asarray(metrics['loss']))
+  assert np.mean(losses[-1]) < 0.8 * losses[0][0]
+  assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_unknown_argument_is_named(name):
+  with pytest.raises(ValueError, match=f"Unknown argument of {name} 'no_such_number'"):
+    synth.create(name, no_such_number=1)
+
+
+# The library by itself.
+
+HEAVY = ('tensorflow', 'tensorflow_datasets', 'ml_collections', 'dfkd_jax.data', 'dfkd_jax.build', 'configs')
+PROBE = """
+import sys
+import dfkd_jax.synth as synth
+import dfkd_jax.distill
+for name in synth.names():
+  synth.parameters(name)
+print(*sorted(name for name in sys.modules if name.split('.')[0] == 'dfkd_jax'))
+print(*sorted(set(%r) & set(sys.modules)))
+"""
+
+
+def test_the_library_imports_alone():
+  """Without data sets, configs and flags; Flax and Optax may import absl for themselves, nothing here does."""
+  found = subprocess.run([sys.executable, '-c', PROBE % (HEAVY,)], capture_output=True, text=True, check=True)
+  ours, heavy = found.stdout.splitlines()
+  assert heavy == ''
+  assert {'dfkd_jax.synth.methods.fast_dfkd', 'dfkd_jax.losses.inversion', 'dfkd_jax.parallel'} <= set(ours.split())
+  root = pathlib.Path(synth.__file__).parents[1]
+  for module in ours.split():
+    path = root.joinpath(*module.split('.')[1:])
+    source = (path / '__init__.py' if path.is_dir() else path.with_suffix('.py')).read_text()
+    assert not {line.split('.')[0] for line in imports(source)} & {'absl', 'ml_collections', 'tensorflow'}, module
+
+
+def imports(source):
+  """Modules that a file imports, wherever it does."""
+  for line in source.splitlines():
+    words = line.split()
+    if len(words) > 1 and words[0] in ('import', 'from'):
+      yield words[1]

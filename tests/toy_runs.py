@@ -1,0 +1,105 @@
+"""A data set, a teacher and a config so small that a whole run takes seconds once it is compiled."""
+
+import contextlib
+import functools
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # For configs, which are no package.
+
+from configs import common  # noqa: E402
+
+from dfkd_jax import build, models, prepare  # noqa: E402
+from dfkd_jax.models import pretrained  # noqa: E402
+
+IMAGE, CLASSES = (12, 8, 1), 5
+NETWORKS = {'teacher': dict(widths=(3, 6), strides=(1, 2)), 'student': dict(widths=(2, 3), strides=(1, 2))}
+
+
+@functools.cache
+def folder() -> pathlib.Path:
+  """Of this process, removed at its end."""
+  folder.kept = tempfile.TemporaryDirectory(prefix='toy_runs_')
+  return pathlib.Path(folder.kept.name)
+
+
+@functools.cache
+def data_dir() -> str:
+  """Where the data sets 'toy', and 'grey' with images that tell their class by their brightness, are prepared."""
+  draw = np.random.default_rng(0)
+  labels = {'train': draw.permutation(np.arange(61) % CLASSES), 'test': draw.permutation(np.arange(23) % CLASSES)}
+  toy = {split: (draw.integers(0, 256, (len(of), *IMAGE), np.uint8), of) for split, of in labels.items()}
+  grey = {split: ((30 + 45 * of[:, None, None, None] + draw.integers(0, 20, (len(of), *IMAGE))).astype(np.uint8), of)
+          for split, of in labels.items()}
+  for name, splits in (('toy', toy), ('grey', grey)):
+    prepare.write(name, splits, folder() / 'data')
+  return str(folder() / 'data')
+
+
+@functools.cache
+def teacher_file() -> str:
+  """Weights of the toy teacher, and 'grey' of one that knows the brightness."""
+  module = models.create('convnet', CLASSES, **NETWORKS['teacher'])
+  network = models.create_network(module, jax.random.key(7), IMAGE)
+  path = folder() / 'teacher.safetensors'
+  pretrained.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
+  return str(path)
+
+
+def config(**changes):
+  """A distillation of 5 rounds of which the first has no student steps; `changes` are fields, '__' for a dot."""
+  found = common.base()
+  found.num_devices = 1
+  found.dataset.update(name='toy', data_dir=data_dir(), image_shape=IMAGE, num_classes=CLASSES)
+  found.teacher.update(name='convnet', options=NETWORKS['teacher'], source=teacher_file(), mean=(0.4,), std=(0.3,))
+  found.student.update(name='convnet', options=NETWORKS['student'], mean=(0.4,), std=(0.3,))
+  found.generator.options = dict(width=2)
+  found.method.update(
+      name='fast_dfkd', num_steps=2, generator_lr=3e-3, latent_lr=0.1, latent_dim=7, adversarial_after=1,
+      batch_size=4, capacity=12, num_tasks=1)
+  found.factors.update(batch_norm=10.0, one_hot=1.0, adversarial=1.0)
+  found.augment.update(synthesis=dict(name='shift', pad=2), student=dict(name='shift', pad=2))
+  found.distill.update(rounds=5, steps_per_round=3, distill_after=1, batch_size=4, temperature=4.0)
+  found.train.update(epochs=3, batch_size=8)
+  found.evaluate.batch_size = 9
+  found.checkpoint.every = 2
+  found.compilation_cache = str(folder() / 'programs')
+  found.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+  return found
+
+
+@contextlib.contextmanager
+def quick():
+  """Within: programs are compiled without much ado, and kept for the next run."""
+  folder, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', least)
+    jax.config.update('jax_disable_most_optimizations', False)
+    compilation_cache.reset_cache()
+
+
+def metrics(workdir) -> list[dict]:
+  """Lines of metrics.jsonl, without what depends on the clock."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{name: value for name, value in line.items() if not name.startswith('seconds_')} for line in lines]
+
+
+def tree_of(path: pathlib.Path) -> dict[str, bytes]:
+  """All files under a folder."""
+  return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob('*')) if file.is_file()}
+
+
+__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'data_dir', 'folder', 'metrics', 'quick', 'teacher_file',
+           'tree_of']
