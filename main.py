@@ -1,7 +1,7 @@
-"""Runs a config, such as the embedded quick start (without arguments) or CIFAR-10 at the paper's scale:
+r"""Runs a config, such as the embedded quick start (without arguments) or CIFAR-10 at the paper's scale:
 
   python main.py
-  python main.py --config=configs/cifar10.py:fast_dfkd,fast5,wrn40_2-wrn16_1 --workdir=runs/fast5 \\
+  python main.py --config=configs/cifar10.py:fast_dfkd,fast5,wrn40_2-wrn16_1 --workdir=runs/fast5 \
     --config.teacher.source=weights.safetensors --config.seed=1
 
 What follows the colon are arguments, which each file in configs/ explains. Any field of the config may be set by

@@ -66,7 +66,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
 
 
 def _orders(num_images: int, steps: int, batch_size: int) -> Callable[[PRNGKey], Array]:
-  """key -> [steps, B] int32, images of an epoch, each at most once."""
+  """From a key, the images of an epoch: [steps, B] int32, none twice."""
 
   @jax.jit
   def order_of(key):

@@ -41,6 +41,15 @@ def get(each):
   return CONFIGS[name](argument)
 
 
+def shapes_of(config, which):
+  images = jax.ShapeDtypeStruct((1, *config.dataset.image_shape), 'float32')
+  return jax.eval_shape(build.module(config, which).init, jax.random.key(0), images)['params']
+
+
+def num_params(config, which):
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config, which)))
+
+
 def fields(config, prefix=''):
   for name, value in config.items():
     yield prefix + name
@@ -79,13 +88,10 @@ def test_builds(each):
   config.num_devices = 1
   for which in ('teacher', 'student'):
     if config[which].name:
-      module, images = build.module(config, which), jax.ShapeDtypeStruct((1, *config.dataset.image_shape), 'float32')
-      shapes = jax.eval_shape(module.init, jax.random.key(0), images)
-      assert shapes['params']['fc' if 'fc' in shapes['params'] else next(
-          name for name in shapes['params'] if name in ('linear', 'classifier'))]['bias'].shape == (
-              config.dataset.num_classes,)
-  tx = build.optimizer(config, 3, 2)
-  assert tx.update
+      shapes = shapes_of(config, which)
+      last, = (layer for name, layer in shapes.items() if name in ('fc', 'linear', 'classifier'))
+      assert last['bias'].shape == (config.dataset.num_classes,)
+  assert build.optimizer(config, 3, 2).update
   build.augmentation(config.augment.student)
   if config.job == 'distill':
     assert build.synthesizer(config, 1)(None).sample
@@ -123,8 +129,8 @@ def test_numbers_that_all_pairs_share():
   assert (section.batch_size, section.temperature, section.divergence) == (256, 20, 'kl')
   assert method.adversarial_after == 19  # One call before distillation begins.
   assert method.reset_after == 139
-  assert (optimizer.name, optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == ('sgd', 0.2, 0.9, 1e-4)
-  assert not optimizer.nesterov
+  assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ('sgd', 0.2, 1e-4)
+  assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)
   for of in (config.augment.synthesis, config.augment.student):
     assert (of.name, of.pad) == ('crop_and_flip', 4)
   assert config.teacher.mean == config.student.mean == (0.4914, 0.4822, 0.4465)
@@ -179,9 +185,7 @@ def test_a_teacher_that_nobody_here_trained(student):
   assert config.teacher.mean == (0.485, 0.456, 0.406)
   assert config.teacher.std == (0.229, 0.224, 0.225)
   assert config.teacher.source is None
-  shapes = jax.eval_shape(build.module(config, 'teacher').init, jax.random.key(0), jax.ShapeDtypeStruct(
-      (1, 32, 32, 3), 'float32'))
-  assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == 853_018
+  assert num_params(config, 'teacher') == 853_018
 
 
 def test_the_embedded_quick_start_is_complete():
@@ -189,16 +193,15 @@ def test_the_embedded_quick_start_is_complete():
   assert full.teacher.source.startswith('embedded:')
   assert full.control
   assert smoke.distill.rounds < full.distill.rounds
-  teacher, student = (build.network(full, which, jax.random.key(0)).num_params() for which in ('teacher', 'student'))
-  assert 4 * student <= teacher
+  assert 4 * num_params(full, 'student') <= num_params(full, 'teacher')
 
 
 def test_arguments_come_in_any_order_and_exclude_each_other():
   assert CONFIGS['cifar10']('fast2,vgg11-resnet18') == CONFIGS['cifar10']('vgg11-resnet18,fast_dfkd,fast2')
   with pytest.raises(ValueError, match="'fast2' and 'fast5' exclude each other"):
     CONFIGS['cifar10']('fast2,fast5')
-  with pytest.raises(ValueError, match="Unknown config argument 'fast3'. Did you mean 'fast2'"):
-    CONFIGS['cifar10']('fast3')
+  with pytest.raises(ValueError, match=r"Unknown config argument 'fast50'\. Did you mean 'fast5'"):
+    CONFIGS['cifar10']('fast50')
 
 
 def shrunk(each):
@@ -210,14 +213,14 @@ def shrunk(each):
       name='toy', data_dir=toy_runs.data_dir(), image_shape=toy_runs.IMAGE, num_classes=toy_runs.CLASSES)
   for which, widths in toy_runs.NETWORKS.items():
     shortcut = {'shortcut': 'pad'} if config[which].options.get('shortcut') else {}
-    thin = config[which].name and config[which].name.startswith('resnet')
+    thin = which == 'teacher' and config[which].name == 'resnet56'
     config[which].name = 'resnet8' if thin else 'convnet'
     config[which].options = dict(widths=(2, 2, 3, 4), **shortcut) if thin else widths
     config[which].update(mean=(0.4,), std=(0.3,))
   config.teacher.source = None
   config.generator.options.width = 2
   if config.job == 'distill':
-    config.method.update(num_steps=min(config.method.num_steps, 3), batch_size=4, capacity=8, latent_dim=3)
+    config.method.update(num_steps=2, batch_size=4, capacity=8, latent_dim=3)
     config.distill.update(rounds=1, distill_after=0, steps_per_round=2, batch_size=4)
   config.train.update(epochs=1, batch_size=4)
   config.evaluate.batch_size = 23
@@ -233,8 +236,8 @@ def with_teacher(config, tmp_path):
   return config
 
 
-@pytest.mark.parametrize('each', ['default:smoke', 'cifar10:fast2', 'cifar10_resnet56:', 'cifar100:kd',
-                                  'cifar10:scratch', 'teacher_cifar10:', 'teacher_fashion_mnist:'])
+@pytest.mark.parametrize('each', [
+    'default:smoke', 'cifar10:fast2', 'cifar10_resnet56:', 'cifar100:kd', 'teacher_fashion_mnist:'])
 def test_runs_from_end_to_end(each, tmp_path):
   config = with_teacher(shrunk(each), tmp_path)
   with toy_runs.quick():

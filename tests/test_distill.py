@@ -139,8 +139,8 @@ def run(synthesizer, tx, seed=0, rounds=1, **changes):
 
 
 def test_a_round_equals_a_plain_loop():
-  tx, weights = optax.sgd(0.1), lambda losses: jnp.arange(1.0, 7.0)
-  synthesizer = fixed(weights)
+  tx = optax.sgd(1e-3)  # At larger rates rounding grows from step to step.
+  synthesizer = fixed(lambda losses: jnp.arange(1.0, 7.0))
   found, state, metrics = run(synthesizer, tx, augment=augment.flip)
 
   @toys.jit
@@ -156,7 +156,7 @@ def test_a_round_equals_a_plain_loop():
       return (jnp.arange(1.0, 7.0) * per_sample).sum() / 6, (new, same)
 
     (loss, (new, same)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), new, loss, same
+    return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), new, loss, same
 
   params, batch_stats, losses, agreements = toys.student().params, toys.student().batch_stats, [], []
   for step_key in jax.random.split(jax.random.key(0), 3):

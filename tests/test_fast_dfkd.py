@@ -139,7 +139,7 @@ def test_the_adversary_counts_after_its_calls():
   for index, found in enumerate(metrics):
     assert {name: leaf.shape for name, leaf in found.items()} == dict.fromkeys(
         ('loss', 'one_hot', 'batch_norm', 'adversarial'), (3,))
-    assert (found['adversarial'] < -1e-3).any()
+    assert (found['adversarial'] < -1e-3).all()
     total = 0.5 * found['one_hot'] + 2.0 * found['batch_norm'] + (index >= 2) * found['adversarial']
     np.testing.assert_allclose(found['loss'], total, rtol=1e-5)
 

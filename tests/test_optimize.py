@@ -212,11 +212,10 @@ def test_the_adversary_with_itself_gives_nothing_and_with_another_something(scen
     return found['adversarial'].sum()
 
   value, grad = term(images, teacher)
-  assert abs(float(value)) < 1e-6
-  assert np.abs(grad).max() < 1e-6
-  value, grad = term(images, near)
-  assert float(value) < -1e-3
-  assert np.abs(grad).max() > 1e-5
+  assert abs(float(value)) < 1e-5
+  value_of_another, grad_of_another = term(images, near)
+  assert float(value_of_another) < -1e-3
+  assert np.abs(grad).max() < 1e-3 * np.abs(grad_of_another).max()
 
 
 def test_past_moments_are_mixed_in(scene):

@@ -150,7 +150,8 @@ def calls_by_pmap(state, networks, num, **changes):
   program = jax.pmap(method(NUM, 'batch', **changes).synthesize, axis_name='batch')
   state = jax.tree.map(split, specs, state)
   for index in range(num):
-    state, metrics = program(state, each(jax.random.key(20 + index)), *map(each, networks))
+    with jax.debug_key_reuse(False):  # Each device gets the same key.
+      state, metrics = program(state, each(jax.random.key(20 + index)), *map(each, networks))
   return jax.tree.map(join, specs, jax.device_get(state)), jax.tree.map(lambda leaf: leaf[0], metrics)
 
 
@@ -174,10 +175,10 @@ def test_four_devices_equal_four_tasks_over_several_steps(meta, x64):
   begin = start(networks[0], **changes)
   expected = calls(begin, networks, 2, 1, **changes)
   check(calls(begin, networks, 2, NUM, **changes), expected, rtol=1e-8, atol=1e-10)
-  assert int(expected[0].buffer.histogram.sum()) == 2 * NUM * 4
+  assert int(expected[0].buffer.histogram.sum()) == NUM * 6  # Full, of several classes.
+  assert (np.asarray(expected[0].buffer.histogram) > 0).sum() > 2
   if meta == 'fomaml':
     check(calls_by_pmap(begin, networks, 2, **changes), expected, rtol=1e-8, atol=1e-10)
-    check(calls(begin, networks, 2, 2, **changes), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_four_devices_equal_four_tasks_in_float32():
@@ -234,7 +235,7 @@ def test_one_step_of_the_student_is_the_same_on_four_devices():
 
 def test_a_round_of_the_student_is_the_same_on_four_devices():
   """Samples, augmentation, steps and metrics, from a buffer that is spread."""
-  tx = optax.sgd(0.05)
+  tx = optax.sgd(1e-3)
   state = start(toys.teacher())
   images = jax.random.uniform(jax.random.key(0), (NUM, 6, *toys.IMAGE))
   state = state.replace(buffer=replay.add(state.buffer, images, jnp.zeros((NUM, 6), jnp.int32)))
@@ -253,7 +254,8 @@ def test_a_round_of_the_student_is_the_same_on_four_devices():
     inputs = (parallel.place(mesh, student), parallel.place(mesh, state), jax.random.key(7), toys.teacher())
     found.append(jax.device_get(program(*inputs)))
   (one, state_of_one, metrics), (four, state_of_four, other) = found
-  assert_close(other, metrics, rtol=1e-4)
+  assert_close(other, metrics, rtol=1e-5)
   assert_close(four.network, one.network, rtol=1e-4, atol=1e-5)
+  assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), one.network, student.network))) > 1e-2
   assert_close(state_of_four, state_of_one, rtol=0)
   assert int(four.step) == 3

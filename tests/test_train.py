@@ -103,8 +103,8 @@ def test_metrics_have_a_line_for_each_round(whole):
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 5]
   assert 'loss' not in lines[0]
   for line in lines[1:]:
-    assert {'loss', 'synthetic_agreement', 'agreement', 'top1', 'synthesis_loss', 'synthesis_batch_norm', 'synthesis_one_hot',
-            'synthesis_adversarial'} <= set(line)
+    assert {'loss', 'synthetic_agreement', 'agreement', 'top1', 'synthesis_loss', 'synthesis_batch_norm',
+            'synthesis_one_hot', 'synthesis_adversarial'} <= set(line)
 
 
 def test_weights_of_the_student_load_as_a_network(whole):
@@ -260,7 +260,7 @@ def test_devices_share_the_work_of_tasks(tmp_path):
   """One round with plain SGD: Adam would turn rounding errors of gradients near zero into steps."""
   changes = dict(
       distill__rounds=1, distill__distill_after=0, distill__batch_size=8, method__num_steps=1, method__capacity=16,
-      method__batch_size=4, optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0, factors__adversarial=0.0)
+      optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0, factors__adversarial=0.0)
   spread, on_four, _ = observed(toy_runs.config(num_devices=4, **changes), tmp_path / 'four')
   alone, on_one, _ = observed(toy_runs.config(num_devices=1, method__num_tasks=4, **changes), tmp_path / 'one')
   assert (spread['device']['count'], alone['device']['count']) == (4, 1)

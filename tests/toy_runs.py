@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # For configs, which are no package.
 
-from configs import common  # noqa: E402
+from configs import common  # noqa: E402, I001
 
 from dfkd_jax import build, models, prepare  # noqa: E402
 from dfkd_jax.models import pretrained  # noqa: E402

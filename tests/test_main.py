@@ -1,0 +1,316 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import toy_runs
+from flax import traverse_util
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from dfkd_jax import build, models, synth, train
+from dfkd_jax.models import pretrained
+
+spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
+main = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(main)
+
+CONFIG = """
+import toy_runs
+
+def get_config(arguments=''):
+  if arguments not in ('', 'kind'):
+    raise ValueError(f'Unknown config argument {arguments!r}. Known: kind.')
+  return toy_runs.config()
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+  with toy_runs.quick():
+    yield
+
+
+@pytest.fixture(scope='module')
+def config_file():
+  path = toy_runs.folder() / 'toy.py'
+  path.write_text(CONFIG)
+  return str(path)
+
+
+@pytest.fixture
+def call(config_file, tmp_path, monkeypatch, capsys):
+  """Runs main with arguments; returns status and lines of both streams."""
+  monkeypatch.chdir(tmp_path)
+
+  def call(*arguments, config=config_file):
+    given = [] if config is None else [f'--config={config}']
+    status = main.main(['main.py', *given, *arguments])
+    seen = capsys.readouterr()
+    return status, seen.out.splitlines(), seen.err.splitlines()
+
+  return call
+
+
+def test_runs_a_config_and_sets_fields(call, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  status, out, err = call(
+      '--workdir=here', '--config.evaluate.every=3', '--config.seed', '3', '--config.grid.rows=2')
+  assert status == 0
+  assert err[0] == 'Results go to here'
+  assert any(line.startswith('student, last') for line in out)
+  summary = json.loads((tmp_path / 'here' / 'summary.json').read_text())
+  assert (summary['seed'], summary['config']['evaluate']['every'], summary['config']['grid']['rows']) == (3, 3, 2)
+  assert ['top1' in line for line in toy_runs.metrics(tmp_path / 'here')] == [False, False, True, False, True]
+  assert summary['command'].startswith('python main.py --config=')
+  assert summary['command'].endswith('--config.seed 3 --config.grid.rows=2')
+
+
+@pytest.mark.parametrize(('name', 'workdir'), [
+    ('configs/default.py', 'runs/default'), ('configs/cifar10.py:fast_dfkd,fast2', 'runs/cifar10-fast_dfkd-fast2'),
+    ('elsewhere/mine.py:', 'runs/mine')])
+def test_the_default_workdir_tells_the_config(name, workdir):
+  assert main.default_workdir(name) == workdir
+
+
+def test_without_arguments_it_is_the_quick_start(call, monkeypatch):
+  seen = []
+  monkeypatch.setattr(train, 'run', lambda *arguments, command: seen.append((*arguments, command)))
+  assert call(config=None)[0] == 0
+  (config, workdir, command), = seen
+  assert (config.dataset.name, config.method.name, workdir) == ('fashion_mnist', 'fast_dfkd', 'runs/default')
+  assert command == 'python main.py'
+  assert config.is_locked
+
+
+def test_fields_of_any_kind_are_set(config_file):
+  config = main.load(config_file)
+  main.override(config, [
+      '--config.student.options.widths=(4,5,6)', '--config.num_devices=2', '--config.control',
+      '--config.labels=balanced', '--config.dataset.image_shape=(4,8,3)', '--config.factors.l2=1e-3',
+      '--noconfig.optimizer.nesterov'])
+  assert config.student.options.widths == (4, 5, 6)
+  assert (config.num_devices, config.control, config.labels) == (2, True, 'balanced')
+  assert (config.dataset.image_shape, config.factors.l2, config.optimizer.nesterov) == ((4, 8, 3), 1e-3, False)
+
+
+def test_help_says_how(capsys):
+  with pytest.raises(SystemExit) as end:
+    main.main(['main.py', '--help'])
+  text = capsys.readouterr().out
+  assert end.value.code == 0
+  for word in ('--config', '--workdir', 'configs/cifar10.py:fast_dfkd', '--config.FIELD=VALUE', 'configs/default.py'):
+    assert word in text
+
+
+def save(path, **changes):
+  """Weights of a toy teacher of which something differs."""
+  options = toy_runs.NETWORKS['teacher'] | {k: v for k, v in changes.items() if k in ('widths', 'strides')}
+  module = models.create('convnet', changes.get('classes', toy_runs.CLASSES), **options)
+  network = models.create_network(module, jax.random.key(0), changes.get('image', toy_runs.IMAGE))
+  variables = jax.tree.map(np.array, {'params': network.params, 'batch_stats': network.batch_stats})
+  if changes.get('broken'):
+    variables['params']['conv2']['kernel'][0, 0, 0, 0] = np.nan
+    save_file(traverse_util.flatten_dict(variables, sep='.'), str(path))
+  else:
+    pretrained.save_safetensors(path, variables)
+
+
+BAD = {
+    'method': (['--config.method.name=fast_dfdk'], ["'fast_dfdk'", "'fast_dfkd'"]),
+    'model': (['--config.student.name=resnet_20'], ["'resnet_20'", "'resnet20'", 'wrn16_1']),
+    'teacher model': (['--config.teacher.name=wrn40'], ["'wrn40'", 'wrn<depth>_<widen>']),
+    'depth': (['--config.student.name=wrn17_1'], ['17']),
+    'option of a model': (['--config.student.name=vgg11'], ["'vgg11'", 'widths']),
+    'width of a model': (['--config.student.options.widths=(0,3)'], ['student.options', '(0, 3)']),
+    'dataset': (['--config.dataset.name=toi'], ["'toi'", "'toy'", 'dfkd_jax.prepare']),
+    'dataset not prepared': (['--config.dataset.data_dir=nowhere'], ["'toy'", 'nowhere', 'dfkd_jax.prepare toy']),
+    'split': (['--config.dataset.test_split=tset'], ["'tset'", 'test, train']),
+    'no dataset': (['--config=CONFIGS/common.py'], ['common.py', 'get_config']),
+    'section': (['--config.distil.rounds=3'], ["'distil.rounds'", "'distill.rounds'", 'optimizer']),
+    'field': (['--config.distill.round=3'], ["'distill.round'", "'distill.rounds'", 'distill.temperature']),
+    'field of a number': (['--config.seed.x=3'], ["'seed.x'", 'no fields']),
+    'whole number': (['--config.seed=abc'], ['config.seed', "'abc'", 'whole number']),
+    'number': (['--config.optimizer.learning_rate=fast'], ['optimizer.learning_rate', "'fast'", 'a number']),
+    'half a round': (['--config.distill.rounds=1.5'], ['distill.rounds', "'1.5'", 'whole number']),
+    'yes or no': (['--config.control=maybe'], ['config.control', "'maybe'", 'True or False']),
+    'tuple': (['--config.teacher.mean=(1,'], ['teacher.mean', 'tuple']),
+    'section as a number': (['--config.dataset=3'], ['config.dataset', "'3'"]),
+    'argument': (['--wrokdir=x'], ["'--wrokdir'", "'--workdir'", '--help']),
+    'word': (['quickly'], ["'quickly'", '--help']),
+    'value': (['--workdir'], ['--workdir', 'expected one argument']),
+    'config file': (['--config=configs/cifar.yaml'], ["'configs/cifar.yaml'", 'configs/cifar.py']),
+    'missing config file': (['--config=configs/cifar11.py:kd'], ["'configs/cifar11.py'", "'configs/cifar10"]),
+    'config argument': (['--config=configs/cifar10.py:fast3'], ["'fast3'", 'fast10', 'wrn40_2-wrn16_1']),
+    'job': (['--config.job=distil'], ["'distil'", "'distill'", 'train']),
+    'rounds': (['--config.distill.rounds=0'], ['distill.rounds is 0', '[1, inf)']),
+    'steps': (['--config.method.num_steps=0'], ['method.num_steps is 0', '[1, inf)']),
+    'two at once': (['--config.seed=-1', '--config.factors.one_hot=-2'], ['seed is -1', 'factors.one_hot is -2.0']),
+    'rate': (['--config.optimizer.learning_rate=-0.1'], ['optimizer.learning_rate is -0.1', '(0, inf)']),
+    'not a number': (['--config.method.latent_lr=nan'], ['method.latent_lr is nan', '(0, inf)']),
+    'infinite': (['--config.factors.batch_norm=inf'], ['factors.batch_norm is inf', '[0, inf)']),
+    'latents': (['--config.method.latent_dim=0'], ['method.latent_dim is 0']),
+    'no student steps': (['--config.distill.distill_after=5'], ['distill_after is 5', 'distill.rounds, 5']),
+    'capacity': (['--config.method.capacity=3'], ['method.capacity is 3', 'at least 4']),
+    'batch by tasks': (['--config.method.num_tasks=3'], ['distill.batch_size is 4', 'multiple of 3']),
+    'batch by devices': (['--config.num_devices=3'], ['distill.batch_size is 4', 'multiple of 3']),
+    'capacity by devices': (
+        ['--config.num_devices=4', '--config.method.capacity=18'], ['method.capacity is 18', 'multiple of 4']),
+    'devices': (['--config.num_devices=5'], ['num_devices is 5', '1..4']),
+    'labels': (['--config.labels=balance'], ["'balance'", "'balanced'", 'stratified']),
+    'augmentation': (['--config.augment.student.name=shuft'], ["'shuft'", "'shift'"]),
+    'generator': (['--config.generator.name=generater'], ["'generater'", "'generator'"]),
+    'schedule': (['--config.optimizer.schedule=cosinus'], ["'cosinus'", 'cosine_by_step']),
+    'channels': (['--config.dataset.image_shape=(12,8,3)'], ['(12, 8, 1)', '(12, 8, 3)']),
+    'size': (['--config.dataset.image_shape=(8,8,1)'], ['(12, 8, 1)', '(8, 8, 1)']),
+    'size for the generator': (['--config.dataset.image_shape=(10,8,1)'], ['(10, 8)', 'divisible by 4']),
+    'axes': (['--config.dataset.image_shape=(12,8)'], ['dataset.image_shape is (12, 8)', 'channels']),
+    'normalisation': (['--config.student.mean=(0.1,0.2)'], ['student.mean is (0.1, 0.2)', '1 channels']),
+    'no deviation': (['--config.teacher.std=(0.0,)'], ['teacher.std is (0.0,)', '(0, inf)']),
+    'classes': (['--config.dataset.num_classes=6'], ['dataset.num_classes is 6', 'must be 5']),
+    'no weights': (['--config.teacher.source=teacher.pth'], ["'teacher.pth'", 'no such file']),
+    'embedded weights': (['--config.teacher.source=embedded:fashion'], ["'fashion'", 'embedded teacher']),
+    'weights of another width': (
+        ['--config.teacher.source=wide.safetensors'], ['batch_stats.bn1.mean', '(4,)', '(3,)']),
+    'weights of other classes': (
+        ['--config.teacher.source=classes.safetensors'], ['params.fc.', '(6,', '(5,']),
+    'weights of other channels': (
+        ['--config.teacher.source=colour.safetensors'], ['params.conv1.kernel', '(3, 3, 3, 3)', '(3, 3, 1, 3)']),
+    'weights not finite': (['--config.teacher.source=broken.safetensors'], ['params.conv2.kernel', 'not finite']),
+    'no weights at all': (['--config.teacher.source=notes.txt'], ['notes.txt', 'neither safetensors nor']),
+    'workdir': (['--workdir=notes.txt/run'], ['notes.txt/run', 'must be a folder']),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_costs_one_line_and_writes_nothing(name, call, tmp_path):
+  arguments, pieces = BAD[name]
+  arguments = [argument.replace('CONFIGS', str(toy_runs.ROOT / 'configs')) for argument in arguments]
+  (tmp_path / 'notes.txt').write_text('Nothing of interest.')
+  if 'weights of' in name or 'not finite' in name:
+    save(tmp_path / 'wide.safetensors', widths=(4, 6))
+    save(tmp_path / 'classes.safetensors', classes=6)
+    save(tmp_path / 'colour.safetensors', image=(12, 8, 3))
+    save(tmp_path / 'broken.safetensors', broken=True)
+  before = toy_runs.tree_of(tmp_path)
+  status, out, err = call(*arguments)
+  assert status == 2
+  assert out == []
+  assert len(err) == 1
+  assert err[0].startswith('error: ')
+  for piece in pieces:
+    assert piece in err[0]
+  assert toy_runs.tree_of(tmp_path) == before
+  assert not (tmp_path / 'runs').exists()
+
+
+NUMBERS = {name: interval for interval, names in build._RANGES.items() for name in names}
+
+
+def complaint(config):
+  try:
+    build.check(config)
+  except ValueError as error:
+    return str(error)
+  return ''
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(NUMBERS)), st.floats(-1e6, 1e6, allow_subnormal=False), st.booleans())
+def test_numbers_out_of_range_are_named(name, drawn, far):
+  """A number is refused as such if, and only if, it lies outside."""
+  interval = NUMBERS[name]
+  low, high = (float(end) for end in interval[1:-1].split(','))
+  number = drawn if far else low
+  config = toy_runs.config()
+  config.unlock()
+  section, _, field = name.rpartition('.')
+  value = (number, number, number)[:3 if field == 'image_shape' else 1] if field in (
+      'image_shape', 'std', 'milestones') else number
+  with config.ignore_type():
+    (config[section] if section else config)[field] = value
+  inside = (low < number or (low == number and interval[0] == '[')) and (
+      number < high or (number == high and interval[-1] == ']'))
+  message = complaint(config)
+  assert len(message.splitlines()) <= 1
+  assert (f'{name} is' in message and f'must be in {interval}' in message) == (not inside)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_misspelt_fields_are_named(data):
+  config = toy_runs.config().lock()
+  known = main._fields(config)
+  field = data.draw(st.sampled_from(known))
+  place = data.draw(st.integers(0, len(field) - 1))
+  letter = data.draw(st.sampled_from('abcxyz_'))
+  misspelt = field[:place] + letter + field[place + 1:]
+  if misspelt in known:
+    return
+  with pytest.raises(ValueError, match='Unknown') as error:
+    main.override(config, [f'--config.{misspelt}=1'])
+  assert repr(misspelt) in str(error.value)
+  assert len(str(error.value).splitlines()) == 1
+  near = str(error.value).partition('Did you mean ')[2]
+  assert len(field) < 5 or near
+
+
+def test_an_interrupted_run_says_how_to_go_on(call, monkeypatch):
+  def interrupt(*arguments, **more):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(train, 'run', interrupt)
+  status, _, err = call()
+  assert status == 130
+  assert len(err) == 1
+  assert 'goes on' in err[0]
+
+
+def test_what_is_not_foreseen_keeps_its_traceback(call, monkeypatch):
+  def fail(*arguments, **more):
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(train, 'run', fail)
+  with pytest.raises(ZeroDivisionError):
+    call()
+
+
+def test_a_traceback_can_be_asked_for(call):
+  with pytest.raises(ValueError, match='num_devices'):
+    call('--traceback', '--config.num_devices=9')
+
+
+def test_a_config_with_a_mistake_in_it_keeps_its_traceback(call, tmp_path):
+  (tmp_path / 'mine.py').write_text('def get_config():\n  return nothing\n')
+  with pytest.raises(NameError):
+    call(config='mine.py')
+
+
+def process(*arguments, cwd):
+  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  return subprocess.run(
+      [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True,
+      timeout=300, env=environment)
+
+
+@pytest.mark.parametrize(('arguments', 'piece'), [
+    (['--config.distil.rounds=3'], "'distill.rounds'"), (['--config.dataset.name=fashion'], "'fashion_mnist'")])
+def test_as_a_process_bad_input_is_one_line(arguments, piece, tmp_path):
+  found = process(*arguments, cwd=tmp_path)
+  assert found.returncode == 2
+  assert found.stdout == ''
+  line, = found.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert piece in line
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_every_method_is_known_to_the_checks():
+  """Numbers of methods that the checks name are arguments of one."""
+  taken = {number for name in synth.names() for number in synth.parameters(name)}
+  assert {name.removeprefix('method.') for name in NUMBERS if name.startswith('method.')} <= taken
