@@ -8,7 +8,7 @@ chosen so, never on the test images.
 from configs import common
 
 MEAN, STD = (0.2860,), (0.3530,)
-WIDTHS, STRIDES = (16, 32, 32, 64, 80), (1, 2, 1, 2, 1)
+WIDTHS, STRIDES = (16, 32, 48, 64, 80), (2, 1, 2, 1, 1)
 
 
 def get_config(arguments: str = ''):

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+
 from dfkd_jax import build
 
 COLABS = pathlib.Path(__file__).resolve().parent.parent / 'colabs'

@@ -260,7 +260,9 @@ def test_devices_share_the_work_of_tasks(tmp_path):
   """One round with plain SGD: Adam would turn rounding errors of gradients near zero into steps."""
   changes = dict(
       distill__rounds=1, distill__distill_after=0, distill__batch_size=8, method__num_steps=1, method__capacity=16,
-      optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0, factors__adversarial=0.0)
+      optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0, factors__adversarial=0.0,
+      teacher__options__widths=(3,), teacher__options__strides=(1,), teacher__source=toy_runs.teacher_file((3,)),
+      student__options__widths=(2,), student__options__strides=(1,))
   spread, on_four, _ = observed(toy_runs.config(num_devices=4, **changes), tmp_path / 'four')
   alone, on_one, _ = observed(toy_runs.config(num_devices=1, method__num_tasks=4, **changes), tmp_path / 'one')
   assert (spread['device']['count'], alone['device']['count']) == (4, 1)
@@ -268,7 +270,7 @@ def test_devices_share_the_work_of_tasks(tmp_path):
   assert theirs.images.shape == mine.images.shape == (4, 4, *toy_runs.IMAGE)
   assert np.abs(mine.images.astype(int) - theirs.images.astype(int)).max() <= 1  # Rounded down.
   assert equal(mine.histogram, theirs.histogram)
-  start = build.network(toy_runs.config(), 'student', jax.random.split(jax.random.key(0), 4)[0])
+  start = build.network(toy_runs.config(**changes), 'student', jax.random.split(jax.random.key(0), 4)[0])
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, on_one.student.network.params)
   assert max(jax.tree.leaves(moved)) > 1e-2
   for mine, theirs in zip(jax.tree.leaves(on_one.student), jax.tree.leaves(on_four.student), strict=True):
@@ -289,4 +291,4 @@ def test_smoke(tmp_path):
   summary = train.run(config, tmp_path)
   assert summary['teacher']['top1'] >= 0.92
   assert summary['student']['last']['top1'] >= 0.65 * summary['teacher']['top1']
-  assert 4 * summary['parameters']['student'] <= 1.03 * summary['parameters']['teacher']
+  assert 4 * summary['parameters']['student'] <= summary['parameters']['teacher']

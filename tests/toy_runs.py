@@ -44,11 +44,11 @@ def data_dir() -> str:
 
 
 @functools.cache
-def teacher_file() -> str:
-  """Weights of the toy teacher, and 'grey' of one that knows the brightness."""
-  module = models.create('convnet', CLASSES, **NETWORKS['teacher'])
+def teacher_file(widths: tuple[int, ...] = (3, 6)) -> str:
+  """Weights of a toy teacher."""
+  module = models.create('convnet', CLASSES, widths=widths, strides=(1, 2)[:len(widths)])
   network = models.create_network(module, jax.random.key(7), IMAGE)
-  path = folder() / 'teacher.safetensors'
+  path = folder() / f'teacher_{len(widths)}.safetensors'
   pretrained.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
   return str(path)
 

@@ -6,6 +6,7 @@ A summary is a dict; what is missing or None is left out of the lines:
     fractions in [0, 1], agreement with the teacher
   teacher: RESULT without agreement and round
   control: RESULT of a student that had noise images
+  network: 'teacher' where `student` tells of the training of one
   parameters: {'student': int, 'teacher': int}
   seconds: seconds by part, as from `Ledger.seconds`
   wall_seconds: float
@@ -49,7 +50,8 @@ def format_summary(summary: dict) -> str:
     lines.append(f'student / teacher   {", ".join(ratios)}')
   sizes = summary.get('parameters') or {}
   if sizes.get('student'):
-    lines.append(f'parameters          student {sizes["student"]:,}{_quotient(sizes)}')
+    name = summary.get('network', 'student')
+    lines.append(f'parameters          {name} {sizes["student"]:,}{_quotient(sizes)}')
   if summary.get('seconds'):
     lines += _times(summary['seconds'], summary.get('wall_seconds'))
   if summary.get('workdir'):
@@ -60,11 +62,11 @@ def format_summary(summary: dict) -> str:
 
 
 def _table(summary: dict) -> list[str]:
-  student = summary['student']
+  student, trained = summary['student'], summary.get('network', 'student')
   rows = [
     ('teacher', summary.get('teacher'), ''),
-    ('student, last', student.get('last'), ''),
-    ('student, best', student.get('best'), 'best is picked on the test set'),
+    (f'{trained}, last', student.get('last'), ''),
+    (f'{trained}, best', student.get('best'), 'best is picked on the test set'),
     ('control', summary.get('control'), 'same student and steps, on noise images labelled by the teacher'),
   ]
   head = f'{"on real test images":19}' + ''.join(f'{title:>11}' for title in SHARES.values()) + f'{"cross-entropy":>15}'
