@@ -234,7 +234,6 @@ def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
   """Segmentation through the same method: labels of one class an image go to the buffer."""
 
   class Dense(nn.Module):
-
     @nn.compact
     def __call__(self, x, train: bool = False):
       x = nn.Conv(4, (3, 3), use_bias=False)(x)
@@ -282,9 +281,7 @@ def test_the_adversary_needs_a_student():
 
 
 def test_a_teacher_without_batch_norm_is_refused():
-
   class Plain(nn.Module):
-
     @nn.compact
     def __call__(self, x):
       return nn.Dense(toys.CLASSES)(x.mean((1, 2)))

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toys
 from conftest import HERE, SHARED, golden
 from flax import linen as nn
 from flax import traverse_util
@@ -67,7 +66,7 @@ def program(make):
   def call(state, latents, targets, teacher, student):
     return make(latents, targets).synthesize(state, jax.random.key(0), teacher, student)
 
-  return toys.jit(call)
+  return jax.jit(call)
 
 
 def check_images(kept, reference):
