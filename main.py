@@ -9,7 +9,6 @@ What follows the colon are arguments, which each file in configs/ explains. Any 
 """
 
 import argparse
-import difflib
 import importlib.util
 import pathlib
 import re
@@ -20,6 +19,8 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
+
+from dfkd_jax.names import nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: "a tuple such as '(1, 2)'"}
@@ -82,7 +83,7 @@ def load(name: str) -> config_dict.ConfigDict:
   paths = [path for path in (pathlib.Path(file), HERE / file) if path.is_file() and path.suffix == '.py']
   if not paths:
     known = [path.relative_to(HERE).as_posix() for path in sorted((HERE / 'configs').glob('*.py'))]
-    raise ValueError(f'--config is {file!r}, must be a Python file.{_nearest(file, known)}')
+    raise ValueError(f'--config is {file!r}, must be a Python file.{nearest(file, known)}')
   spec = importlib.util.spec_from_file_location(f'{paths[0].stem}_config', paths[0])
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -117,7 +118,7 @@ def _field(config: config_dict.ConfigDict, argument: str) -> str:
   match = re.fullmatch(r'--?(?:no)?config\.([\w.]+)(?:\[\d+\])*(?:=.*)?', argument, re.DOTALL)
   if not match:
     name = argument.split('=')[0]
-    raise ValueError(f'Unknown argument {name!r}.{_nearest(name, ["--config", "--workdir"])} See --help.')
+    raise ValueError(f'Unknown argument {name!r}.{nearest(name, ["--config", "--workdir"])} See --help.')
   known = _fields(config)
   if match[1] in known:
     return match[1]
@@ -126,7 +127,7 @@ def _field(config: config_dict.ConfigDict, argument: str) -> str:
     section = section.rpartition('.')[0]
   there = [name for name in known if name.rpartition('.')[0] == section]
   raise ValueError(
-      f'Unknown config field {match[1]!r}.{_nearest(match[1], known)} '
+      f'Unknown config field {match[1]!r}.{nearest(match[1], known)} '
       f'{f"config.{section}" if section else "config"} has: {", ".join(there) or "no fields"}.')
 
 
@@ -138,11 +139,6 @@ def _fields(section: config_dict.ConfigDict, prefix: str = '') -> list[str]:
     if isinstance(value, config_dict.ConfigDict):
       names += _fields(value, f'{prefix}{name}.')
   return names
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-  near = difflib.get_close_matches(name, known, 1)
-  return f' Did you mean {near[0]!r}?' if near else ''
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """Every field that a run reads, and the arguments after the colon of `--config=FILE:ARGUMENTS`."""
 
-import difflib
-
 from ml_collections import config_dict
+
+from dfkd_jax import names
 
 
 def base() -> config_dict.ConfigDict:
@@ -10,7 +10,8 @@ def base() -> config_dict.ConfigDict:
   config = config_dict.create(
       job='distill',  # 'distill' without data, or 'train' on real data
       seed=0,
-      num_devices=config_dict.placeholder(int),  # None: all at hand
+      num_devices=config_dict.placeholder(int),  # None: as many as method.num_tasks can be spread over
+      precision=config_dict.placeholder(str),  # of matrix products, 'highest' against TF32; None: JAX's default
       dataset=dict(  # for evaluation, and for training teachers; never seen by a distillation
           name=config_dict.placeholder(str),
           data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS
@@ -22,7 +23,8 @@ def base() -> config_dict.ConfigDict:
       factors=dict(one_hot=0.0, batch_norm=0.0, adversarial=0.0, balance=0.0, activation=0.0,
                    total_variation=0.0, l2=0.0),
       labels='uniform',  # the classes asked for: 'uniform', 'stratified' or 'balanced'
-      augment=dict(synthesis=dict(name='crop_and_flip', pad=4), student=dict(name='crop_and_flip', pad=4)),
+      augment=dict(synthesis=dict(name='crop_and_flip', pad=config_dict.placeholder(int)),
+                   student=dict(name='crop_and_flip', pad=config_dict.placeholder(int))),
       distill=dict(rounds=220, steps_per_round=400, distill_after=20, batch_size=256, temperature=20.0,
                    divergence='kl'),
       train=dict(network='student', epochs=200, batch_size=128, label_factor=1.0, teacher_factor=0.0,
@@ -57,9 +59,7 @@ def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
     groups = [group for group, allowed in choices.items() if argument in allowed]
     known = [choice for allowed in choices.values() for choice in allowed]
     if not groups:
-      near = difflib.get_close_matches(argument, known, 1)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
-      raise ValueError(f'Unknown config argument {argument!r}.{hint} Known: {", ".join(known)}.')
+      names.known(argument, known, 'config argument')
     if groups[0] in picked:
       raise ValueError(f'Config arguments {picked[groups[0]]!r} and {argument!r} exclude each other.')
     picked[groups[0]] = argument

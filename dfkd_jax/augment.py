@@ -4,7 +4,6 @@ Each draws anew for every image (`roll_and_flip`: once for the batch). Images ar
 in [0, 1], so that what lies outside of one is black.
 """
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dfkd_jax.names import known
 from dfkd_jax.types import Array, PRNGKey
 
 _ATTEMPTS = 10  # At a resized crop that fits, as in torchvision.
@@ -28,11 +28,7 @@ def create(name: str, **options) -> Callable[[PRNGKey, Array], Array]:
   Raises:
     ValueError: On another name, or on options that do not belong to it.
   """
-  if name not in _BY_NAME:
-    near = difflib.get_close_matches(name, _BY_NAME, 1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(f'augmentation is {name!r}; allowed are {", ".join(_BY_NAME)}.{hint}')
-  function = _BY_NAME[name]
+  function = _BY_NAME[known(name, _BY_NAME, 'augmentation')]
   allowed = list(inspect.signature(function).parameters)[2:]
   for option in options:
     if option not in allowed:

@@ -1,6 +1,7 @@
 """From a config to the parts of a run; each error names the value and what is allowed."""
 
 import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from dfkd_jax import augment, distill, models, parallel, synth, tasks
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
+from dfkd_jax.names import known
 from dfkd_jax.synth import objective
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import PRNGKey
@@ -57,7 +59,7 @@ def check(config: Config) -> None:
       if (value := _get(config, name)) is not None and not _within(value, interval)]
   if wrong:
     raise ValueError(f'{"; ".join(wrong)}.')
-  synth.known(config.job, JOBS, 'job')
+  known(config.job, JOBS, 'job')
   if config.dataset.name is None:
     raise ValueError('dataset.name is None, must be the name of a prepared data set.')
   if len(config.dataset.image_shape) != 3:
@@ -95,7 +97,7 @@ def _within(value, interval: str) -> bool:
 
 def task(config: Config) -> tasks.Task:
   """What the teacher was trained for."""
-  labels = synth.known(config.labels, LABELS, 'labels')
+  labels = known(config.labels, LABELS, 'labels')
   return tasks.classification(
       config.dataset.num_classes, balanced=labels == 'balanced', stratified=labels == 'stratified')
 
@@ -131,7 +133,7 @@ def weights_path(source: str) -> pathlib.Path:
   """The file that `teacher.source` names."""
   if source.startswith('embedded:'):
     names = tuple(sorted(path.stem for path in TEACHERS.glob('*.safetensors')))
-    return TEACHERS / f"{synth.known(source.removeprefix('embedded:'), names, 'embedded teacher')}.safetensors"
+    return TEACHERS / f"{known(source.removeprefix('embedded:'), names, 'embedded teacher')}.safetensors"
   path = pathlib.Path(source).expanduser()
   if not path.is_file():
     raise ValueError(f'teacher.source is {source!r}: there is no such file.')
@@ -162,21 +164,26 @@ def augmentation(section: Config) -> Callable:
 
 
 def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synthesizer]:
-  """The method, waiting for the name of the mapped axis."""
+  """The method, waiting for the name of the mapped axis.
+
+  A config speaks of all devices together: tasks, batches and capacity are shared out here, so that
+  a run is the same on any number of devices that divides its tasks.
+  """
   numbers = _plain(config.method)
   name = numbers.pop('name', None)
   if name is None:
     raise ValueError(f'method.name is None, must be one of {", ".join(synth.names())}.')
   taken = synth.parameters(name)
-  num_tasks = numbers.get('num_tasks', 1)
-  share = parallel.even_share(config.distill.batch_size, num_devices * num_tasks, 'distill.batch_size') * num_tasks
+  num_tasks, local_tasks = tasks_of(config), local_tasks_of(config, num_devices)
+  if 'num_tasks' in numbers:
+    numbers['num_tasks'] = local_tasks
+  share = parallel.even_share(config.distill.batch_size, num_tasks, 'distill.batch_size') * local_tasks
   if 'capacity' in numbers:
-    least = numbers.get('batch_size', 1) * num_tasks * num_devices
+    least = numbers.get('batch_size', 1) * num_tasks
     if numbers['capacity'] < least:
       raise ValueError(
           f'method.capacity is {numbers["capacity"]}, must be at least {least}, the images of one round.')
-    numbers['capacity'] = parallel.even_share(numbers['capacity'], num_devices * num_tasks, 'method.capacity')
-    numbers['capacity'] *= num_tasks
+    numbers['capacity'] = parallel.even_share(numbers['capacity'], num_tasks, 'method.capacity') * local_tasks
   at_hand = dict(
       generator=generator(config), image_shape=tuple(config.dataset.image_shape), task=task(config),
       factors=objective.Factors(**config.factors.to_dict()), augment=augmentation(config.augment.synthesis),
@@ -185,10 +192,20 @@ def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synt
   return lambda axis: synth.create(name, **at_hand, **numbers, axis=axis)
 
 
+def tasks_of(config: Config) -> int:
+  """Inversions in one round, on all devices together."""
+  return config.method.get('num_tasks', 1)
+
+
+def local_tasks_of(config: Config, num_devices: int) -> int:
+  """Inversions in one round on each device."""
+  return parallel.even_share(tasks_of(config), num_devices, 'method.num_tasks')
+
+
 def generator(config: Config):
   """The generator, by the name of its class in lower case."""
   kinds = {'generator': models.Generator}
-  kind = kinds[synth.known(config.generator.name, tuple(kinds), 'generator')]
+  kind = kinds[known(config.generator.name, tuple(kinds), 'generator')]
   options = _plain(config.generator.options)
   try:
     return kind(image_shape=tuple(config.dataset.image_shape), **options)
@@ -206,17 +223,18 @@ def optimizer(config: Config, rounds: int, steps_per_round: int) -> optax.Gradie
   """
   section = config.optimizer
   rate = schedule(section, rounds, steps_per_round)
-  name = synth.known(section.name, ('sgd', 'adam'), 'optimizer')
-  decay = optax.add_decayed_weights(section.weight_decay) if section.weight_decay else optax.identity()
+  name = known(section.name, ('sgd', 'adam'), 'optimizer')
   if name == 'adam':
-    return optax.chain(decay, optax.adam(rate))
-  return optax.chain(decay, optax.sgd(rate, momentum=section.momentum or None, nesterov=section.nesterov))
+    return optax.chain(optax.add_decayed_weights(section.weight_decay), optax.adam(rate))
+  return distill.coupled_sgd(rate, section.momentum, section.weight_decay, section.nesterov)
 
 
 def schedule(section: Config, rounds: int, steps_per_round: int) -> optax.Schedule:
   """Learning rate by step."""
-  name = synth.known(section.schedule, _SCHEDULES, 'schedule')
+  name = known(section.schedule, _SCHEDULES, 'schedule')
   rate, warmup, total = section.learning_rate, section.warmup_steps, rounds * steps_per_round
+  if warmup and name != 'cosine_by_step':
+    raise ValueError(f'optimizer.warmup_steps is {warmup}, must be 0 with the schedule {name!r}.')
   if name == 'constant':
     return optax.constant_schedule(rate)
   if name == 'steps':
@@ -229,8 +247,17 @@ def schedule(section: Config, rounds: int, steps_per_round: int) -> optax.Schedu
 
 
 def mesh(config: Config) -> jax.sharding.Mesh:
-  """The devices of the run."""
-  return parallel.make_mesh(config.num_devices)
+  """The devices of the run: as many as asked for, else as its tasks (in training: its batches) can be spread over."""
+  if config.num_devices is not None:
+    return parallel.make_mesh(config.num_devices)
+  what, number = ('method.num_tasks', tasks_of(config)) if config.job == 'distill' else (
+      'train.batch_size', config.train.batch_size)
+  at_hand = jax.device_count()
+  used = max(count for count in range(1, at_hand + 1) if number % count == 0)
+  if used < at_hand:
+    print(f'{used} of {at_hand} devices are used, since {what} is {number}: a multiple of {at_hand} uses all.',
+          file=sys.stderr)
+  return parallel.make_mesh(used)
 
 
 def _plain(section: Config) -> dict:

@@ -1,4 +1,4 @@
-"""Real images, for evaluation and for training teachers: TFDS without TensorFlow.
+"""Real images, for evaluation and for training teachers: TFDS, without TensorFlow unless a set needs it.
 
 Distillation itself never reads any. Sets are small enough to be decoded once into
 memory; `dfkd_jax.prepare` writes them in the form that is read here.
@@ -6,6 +6,8 @@ memory; `dfkd_jax.prepare` writes them in the form that is read here.
 
 import contextlib
 import difflib
+import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -48,60 +50,17 @@ def load(
     image_shape: (H, W, C) that the images must have.
 
   Raises:
-    ValueError: If the data set or its split is not there, cannot be read
-      without TensorFlow, or has images of other or of several shapes.
+    ValueError: If the data set or its split is not there, is stored as tfrecord
+      where TensorFlow is not installed, or has images of other or of several shapes.
   """
   with _quiet():
     builder = _builder(name, split, _roots(data_dir))
     features = builder.info.features
     if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
       raise ValueError(f'Data set {name!r} must have an image and a class label, got features {sorted(features)}.')
-    source = _attempt(lambda: builder.as_data_source(split=split), f'Split {split!r} of {name!r}')
-    images, labels = _decode(name, source, image_shape)
+    size, records = _attempt(lambda: _records(builder, split), f'Split {split!r} of {name!r}')
+    images, labels = _decode(name, size, records, image_shape)
     return Dataset(images, labels, tuple(features['label'].names))
-
-
-def batches(
-    dataset: Dataset,
-    batch_size: int,
-    seed: int = 0,
-    *,
-    epochs: int | range = 1,
-    shuffle: bool = True,
-    drop_remainder: bool = True,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Batches for supervised training: images uint8 [B, H, W, C], labels int32 [B].
-
-  An epoch's order depends on `seed` and its number alone: a run that stopped
-  after e epochs goes on with `epochs=range(e, total)`.
-
-  Args:
-    dataset: What `load` gave.
-    batch_size: B.
-    seed: Of the order.
-    epochs: How many, or which ones.
-    shuffle: A new order each epoch; else that of the data set.
-    drop_remainder: Leave out what does not fill the last batch of an epoch.
-
-  Raises:
-    ValueError: If there is no batch in an epoch.
-  """
-  size = len(dataset.images)
-  if batch_size < 1:
-    raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
-  stop = size - size % batch_size if drop_remainder else size
-  if not stop:
-    raise ValueError(f'batch_size must be at most {size}, the size of the data set, got {batch_size}.')
-  epochs = range(epochs) if isinstance(epochs, int) else epochs
-
-  def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for epoch in epochs:
-      order = np.random.default_rng((seed, epoch)).permutation(size) if shuffle else np.arange(size)
-      for start in range(0, stop, batch_size):
-        rows = order[start:min(start + batch_size, stop)]
-        yield dataset.images[rows], dataset.labels[rows]
-
-  return generate()
 
 
 def _roots(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
@@ -137,11 +96,34 @@ def _builder(name: str, split: str, roots: list[pathlib.Path]) -> Any:
 
 
 def _readable(builder: Any, name: str, folder: pathlib.Path) -> Any:
-  stored = getattr(builder.info.file_format, 'value', None)
-  if stored != 'array_record':
-    raise ValueError(f'Data set {name!r} in {folder} is stored as {stored}, which only TensorFlow reads; '
-                     f'prepare it as array_record.')
+  stored = _stored_as(builder)
+  if stored != 'array_record' and not (stored == 'tfrecord' and _has_tensorflow()):
+    raise ValueError(f'Data set {name!r} in {folder} is stored as {stored}, must be array_record, '
+                     "or tfrecord with TensorFlow: pip install 'dfkd_jax[tf]'.")
   return builder
+
+
+def _stored_as(builder: Any) -> str | None:
+  return getattr(builder.info.file_format, 'value', None)
+
+
+def _has_tensorflow() -> bool:
+  """Whether it is installed; it is not imported."""
+  return importlib.util.find_spec('tensorflow') is not None
+
+
+def _records(builder: Any, split: str) -> tuple[int, Iterator[dict[str, Any]]]:
+  """How many records a split has, and these in order, read as they are asked for."""
+  if _stored_as(builder) == 'tfrecord':
+    import tensorflow_datasets as tfds
+
+    in_order = tfds.ReadConfig(interleave_cycle_length=1)
+    records = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=in_order))
+    return builder.info.splits[split].num_examples, iter(records)
+  source = builder.as_data_source(split=split)
+  size = len(source)
+  parts = (range(size)[start:start + _DECODED_AT_ONCE] for start in range(0, size, _DECODED_AT_ONCE))
+  return size, itertools.chain.from_iterable(source.__getitems__(list(rows)) for rows in parts)
 
 
 def _newest(root: pathlib.Path, name: str) -> pathlib.Path | None:
@@ -158,28 +140,25 @@ def _prepared(roots: list[pathlib.Path]) -> set[str]:
 
 
 def _decode(
-    name: str, source: Any, image_shape: tuple[int, int, int] | None
+    name: str, size: int, records: Iterator[dict[str, Any]], image_shape: tuple[int, int, int] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """All images and labels of a TFDS data source."""
-  if not len(source):
+  """All images and labels."""
+  if not size:
     raise ValueError(f'There is no image in this split of data set {name!r}.')
-  shape = image_shape = None if image_shape is None else tuple(image_shape)
-  labels = np.empty(len(source), np.int32)
-  images = None
-  for start in range(0, len(source), _DECODED_AT_ONCE):
-    rows = range(start, min(start + _DECODED_AT_ONCE, len(source)))
-    records = _attempt(lambda rows=rows: source.__getitems__(list(rows)), f'Data set {name!r}')
-    for row, record in zip(rows, records, strict=True):
-      image = record['image']
-      if shape is None:
-        shape = image.shape
-      if image.shape != shape or image.dtype != np.uint8:
-        wanted = 'asked for' if image_shape else 'what others of it have'
-        raise ValueError(
-            f'Data set {name!r} has an image of {image.dtype} {image.shape}, but uint8 {shape} is {wanted}.')
-      if images is None:
-        images = np.empty((len(source), *shape), np.uint8)
-      images[row], labels[row] = image, record['label']
+  shape = None if image_shape is None else tuple(image_shape)
+  images, labels = None, np.empty(size, np.int32)
+  for row in range(size):
+    record = _attempt(lambda: next(records), f'Data set {name!r}')
+    image = record['image']
+    if shape is None:
+      shape = image.shape
+    if image.shape != shape or image.dtype != np.uint8:
+      wanted = 'asked for' if image_shape else 'what others of it have'
+      raise ValueError(
+          f'Data set {name!r} has an image of {image.dtype} {image.shape}, but uint8 {shape} is {wanted}.')
+    if images is None:
+      images = np.empty((size, *shape), np.uint8)
+    images[row], labels[row] = image, record['label']
   return images, labels
 
 

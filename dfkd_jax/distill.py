@@ -39,9 +39,12 @@ def cosine_by_round(init_value: float, rounds: int, steps_per_round: int, end_va
   return lambda step: smooth(step // steps_per_round)
 
 
-def coupled_sgd(learning_rate: optax.ScalarOrSchedule, momentum: float, weight_decay: float):
+def coupled_sgd(
+    learning_rate: optax.ScalarOrSchedule, momentum: float, weight_decay: float, nesterov: bool = False
+) -> optax.GradientTransformation:
   """SGD with weight decay added to the gradient of *every* parameter before momentum, as PyTorch has it."""
-  return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum))
+  return optax.chain(
+      optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov))
 
 
 def train_step(

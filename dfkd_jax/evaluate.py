@@ -1,7 +1,7 @@
 """How good a network is on real images, and how often it says what its teacher says."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -64,35 +64,28 @@ def evaluate(
   return {**task.summarize(total['metrics']), **agreement, 'count': float(len(images))}
 
 
-def make_evaluator(task: Task, batch_size: int = 256) -> Callable[..., dict[str, float]]:
-  """`evaluate` for one task and batch size: (network, dataset, *, teacher_predictions) -> metrics."""
-  return functools.partial(evaluate, task=task, batch_size=batch_size)
-
-
-def predict(network: Network, images: np.ndarray, *, batch_size: int = 256, logits: bool = False) -> np.ndarray:
+def predict(network: Network, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
   """A network's answers, in evaluation mode.
 
   Args:
     network: To be asked.
     images: [N, H, W, C], uint8 or float in [0, 1].
     batch_size: Images at a time.
-    logits: Whether to return scores instead of the class with the highest one.
 
   Returns:
-    [N] int32, in segmentation [N, H, W]; or logits with K at the end.
+    The class with the highest score, [N] int32, in segmentation [N, H, W].
   """
   images = np.asarray(images)
   _check(images, images, None, batch_size)
   parts = [
-      np.asarray(_answers(network, batch, logits=logits))[:np.count_nonzero(real)]
+      np.asarray(_answers(network, batch))[:np.count_nonzero(real)]
       for (batch,), real in _batches((images,), batch_size)]
   return np.concatenate(parts)
 
 
-@functools.partial(jax.jit, static_argnames='logits')
-def _answers(network: Network, images: Array, *, logits: bool) -> Array:
-  scores = network(_floats(images)).logits
-  return scores if logits else jnp.argmax(scores, axis=-1).astype(jnp.int32)
+@jax.jit
+def _answers(network: Network, images: Array) -> Array:
+  return jnp.argmax(network(_floats(images)).logits, axis=-1).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames='task')

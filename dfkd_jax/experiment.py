@@ -18,8 +18,8 @@ from dfkd_jax.types import PyTree
 
 Advance = Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
 
-# Where things lie is no part of what a run computes: it may go on with them elsewhere.
-_PLACES = ('compilation_cache', 'dataset.data_dir')
+# Where things lie and run is no part of what a run computes: it may go on with them elsewhere.
+_PLACES = ('compilation_cache', 'dataset.data_dir', 'num_devices')
 _BEST = 'student.best is picked on the test images; student.last is not.'
 
 

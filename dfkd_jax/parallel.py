@@ -7,7 +7,7 @@ has the same global shapes on one device and on many: fields declared with
 
 `jax.pmap` has lowered to `jit(shard_map)` since JAX 0.9; the latter is used
 because it leaves global shapes alone, so that a checkpoint fits any number of
-devices. The per-device functions run under `jax.pmap(axis_name=...)` as well
+devices that divides the number of tasks. The per-device functions run under `jax.pmap(axis_name=...)` as well
 (tests/test_parallel.py holds the three to the same numbers).
 """
 
@@ -26,6 +26,7 @@ from dfkd_jax.types import Array, PRNGKey, PyTree
 
 AXIS = 'devices'
 REPLICATED = PartitionSpec()
+SPREAD = PartitionSpec(AXIS)  # along the first axis
 BATCHES = PartitionSpec(None, AXIS)  # [steps, B], each step's batch split
 
 
@@ -75,17 +76,16 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 def specs(tree: PyTree) -> PyTree:
   """A tree of PartitionSpecs for a state: by `sharded()` fields, all else replicated."""
-  if dataclasses.is_dataclass(tree):
-    return tree.replace(**{
-        field.name: _spec_of_field(field, getattr(tree, field.name))
-        for field in dataclasses.fields(tree) if field.metadata.get('pytree_node', True)})
-  return jax.tree.map(lambda _: REPLICATED, tree)
+  return jax.tree.map(
+      lambda node: _specs_of_fields(node) if dataclasses.is_dataclass(node) else REPLICATED, tree,
+      is_leaf=dataclasses.is_dataclass)
 
 
-def _spec_of_field(field: dataclasses.Field, value: PyTree) -> PyTree:
-  if field.metadata.get('sharded', False):
-    return jax.tree.map(lambda _: PartitionSpec(AXIS), value)
-  return specs(value)
+def _specs_of_fields(node: PyTree) -> PyTree:
+  fields = [field for field in dataclasses.fields(node) if field.metadata.get('pytree_node', True)]
+  return node.replace(**{
+      field.name: jax.tree.map(lambda _: SPREAD, getattr(node, field.name)) if field.metadata.get('sharded', False)
+      else specs(getattr(node, field.name)) for field in fields})
 
 
 def shardings(mesh: Mesh, tree: PyTree) -> PyTree:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dfkd_jax import build, distill, parallel, synth
+from dfkd_jax import build, distill, parallel
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
+from dfkd_jax.names import known
 from dfkd_jax.types import Array, Metrics, PRNGKey
 
 
@@ -27,7 +28,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   that was trained, `network` says whether the config calls it teacher or student, and `teacher` is whom it follows.
   """
   section = config.train
-  which = synth.known(section.network, ('teacher', 'student'), 'train.network')
+  which = known(section.network, ('teacher', 'student'), 'train.network')
   mesh = build.mesh(config)
   parallel.even_share(section.batch_size, mesh.size, 'train.batch_size')
   experiment = Experiment(config, workdir, 'epoch', command)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import struct
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from dfkd_jax import build, distill, parallel, report, supervised, synth
 from dfkd_jax.experiment import Experiment
@@ -49,6 +49,8 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
     ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
   """
   build.check(config)
+  if config.precision:
+    jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
@@ -70,7 +72,8 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
   if (summary := experiment.finished()) is not None:
     return summary
   with experiment.ledger.part('setup'):
-    student_key, init_key, run_key, control_key = jax.random.split(jax.random.key(config.seed), 4)
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    student_key, init_key, run_key, control_key, picture_key = keys
     teacher = parallel.place(mesh, build.teacher(config))
     # On the host, since what is placed will be donated, and the control starts from the same.
     network = jax.tree.map(np.array, build.network(config, 'student', student_key))
@@ -83,7 +86,7 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     advance = functools.partial(_round, experiment, programs, run_key, teacher)
     state = experiment.loop(state, done, section.rounds, advance, lambda state: state.student.network)
     supervised.write_weights(experiment.workdir / 'student.safetensors', state.student.network, config.student.name)
-    files = ('student.safetensors', *_write_images(experiment, mesh, make, state.synthesis, run_key))
+    files = ('student.safetensors', *_write_images(experiment, mesh, make, state.synthesis, picture_key))
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
         num_devices=mesh.size, files=files, teacher=metrics_of_teacher, control=control,
@@ -127,21 +130,24 @@ def compiled(
 
 def _compiled_steps(config, mesh, make, tx, state: State, teacher):
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
-  step = distiller(config, make, tx, config.distill.steps_per_round)
+  step = distiller(config, make, tx, config.distill.steps_per_round, mesh.size)
   program = parallel.each_device(step, mesh, (one, spread, one, one), (one, spread, one), donate=(0, 1))
   return program.lower(state.student, state.synthesis, jax.random.key(0), teacher).compile()
 
 
-def distiller(config: build.Config, make: Make, tx: optax.GradientTransformation, num_steps: int) -> Callable:
+def distiller(
+    config: build.Config, make: Make, tx: optax.GradientTransformation, num_steps: int, num_devices: int
+) -> Callable:
   """`distill.distill` with the numbers of a config: (student, synthesis, key, teacher, *, axis)."""
   section = config.distill
   augment = build.augmentation(config.augment.student)
+  num_tasks = build.local_tasks_of(config, num_devices)
 
   def student_steps(student, synthesis, key, teacher, *, axis):
     return distill.distill(
         student, synthesis, key, teacher, synthesizer=make(axis), tx=tx, num_steps=num_steps,
         temperature=section.temperature, divergence=section.divergence, augment=augment,
-        num_tasks=config.method.get('num_tasks', 1), axis=axis)
+        num_tasks=num_tasks, axis=axis)
 
   return student_steps
 
@@ -168,7 +174,7 @@ def _round(experiment, programs: Programs, run_key: PRNGKey, teacher: Network, s
 def _control(experiment, mesh, tx, network: Network, teacher: Network, key: PRNGKey) -> dict[str, float]:
   """A student with the same start and as many steps on noise: what the images are worth is the difference."""
   config = experiment.config
-  section, num_tasks = config.distill, config.method.get('num_tasks', 1)
+  section, num_tasks = config.distill, build.local_tasks_of(config, mesh.size)
   make = lambda axis: synth.create(
       'noise', image_shape=tuple(config.dataset.image_shape), sample_batch_size=section.batch_size // mesh.size,
       num_tasks=num_tasks, axis=axis)
@@ -190,16 +196,18 @@ def _write_images(experiment, mesh: Mesh, make: Make, synthesis: PyTree, key: PR
     return make(axis).sample(synthesis, key)
 
   section = experiment.config.grid
+  wanted = section.columns * section.rows
   program = parallel.each_device(
-      sample, mesh, (parallel.specs(synthesis), parallel.REPLICATED), PartitionSpec(parallel.AXIS))
-  batches = [jax.device_get(program(synthesis, jax.random.fold_in(key, index))) for index in range(4)]
+      sample, mesh, (parallel.specs(synthesis), parallel.REPLICATED), parallel.SPREAD)
+  num_batches = 1 + 4 * wanted // experiment.config.distill.batch_size  # So many that most classes have enough.
+  batches = [jax.device_get(program(synthesis, jax.random.fold_in(key, index))) for index in range(num_batches)]
   drawn = Batch(*map(np.concatenate, zip(*batches, strict=True)))
   if (drawn.labels < 0).any():  # Of the control.
     return ()
   turn = np.zeros(len(drawn.labels), int)  # The how-manieth of its class each image is.
   for label in np.unique(drawn.labels):
     turn[drawn.labels == label] = np.arange((drawn.labels == label).sum())
-  order = np.lexsort((drawn.labels, turn))[:section.columns * section.rows]
+  order = np.lexsort((drawn.labels, turn))[:wanted]
   names = [experiment.test.class_names[label] for label in drawn.labels[order]]
   report.image_grid(experiment.workdir / 'images.png', drawn.images[order], names, section.columns)
   return ('images.png',)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # Tolerances are those of CPU, and four devices are wanted.
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=4')
 os.environ.setdefault('PJRT_NPROC', '32')  # On two cores, loops of collectives deadlock without.
 

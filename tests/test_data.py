@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 import tarfile
+import types
 
 import numpy as np
 import pytest
 
 from dfkd_jax import data, prepare
+from dfkd_jax.prepare import writer
+from dfkd_jax.prepare.__main__ import main
 
 
 def arrays(size, shape, num_classes, seed=0):
@@ -82,6 +85,21 @@ def test_the_highest_version_is_read_unless_one_is_named(tmp_path):
     data.load('tiny:2.0.0', 'test', tmp_path)
 
 
+def test_further_columns_count_over_all_splits(tmp_path):
+  """The split written last has fewer classes and shorter texts."""
+  columns = {'train': {'coarse_label': [0, 7, 3], 'id': ['a', 'bcd', 'e']}, 'test': {'coarse_label': [1], 'id': ['f']}}
+  splits = {split: (*arrays(len(of['id']), (4, 5, 3), 2), of) for split, of in columns.items()}
+  folder = prepare.write('tiny', splits, tmp_path)
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder_from_directory(folder)
+  assert builder.info.features['coarse_label'].num_classes == 8
+  assert [record['coarse_label'] for record in builder.as_data_source(split='train')] == [0, 7, 3]
+  splits['test'] = splits['test'][:2]
+  with fails_in_one_line(r"split 'test' of 'other' must be \['coarse_label', 'id', 'label'\].*got \['label'\]"):
+    prepare.write('other', splits, tmp_path)
+
+
 def cifar_archive(path, name, members):
   with tarfile.open(path, 'w:gz') as archive:
     for member, content in members.items():
@@ -98,7 +116,7 @@ def test_cifar100_archive_reads_in_plain_tfds_as_tfds_defines_it(tmp_path):
   names = [f'kind_{i}' for i in range(100)]
   cifar_archive(tmp_path / 'c.tar.gz', 'cifar-100-binary', {
       'train.bin': records, 'test.bin': records[:3074], 'fine_label_names.txt': '\n'.join(names).encode() + b'\n'})
-  done = prepare.main(['cifar100', '--source', str(tmp_path / 'c.tar.gz'), '--data_dir', str(tmp_path / 'd')])
+  done = main(['cifar100', '--source', str(tmp_path / 'c.tar.gz'), '--data_dir', str(tmp_path / 'd')])
   assert done == 0
   for source in (tfds.data_source('cifar100', split='train', data_dir=tmp_path / 'd', download=False),
                  tfds.builder_from_directory(tmp_path / 'd/cifar100/3.0.2').as_data_source(split='train')):
@@ -176,7 +194,7 @@ def failing_sources(folder):
 
 def test_bad_sources_in_one_line(tmp_path, capsys):
   for name, file, message in failing_sources(tmp_path):
-    status = prepare.main([name, '--source', str(tmp_path / file), '--data_dir', str(tmp_path / 'd')])
+    status = main([name, '--source', str(tmp_path / file), '--data_dir', str(tmp_path / 'd')])
     lines = capsys.readouterr().err.splitlines()
     assert status == 2
     assert len(lines) == 1, lines
@@ -210,7 +228,7 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
   def break_off(image):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(prepare, '_png', break_off)
+  monkeypatch.setattr(writer, '_png', break_off)
   with pytest.raises(KeyboardInterrupt):
     prepare.write('other', {'test': first}, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['tiny']
@@ -245,11 +263,34 @@ def test_a_damaged_set_fails_in_one_line(tmp_path):
     data.load('tiny', 'test', tmp_path)
 
 
-def test_records_of_tensorflow_are_refused_in_one_line(tmp_path):
-  info = prepare.write('tiny', {'test': arrays(3, (4, 5, 3), 2)}, tmp_path) / 'dataset_info.json'
-  info.write_text(info.read_text().replace('array_record', 'tfrecord'))
-  with fails_in_one_line('stored as tfrecord'):
+def stored_as(form, images, labels, folder):
+  info = prepare.write('tiny', {'test': (images, labels)}, folder) / 'dataset_info.json'
+  info.write_text(info.read_text().replace('array_record', form))
+
+
+def test_records_of_tensorflow_without_it_are_refused_in_one_line(tmp_path, monkeypatch):
+  monkeypatch.setattr(data, '_has_tensorflow', lambda: False)
+  stored_as('tfrecord', *arrays(3, (4, 5, 3), 2), tmp_path)
+  with fails_in_one_line(r"stored as tfrecord.* pip install 'dfkd_jax\[tf\]'"):
     data.load('tiny', 'test', tmp_path)
+
+
+def test_records_of_tensorflow_are_read_by_it(tmp_path, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  def as_dataset(builder, *, split, shuffle_files, read_config):
+    assert (split, shuffle_files, read_config.interleave_cycle_length) == ('test[1:]', False, 1)
+    return [{'image': image, 'label': label} for image, label in zip(images[1:], labels[1:], strict=True)]
+
+  monkeypatch.setattr(data, '_has_tensorflow', lambda: True)
+  monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_dataset', as_dataset)
+  monkeypatch.setattr(tfds, 'as_numpy', lambda records: records)
+  monkeypatch.setattr(tfds, 'ReadConfig', types.SimpleNamespace)
+  images, labels = arrays(3, (4, 5, 3), 2)
+  stored_as('tfrecord', images, labels, tmp_path)
+  read = data.load('tiny', 'test[1:]', tmp_path)
+  np.testing.assert_array_equal(read.images, images[1:])
+  np.testing.assert_array_equal(read.labels, labels[1:])
 
 
 def test_the_users_directory_serves_what_is_not_embedded(tmp_path, monkeypatch):
@@ -288,33 +329,3 @@ def test_neither_tensorflow_nor_noise(tmp_path):
       'data.load("fashion_mnist", "test[:3]")\nassert "tensorflow" not in sys.modules\n')
   done = run('-c', program, TFDS_DATA_DIR=str(tmp_path))
   assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
-
-
-def toy(size=17):
-  return data.Dataset(np.arange(size, dtype=np.uint8).reshape(-1, 1, 1, 1), np.arange(size, dtype=np.int32), ('a',))
-
-
-def test_batches_are_a_permutation_that_seed_and_epoch_decide():
-  three = list(data.batches(toy(), 5, seed=3, epochs=3, drop_remainder=False))
-  assert [len(labels) for _, labels in three] == [5, 5, 5, 2] * 3
-  epochs = [np.concatenate([labels for _, labels in three[i:i + 4]]) for i in (0, 4, 8)]
-  for order in epochs:
-    assert sorted(order) == list(range(17))
-  assert not np.array_equal(epochs[0], epochs[1])
-  for images, labels in three:
-    np.testing.assert_array_equal(images.ravel(), labels)
-  last = list(data.batches(toy(), 5, seed=3, epochs=range(2, 3), drop_remainder=False))
-  np.testing.assert_array_equal(np.concatenate([labels for _, labels in last]), epochs[2])
-  other = next(data.batches(toy(), 17, seed=4))[1]
-  assert not np.array_equal(other, epochs[0])
-
-
-def test_batches_in_order_and_without_the_remainder():
-  labels = [labels.tolist() for _, labels in data.batches(toy(), 7, shuffle=False)]
-  assert labels == [list(range(7)), list(range(7, 14))]
-  with fails_in_one_line('at most 17, the size of the data set, got 18'):
-    data.batches(toy(), 18)
-  with fails_in_one_line('at least 1, got 0'):
-    data.batches(toy(), 0)
-
-

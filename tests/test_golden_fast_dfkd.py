@@ -84,10 +84,12 @@ def check_past(past, means, variances):
   np.testing.assert_allclose(np.concatenate([past[path].var for path in paths]), variances, rtol=1e-9, atol=1e-12)
 
 
-def check_losses(metrics, archive, call, adversarial_after):
-  for name, short in TERMS.items():
+def check_losses(metrics, archive, call, factors, adversarial_after):
+  assert set(metrics) == {'loss', *(name for name, factor in factors.items() if factor)}
+  for name in metrics:
     # Until it sets in, the term is shown but counts nothing: the total says so.
-    if name in metrics and (name != 'adversarial' or call > adversarial_after):
+    if name != 'adversarial' or call > adversarial_after:
+      short = TERMS[name]
       np.testing.assert_allclose(metrics[name], archive[f'call{call}/loss_{short}_f64'], rtol=1e-9, atol=1e-12)
 
 
@@ -104,10 +106,9 @@ def test_whole_trajectories(name, x64):
   teacher, student = cast(wide_resnet('teacher_wrn16_1')), cast(wide_resnet('student_wrn16_1'))
   generator = models.Generator(image_shape=(32, 32, 3), width=4)
   scenario = dict(SCENARIOS[name])
-  one_hot, batch_norm, adversarial = scenario.pop('factors')
+  factors = dict(zip(('one_hot', 'batch_norm', 'adversarial'), scenario.pop('factors'), strict=True))
   make = lambda latents, targets: synth.create(
-      'fast_dfkd', generator=generator, latent_dim=16, task=labels_of(targets),
-      factors=synth.Factors(one_hot=one_hot, batch_norm=batch_norm, adversarial=adversarial),
+      'fast_dfkd', generator=generator, latent_dim=16, task=labels_of(targets), factors=synth.Factors(**factors),
       sample_latents=lambda *_: latents, **scenario, **NUMBERS)
   state = make(None, None).init(jax.random.key(0), teacher).replace(
       meta_params=parameters(start, generator, (16,), start))
@@ -116,8 +117,7 @@ def test_whole_trajectories(name, x64):
   for call in (1, 2, 3):
     latents, targets = cast(archive[f'call{call}/z']), archive[f'call{call}/targets']
     state, metrics = synthesize(state, latents, targets, teacher, student)
-    check_losses(metrics, archive, call, scenario['adversarial_after'])
-    assert ('adversarial' in metrics) == (adversarial > 0)
+    check_losses(metrics, archive, call, factors, scenario['adversarial_after'])
     check_parameters(state.meta_params, archive, call)
     if scenario['moments_momentum']:
       check_past(state.past, archive[f'call{call}/mmt_mean_f64'], archive[f'call{call}/mmt_var_f64'])

@@ -157,10 +157,10 @@ BAD = {
     'latents': (['--config.method.latent_dim=0'], ['method.latent_dim is 0']),
     'no student steps': (['--config.distill.distill_after=5'], ['distill_after is 5', 'distill.rounds, 5']),
     'capacity': (['--config.method.capacity=3'], ['method.capacity is 3', 'at least 4']),
+    'tasks by devices': (['--config.num_devices=3'], ['method.num_tasks is 1', 'multiple of 3']),
     'batch by tasks': (['--config.method.num_tasks=3'], ['distill.batch_size is 4', 'multiple of 3']),
-    'batch by devices': (['--config.num_devices=3'], ['distill.batch_size is 4', 'multiple of 3']),
-    'capacity by devices': (
-        ['--config.num_devices=4', '--config.method.capacity=18'], ['method.capacity is 18', 'multiple of 4']),
+    'capacity by tasks': (
+        ['--config.method.num_tasks=4', '--config.method.capacity=18'], ['method.capacity is 18', 'multiple of 4']),
     'devices': (['--config.num_devices=5'], ['num_devices is 5', '1..4']),
     'labels': (['--config.labels=balance'], ["'balance'", "'balanced'", 'stratified']),
     'augmentation': (['--config.augment.student.name=shuft'], ["'shuft'", "'shift'"]),

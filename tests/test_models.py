@@ -351,8 +351,8 @@ def test_create_knows_any_wide_resnet():
 
 
 @pytest.mark.parametrize(('name', 'message'), [
-    ('resent34', "Unknown model 'resent34'; did you mean 'resnet34'? There are convnet, "),
-    ('xyz', "Unknown model 'xyz'. There are convnet, "),
+    ('resent34', "Unknown model 'resent34'. Did you mean 'resnet34'? Known: convnet, "),
+    ('xyz', "Unknown model 'xyz'. Known: convnet, "),
     ('wrn17_1', 'A wide ResNet has 6n + 4 layers (10, 16, 22, 28, 40, ...), not 17.')])
 def test_create_refuses_what_is_not_there(name, message):
   with pytest.raises(ValueError, match=re.escape(message)):

@@ -57,6 +57,13 @@ def float64(tree):
   return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
 
 
+def distances(tree, other):
+  """By tensor: how far the two lie apart, as a share of the norm of the second."""
+  apart = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+  return {jax.tree_util.keystr(path): apart(a, b) for (path, a), b in zip(
+      jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True)}
+
+
 def generator(width=2):
   return models.Generator(image_shape=IMAGE, width=width)
 

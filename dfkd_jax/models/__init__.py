@@ -1,6 +1,5 @@
 """Networks by name, and what they are built of."""
 
-import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dfkd_jax.models.resnet import ResNet
 from dfkd_jax.models.thin_resnet import ThinResNet
 from dfkd_jax.models.vgg import VGG
 from dfkd_jax.models.wide_resnet import WideResNet
+from dfkd_jax.names import nearest
 
 __all__ = [
     'ConvNet', 'Generator', 'Network', 'ResNet', 'SpatialGenerator', 'ThinResNet', 'VGG', 'WideResNet',
@@ -68,6 +68,5 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     return _MODELS[name](num_classes=num_classes, **options)
   if match := _WIDE_RESNET.fullmatch(name):
     return WideResNet(num_classes, *map(int, match.groups()), **options)
-  near = difflib.get_close_matches(name, names(), n=1)
-  hint = f'; did you mean {near[0]!r}?' if near else '.'
-  raise ValueError(f'Unknown model {name!r}{hint} There are {", ".join(names())} and wrn<depth>_<widen>.')
+  raise ValueError(
+      f'Unknown model {name!r}.{nearest(name, names())} Known: {", ".join(names())} and wrn<depth>_<widen>.')

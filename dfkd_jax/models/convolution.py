@@ -134,7 +134,8 @@ def upsampled_conv(inputs: Array, kernel: Array) -> Array:
   outputs = kernel.shape[-1]
   folded = jnp.concatenate(
       [columns.swapaxes(0, 1) for rows in _fold(kernel) for columns in _fold(rows.swapaxes(0, 1))], axis=-1)
-  maps = _valid(jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0))), folded)
+  # Taps add up in the kernel's own type, which may be wider.
+  maps = _valid(jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0))), folded.astype(inputs.dtype))
 
   def pixel(p: int, q: int) -> Array:
     first = (2 * p + q) * outputs

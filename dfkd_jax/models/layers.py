@@ -41,8 +41,8 @@ class UpsampledConv(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps [B, H, W, I] to [B, 2H, 2W, O]."""
     kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
-    x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-    return upsampled_conv(x, kernel)
+    dtype = nn.dtypes.canonicalize_dtype(x, kernel, dtype=self.dtype)
+    return upsampled_conv(x.astype(dtype), kernel)
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:

@@ -19,7 +19,8 @@ _EVALUATING = ('use_running_average', 'deterministic')
 class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.jit(network)` has a hash.
   """A module, its variables and its preprocessing.
 
-  Any Linen module that maps images [B, H, W, C] to logits [B, ..., K] will do.
+  Any Linen module that maps images [B, H, W, C] to logits [B, ..., K] will do, as long as it has no other variables
+  than `params` and `batch_stats`, draws no random numbers in training, and calls each batch norm once.
   If its call takes a flag `train`, `training` or `is_training` (or, of the
   opposite sense, `use_running_average` or `deterministic`) that flag is set.
   Moments of its batch norms come by `layers.tapped`; a module that sows
@@ -60,7 +61,7 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.
     outputs = Outputs(
         logits=logits,
         features=_sown(sown, 'features'),
-        maps=tuple(_sown(sown, name) for name in sorted(sown) if name.startswith('stage_')),
+        maps=tuple(_sown(sown, f'stage_{i}') for i in range(1, len(sown) + 1) if f'stage_{i}' in sown),
         moments=layers.moments_by_path(sown))
     return outputs, new.get('batch_stats', self.batch_stats)
 

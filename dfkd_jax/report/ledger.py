@@ -1,9 +1,10 @@
 """Where the time of a run goes."""
 
 import contextlib
-import difflib
 import time
 from collections.abc import Callable, Iterator
+
+from dfkd_jax.names import known
 
 PARTS = ('setup', 'compile', 'synthesis', 'student', 'control', 'evaluation', 'checkpoint')
 
@@ -72,7 +73,4 @@ class Ledger:
 
 
 def _check(name: str) -> None:
-  if name not in PARTS:
-    close = difflib.get_close_matches(name, PARTS, 1)
-    suggestion = f' Did you mean {close[0]!r}?' if close else ''
-    raise ValueError(f'There is no part {name!r}, only {", ".join(PARTS)}.{suggestion}')
+  known(name, PARTS, 'part of a run')

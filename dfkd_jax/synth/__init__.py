@@ -6,12 +6,12 @@ state, metrics = synthesizer.synthesize(state, key, teacher, student)
 batch = synthesizer.sample(state, key)
 """
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 from typing import Any
 
+from dfkd_jax.names import known
 from dfkd_jax.synth import generative, methods, objective, optimize, replay
 from dfkd_jax.synth.objective import Factors
 from dfkd_jax.synth.synthesizer import Synthesizer
@@ -46,12 +46,3 @@ def parameters(name: str) -> tuple[str, ...]:
 
 def _constructor(name: str):
   return getattr(importlib.import_module(f'{methods.__name__}.{known(name, names(), "method")}'), name)
-
-
-def known(name: str, allowed: tuple[str, ...], what: str) -> str:
-  """The name, if it is allowed; else a ValueError with the nearest that is."""
-  if name not in allowed:
-    near = difflib.get_close_matches(name, allowed, 1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(f'Unknown {what} {name!r}.{hint} Known: {", ".join(allowed)}.')
-  return name

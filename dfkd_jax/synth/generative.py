@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from dfkd_jax.types import Array, PRNGKey, PyTree
+from dfkd_jax.models.network import Network
+from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
 
 
 def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
@@ -16,8 +17,29 @@ def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> P
 
 
 def render(generator: nn.Module, params: PyTree, latents: Array) -> Array:
-  """Images [B, H, W, C] in (0, 1), normalised by this batch; running moments are neither read nor kept."""
+  """Images [B, H, W, C] in (0, 1), normalised by this batch; running moments are neither read nor kept.
+
+  A generator of the user's takes `train=` beside the latents, and for a reset names its `first_layers`.
+  """
   return generator.apply({'params': params}, latents, train=True, mutable=['batch_stats'])[0]
+
+
+def check(
+    generator: nn.Module, params: PyTree, latent_shape: tuple[int, ...], image_shape: tuple[int, ...],
+    teacher: Network, num_classes: int,
+) -> Outputs:
+  """Shapes of what the teacher says of the generator's images, if all fit together.
+
+  Raises:
+    ValueError: The images are not `image_shape`, or the teacher has another number of classes.
+  """
+  images = jax.eval_shape(lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
+  if images.shape[1:] != tuple(image_shape):
+    raise ValueError(f'image_shape is {tuple(image_shape)}, must be {images.shape[1:]}, as the generator makes.')
+  outputs = jax.eval_shape(lambda network, x: network(x), teacher, images)
+  if outputs.logits.shape[-1] != num_classes:
+    raise ValueError(f'The task has {num_classes} classes, must have {outputs.logits.shape[-1]}, as the teacher.')
+  return outputs
 
 
 def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.02) -> PyTree:

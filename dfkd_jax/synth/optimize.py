@@ -59,7 +59,7 @@ def minimize(
     opt_state: Of `tx`, for `variables`.
     tx: The optimizer.
     num_steps: At least 1.
-    keep: 'best' (strictly lowest loss, the first step if none is finite) or 'last'.
+    keep: 'best' (strictly lowest loss that is a number, else the first step) or 'last'.
   """
   if num_steps < 1:
     raise ValueError(f'num_steps is {num_steps}, must be at least 1.')
@@ -70,7 +70,8 @@ def minimize(
   def step(carry: Minimum, inputs: tuple[Array, PRNGKey]) -> tuple[Minimum, Metrics]:
     index, step_key = inputs
     (loss, seen), grads = grad_fn(carry.variables, step_key)
-    better = (index == 0) | (loss < carry.loss) if keep == 'best' else jnp.bool_(True)
+    lower = (loss < carry.loss) | (jnp.isnan(carry.loss) & ~jnp.isnan(loss))
+    better = (index == 0) | lower if keep == 'best' else jnp.bool_(True)
     pick = lambda new, old: jnp.where(better, new, old)
     updates, opt_state = tx.update(grads, carry.opt_state, carry.variables)
     return Minimum(

@@ -17,7 +17,7 @@ class ReplayBuffer(struct.PyTreeNode):
   """The newest N images of each of this device's M tasks."""
 
   images: Array = parallel.sharded()  # [M, N, H, W, C] uint8
-  labels: Array = parallel.sharded()  # [M, N] int32, the teacher's class
+  labels: Array = parallel.sharded()  # [M, N] int32, the teacher's class, of the view it was synthesised by
   histogram: Array  # [K] int32, live images by class, over all tasks and devices
   next: Array  # [] int32, slot of each stripe that is written next
   size: Array  # [] int32, live slots of each stripe
@@ -89,7 +89,7 @@ def sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None
   num_tasks = buffer.images.shape[0]
   share = parallel.even_share(batch_size, num_tasks, 'batch_size')
   keys = parallel.task_keys(key, num_tasks, axis)
-  within = jax.vmap(lambda k: jax.random.randint(k, (share,), 0, jnp.maximum(buffer.size, 1)))(keys)
+  within = jax.vmap(lambda k: jax.random.randint(k, (share,), 0, jnp.maximum(buffer.size, 1), jnp.int32))(keys)
   slots = (within + buffer.capacity * jnp.arange(num_tasks)[:, None]).reshape(batch_size)
   flat = lambda a: a.reshape(num_tasks * buffer.capacity, *a.shape[2:])
   return Batch(to_float(flat(buffer.images)[slots]), flat(buffer.labels)[slots], slots)

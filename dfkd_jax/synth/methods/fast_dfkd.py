@@ -110,6 +110,8 @@ def fast_dfkd(
     raise ValueError(f'meta is {meta!r}, must be one of {META}.')
   if not 0 <= moments_momentum < 1:
     raise ValueError(f'moments_momentum is {moments_momentum}, must be in [0, 1).')
+  if restart_every is not None and not carry_latents:
+    raise ValueError(f'restart_every is {restart_every}, must be None where carry_latents is False.')
   factors = factors.checked()
   latent_shape = (batch_size, *((latent_dim,) if isinstance(latent_dim, int) else latent_dim))
   share = parallel.even_share(capacity, num_tasks, 'capacity')
@@ -124,10 +126,11 @@ def fast_dfkd(
       raise ValueError('The teacher has no BatchNorm: the term batch_norm has nothing to match, its factor must be 0.')
     key_params, key_latents = jax.random.split(key)
     params = generative.init(generator, key_params, latent_shape)
+    shapes = generative.check(generator, params, latent_shape, image_shape, teacher, task.num_classes)
     return State(
         latents=draw_latents(key_latents) if carry_latents else None,
         step=jnp.int32(0), meta_params=params, meta_opt_state=meta_tx.init(params),
-        past=jax.tree.map(jnp.zeros_like, teacher.running()),
+        past=jax.tree.map(jnp.zeros_like, shapes.moments),
         buffer=replay.create(share, image_shape, task.num_classes, num_tasks))
 
   def draw_latents(key: PRNGKey) -> Array:

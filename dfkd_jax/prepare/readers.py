@@ -1,0 +1,114 @@
+"""What the authors of data sets publish, as arrays."""
+
+import gzip
+import math
+import os
+import pathlib
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dfkd_jax.prepare.writer import Split
+
+_IDX = {'train': 'train', 'test': 't10k'}
+_CIFAR_FILES = {
+    'cifar10': {'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)), 'test': ('test_batch.bin',)},
+    'cifar100': {'train': ('train.bin',), 'test': ('test.bin',)},
+}
+_CIFAR_NAMES = {'cifar10': 'batches.meta.txt', 'cifar100': 'fine_label_names.txt'}
+
+
+def read_idx(path: str | os.PathLike) -> np.ndarray:
+  """An array of unsigned bytes out of an IDX file (that of MNIST), gzipped or not.
+
+  Raises:
+    ValueError: If it is no such file, or too short or long.
+  """
+  raw = pathlib.Path(path).read_bytes()
+  if raw[:2] == b'\x1f\x8b':
+    raw = gzip.decompress(raw)
+  if raw[:3] != b'\0\0\x08' or len(raw) < 8 or len(raw) < 4 + 4 * raw[3]:
+    raise ValueError(f'{str(path)!r} is not an IDX file of unsigned bytes.')
+  shape = tuple(np.frombuffer(raw, '>u4', raw[3], 4).tolist())
+  if len(raw) != 4 + 4 * len(shape) + math.prod(shape):
+    raise ValueError(f'{str(path)!r} has {len(raw)} bytes, which does not fit its shape {shape}.')
+  return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def _from_idx(name: str, source: pathlib.Path, splits: Iterable[str]) -> tuple[dict[str, Split], None]:
+  """The four files of MNIST and its likes, in a directory."""
+  found = {}
+  for split in splits:
+    arrays = []
+    for kind in ('images-idx3', 'labels-idx1'):
+      file = f'{_IDX.get(split, split)}-{kind}-ubyte'
+      paths = [path for path in (source / f'{file}.gz', source / file) if path.exists()]
+      if not paths:
+        raise ValueError(f'{str(source)!r} has no {file}.gz, of which split {split!r} of {name!r} is made.')
+      arrays.append(read_idx(paths[0]))
+    found[split] = arrays[0][..., None], arrays[1]
+  return found, None
+
+
+def _from_cifar(name: str, source: pathlib.Path, splits: Iterable[str]) -> tuple[dict[str, Split], list[str]]:
+  """The binary version of CIFAR-10 or CIFAR-100, read out of the archive without unpacking it to disk."""
+  if name not in _CIFAR_FILES:
+    raise ValueError(f'An archive can be read for {" and ".join(map(repr, _CIFAR_FILES))}, not for {name!r}.')
+  files = {split: _CIFAR_FILES[name].get(split, (split,)) for split in splits}
+  wanted = {_CIFAR_NAMES[name], *(file for of_split in files.values() for file in of_split)}
+  raw = {}
+  with tarfile.open(source, 'r|*') as archive:
+    for member in archive:
+      if os.path.basename(member.name) in wanted and member.isfile():
+        raw[os.path.basename(member.name)] = archive.extractfile(member).read()
+  if missing := sorted(wanted - set(raw)):
+    raise ValueError(f'{str(source)!r} has no {missing[0]!r}, of which {name!r} is made.')
+  found = {split: _cifar_split(split, b''.join(map(raw.get, of_split)), name) for split, of_split in files.items()}
+  return found, raw[_CIFAR_NAMES[name]].decode().split()
+
+
+def _cifar_split(split: str, raw: bytes, name: str) -> Split:
+  """Images, labels and TFDS' further columns from records of 1 or 2 label bytes and 3 planes of 32 x 32."""
+  num_labels = 2 if name == 'cifar100' else 1
+  if not raw or len(raw) % (num_labels + 3072):
+    raise ValueError(f'Split {split!r} of {name!r} has {len(raw)} bytes, no multiple of {num_labels + 3072}.')
+  records = np.frombuffer(raw, np.uint8).reshape(-1, num_labels + 3072)
+  images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+  columns = {'id': np.array([f'{split}_{i:05d}' for i in range(len(records))])}
+  if num_labels == 2:
+    columns['coarse_label'] = records[:, 0]
+  return images, records[:, num_labels - 1], columns
+
+
+def _from_npz(name: str, source: pathlib.Path, splits: Iterable[str]) -> tuple[dict[str, Split], list[str] | None]:
+  """`<split>_images` and `<split>_labels`, and if there `class_names`."""
+  found = {}
+  if not zipfile.is_zipfile(source):
+    raise ValueError(f'{str(source)!r} is not an .npz file.')
+  with np.load(source) as arrays:
+    for split in splits:
+      for key in (f'{split}_images', f'{split}_labels'):
+        if key not in arrays:
+          raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {list(arrays)}.')
+      found[split] = arrays[f'{split}_images'], arrays[f'{split}_labels']
+    return found, arrays['class_names'].tolist() if 'class_names' in arrays else None
+
+
+def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> tuple[dict[str, Split], Sequence[str] | None]:
+  """Splits and class names, as `write` takes them, from what the authors publish.
+
+  Args:
+    name: Of the data set.
+    source: A directory of IDX files, the archive of CIFAR's binary version, or
+      an .npz file with `<split>_images`, `<split>_labels` and maybe `class_names`.
+    splits: Which ones to read; ValueError if they cannot be.
+  """
+  source = pathlib.Path(source).expanduser()
+  reader = _from_idx if source.is_dir() else _from_npz if source.suffix == '.npz' else _from_cifar
+  try:
+    return reader(name, source, tuple(splits))
+  except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(f'{str(source)!r} cannot be read: {error}') from error
