@@ -90,7 +90,16 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
         num_devices=mesh.size, files=files, teacher=metrics_of_teacher, control=control,
+        rates=_rates(config, experiment.ledger.seconds()),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
+
+
+def _rates(config: build.Config, seconds: dict[str, float]) -> dict[str, float]:
+  """Images a second once compiled: inner steps times images, and images that the student saw."""
+  section, method = config.distill, config.method
+  image_steps = section.rounds * build.tasks_of(config) * method.get('batch_size', 0) * method.get('num_steps', 0)
+  images = (section.rounds - section.distill_after) * section.steps_per_round * section.batch_size
+  return {'synthesis_image_steps': image_steps / seconds['synthesis'], 'student_images': images / seconds['student']}
 
 
 def _init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:

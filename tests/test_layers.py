@@ -183,8 +183,10 @@ def test_moments_are_those_of_the_inputs_of_a_users_own_batch_norms():
 
 def test_variance_survives_a_large_mean():
   inputs_ = 1000 + np.random.default_rng(0).normal(size=(7, 5, 6, 2)).astype(np.float32) * 0.1
-  moments = layers.moments_of(jnp.asarray(inputs_))
-  np.testing.assert_allclose(moments.var, inputs_.astype(np.float64).var((0, 1, 2)), rtol=1e-2)
+  for shift in (None, jnp.array([1000.5, 998.0])):  # Five and twenty times the spread away.
+    moments = layers.moments_of(jnp.asarray(inputs_), shift=shift)
+    np.testing.assert_allclose(moments.mean, inputs_.astype(np.float64).mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(moments.var, inputs_.astype(np.float64).var((0, 1, 2)), rtol=1e-2)
 
 
 def test_paths_are_the_same_eagerly_compiled_and_in_training():

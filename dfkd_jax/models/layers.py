@@ -108,17 +108,17 @@ def tapped(axis: str | None = None) -> Iterator[None]:
 def moments_of(inputs: Array, axis: str | None = None, shift: Array | None = None) -> Moments:
   """Mean and biased variance over all but the last axis, at least in float32.
 
-  Both come of one pass, which keeps no activation alive: var = E[(x - s)^2] - E[x - s]^2, without
-  cancellation as long as the shift s [C] is nearer to the mean than a few hundred times the spread.
+  With a shift s [C] both come of one pass, which keeps no activation alive: var = E[(x - s)^2] - E[x - s]^2,
+  without cancellation as long as s is nearer to the mean than a few hundred times the spread.
 
   Args:
     inputs: [..., C].
     axis: The mapped axis of devices that share the batch, if any.
-    shift: Any guess of the mean, such as the running one; None for 0.
+    shift: A guess of the mean, such as the running one; None takes the mean itself, in a pass of its own.
   """
   inputs = at_least_float32(inputs)
   axes = tuple(range(inputs.ndim - 1))
-  shift = jnp.zeros(inputs.shape[-1:], inputs.dtype) if shift is None else jax.lax.stop_gradient(shift)
+  shift = jax.lax.stop_gradient(parallel.pmean(inputs.mean(axes), axis) if shift is None else shift)
   centred = inputs - shift
   mean, square = parallel.pmean((centred.mean(axes), jnp.square(centred).mean(axes)), axis)
   return Moments(mean + shift, jnp.maximum(square - jnp.square(mean), 0))

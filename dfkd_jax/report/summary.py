@@ -10,6 +10,7 @@ A summary is a dict; what is missing or None is left out of the lines:
   parameters: {'student': int, 'teacher': int}
   seconds: seconds by part, as from `Ledger.seconds`
   wall_seconds: float
+  rates: {'synthesis_image_steps': a second, 'student_images': a second}
   seed, command, config, versions, device: as they were
   workdir: str, and files: list of names there
   synthetic: False where no images were synthesised, and nothing need be said of privacy
@@ -54,6 +55,9 @@ def format_summary(summary: dict) -> str:
     lines.append(f'parameters          {name} {sizes["student"]:,}{_quotient(sizes)}')
   if summary.get('seconds'):
     lines += _times(summary['seconds'], summary.get('wall_seconds'))
+  if rates := summary.get('rates'):
+    lines.append(f'rates, once compiled {rates["synthesis_image_steps"]:8,.0f} image-steps/s of synthesis, '
+                 f'{rates["student_images"]:,.0f} images/s of the student')
   if summary.get('workdir'):
     lines.append(f'files               {", ".join(summary.get("files") or [SUMMARY])} in {summary["workdir"]}')
   if summary.get('synthetic') is not False:
