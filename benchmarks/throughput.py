@@ -19,10 +19,10 @@ import optax
 from dfkd_jax import augment, distill, models, report, synth, tasks
 
 
-def compiled(function, *arguments, donate=()):
+def compiled(function, *arguments):
   """A program, the seconds to compile it, and what XLA says of it."""
   began = time.perf_counter()
-  program = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+  program = jax.jit(function).lower(*arguments).compile()
   return program, time.perf_counter() - began
 
 

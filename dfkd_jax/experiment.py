@@ -43,7 +43,7 @@ class Experiment:
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
       plain = _jsonable(config)
-      self.meta = {'config': plain, 'hash': config_hash(plain)}
+      self.meta = {'config': plain, 'hash': config_hash(_compared(plain))}
       _check_place(self.workdir)
       _same_config(_stored_config(self.workdir), plain, self.workdir)
       self.task = build.task(config)
@@ -220,14 +220,19 @@ def _same_config(stored: dict | None, given: dict, workdir: pathlib.Path) -> Non
   """Raises ValueError that names the first field in which a run that is there differs from the one wanted."""
   if stored is None:
     return
-  flat = lambda tree: {jax.tree_util.keystr(path, simple=True, separator='.'): value
-                       for path, value in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_value)}
-  there, here = flat(stored), flat(given)
-  for name in sorted((there | here).keys() - set(_PLACES)):
+  there, here = _compared(stored), _compared(given)
+  for name in sorted(there | here):
     if there.get(name) != here.get(name):
       raise ValueError(
           f'{workdir} holds a run with another config: {name} is {there.get(name)!r} there, {here.get(name)!r} here. '
           'Name another --workdir.')
+
+
+def _compared(config: dict) -> dict[str, Any]:
+  """Fields by dotted name, without those that are no part of what a run computes."""
+  leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=_is_value)
+  flat = {jax.tree_util.keystr(path, simple=True, separator='.'): value for path, value in leaves}
+  return {name: value for name, value in flat.items() if name not in _PLACES}
 
 
 def _is_value(tree: Any) -> bool:

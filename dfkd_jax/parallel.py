@@ -5,10 +5,11 @@ runs as it stands where `axis` is None, and here it is mapped over devices. Stat
 has the same global shapes on one device and on many: fields declared with
 `sharded()` are split along their first axis, all others are replicated.
 
-`jax.pmap` has lowered to `jit(shard_map)` since JAX 0.9; the latter is used
+`jax.pmap` has lowered to `jit(shard_map)` since JAX 0.9.2; the latter is used
 because it leaves global shapes alone, so that a checkpoint fits any number of
-devices that divides the number of tasks. The per-device functions run under `jax.pmap(axis_name=...)` as well
-(tests/test_parallel.py holds the three to the same numbers).
+devices that divides the number of tasks. The per-device functions run under
+`jax.pmap(axis_name=...)` as well: tests/test_parallel.py holds both, and one
+device, to the same numbers.
 """
 
 import dataclasses
