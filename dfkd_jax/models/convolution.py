@@ -61,9 +61,14 @@ def _windows(maps: Array, kernel_shape, strides, padding) -> list[tuple[slice, .
       for i in range(kernel_shape[0]) for j in range(kernel_shape[1])]
 
 
+def _pad(maps: Array, padding) -> Array:
+  """Zeros around maps [B, H, W, C]; where the padding is negative, less of them."""
+  return lax.pad(maps, jnp.zeros((), maps.dtype), ((0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)))
+
+
 def _few_inputs(lhs, rhs, strides, padding, precision):
   """All windows side by side, times the kernel as a matrix."""
-  padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
+  padded = _pad(lhs, padding)
   columns = jnp.concatenate([padded[at] for at in _windows(lhs, rhs.shape, strides, padding)], axis=-1)
   return _matmul(columns, rhs.reshape(-1, rhs.shape[-1]), precision)
 
@@ -107,10 +112,27 @@ def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, save
   lhs_grad = _canonical(
       cotangent, rhs[::-1, ::-1].swapaxes(2, 3), lhs_dilation,
       tuple((k - 1 - low, n - o + low) for k, n, o, low in extents), strides, rhs_dilation, precision)
-  rhs_grad = _canonical(
-      lhs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), rhs_dilation,
-      tuple((low, o - n + k - 1 - low) for k, n, o, low in extents), lhs_dilation, strides, precision)
-  return lhs_grad, rhs_grad.transpose(1, 2, 0, 3)
+  if lhs_dilation != (1, 1) or rhs_dilation != (1, 1):
+    rhs_grad = _canonical(
+        lhs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), rhs_dilation,
+        tuple((low, o - n + k - 1 - low) for k, n, o, low in extents), lhs_dilation, strides, precision)
+    return lhs_grad, rhs_grad.transpose(1, 2, 0, 3)
+  # A kernel of the maps' size is what the CPU's convolution is slowest at.
+  return lhs_grad, _rhs_grad(lhs, rhs.shape, cotangent, strides, padding, precision)
+
+
+def _rhs_grad(lhs, shape, cotangent, strides, padding, precision):
+  """The gradient of a kernel, as products of matrices."""
+  if strides == (1, 1):  # All windows of the cotangent side by side: one product, wide enough for the matrix kernel.
+    edges = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(shape, padding, strict=False))
+    padded = _pad(cotangent, edges)
+    columns = jnp.concatenate([padded[at] for at in _windows(cotangent, shape, strides, edges)], axis=-1)
+    taps = jnp.matmul(lhs.reshape(-1, shape[2]).T, columns.reshape(-1, columns.shape[-1]), precision=precision)
+    return taps.reshape(shape[2], *shape[:2], shape[3])[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+  padded = _pad(lhs, padding)
+  flat = cotangent.reshape(-1, shape[3])
+  windows = [padded[at].reshape(-1, shape[2]).T for at in _windows(lhs, shape, strides, padding)]
+  return jnp.stack([jnp.matmul(window, flat, precision=precision) for window in windows]).reshape(shape)
 
 
 _canonical.defvjp(_canonical_fwd, _canonical_bwd)
