@@ -1,10 +1,11 @@
-"""Synthesis image-steps/s and student images/s of FastDFKD, with compile time, memory and FLOPs.
+"""Synthesis image-steps/s and student images/s of FastDFKD, with compile time, peak memory and FLOPs.
 
 python benchmarks/throughput.py --pair=wrn40_2-wrn16_1 --batch_size=256
 
 Weights are random: speed does not depend on them. An image-step is one inner step on one image. Times are the best of
-`--repeats` runs that wait for the device; compilation is apart. FLOPs and memory are those of the compiled programs
-(XLA's cost analysis counts the body of a loop once, so they are measured on a program of one step).
+`--repeats` runs that wait for the device; compilation is apart. Peak memory is what XLA reserves for a compiled program:
+its arguments, results and temporaries. FLOPs are those of the compiled programs (XLA's cost analysis counts the body of a
+loop once, so they are measured on a program of one step).
 """
 
 import argparse
@@ -30,6 +31,13 @@ def flops(program) -> float:
   analysis = program.cost_analysis() or {}
   analysis = analysis[0] if isinstance(analysis, list) else analysis
   return float(analysis.get('flops', float('nan')))
+
+
+def peak_mib(program) -> float:
+  """All that lives while a program runs: arguments (networks and buffer among them), results, temporaries."""
+  sizes = program.memory_analysis()
+  held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  return (held + sizes.temp_size_in_bytes) / 2**20
 
 
 def best_seconds(function, repeats: int) -> float:
@@ -67,13 +75,12 @@ def measure(pair: str, batch_size: int, num_steps: int, student_steps: int, repe
   state, _ = synthesize(state, keys[3], teacher, student)
   synthesis = best_seconds(lambda: synthesize(state, keys[3], teacher, student), repeats)
   student_seconds = best_seconds(lambda: train(learner, state, keys[4], teacher), repeats)
-  mib = lambda program: program.memory_analysis().temp_size_in_bytes / 2**20
   return {
       'pair': pair, 'batch': batch_size, 'dtype': jnp.dtype(dtype or jnp.float32).name,
       'synthesis_image_steps_per_second': batch_size * num_steps / synthesis,
       'student_images_per_second': batch_size * student_steps / student_seconds,
       'compile_seconds': {'synthesis': compile_synthesis, 'student': compile_student},
-      'temporary_mib': {'synthesis': mib(synthesize), 'student': mib(train)},
+      'peak_mib': {'synthesis': peak_mib(synthesize), 'student': peak_mib(train)},
       'gflop_per_image_step': {'synthesis': flops(one_synthesis) / batch_size / 1e9,
                                'student': flops(one_step) / batch_size / 1e9},
       'device': report.device(), 'versions': report.versions()}
