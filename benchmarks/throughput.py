@@ -3,9 +3,9 @@
 python benchmarks/throughput.py --pair=wrn40_2-wrn16_1 --batch_size=256
 
 Weights are random: speed does not depend on them. An image-step is one inner step on one image. Times are the best of
-`--repeats` runs that wait for the device; compilation is apart. Peak memory is what XLA reserves for a compiled program:
-its arguments, results and temporaries. FLOPs are those of the compiled programs (XLA's cost analysis counts the body of a
-loop once, so they are measured on a program of one step).
+`--repeats` runs that wait for the device; compilation is apart. Peak memory is what XLA reserves for a compiled
+program: its arguments, results and temporaries. FLOPs are those of the compiled programs (XLA's cost analysis counts
+the body of a loop once, so they are measured on a program of one step).
 """
 
 import argparse

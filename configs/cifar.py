@@ -1,14 +1,16 @@
 """What CIFAR-10 and CIFAR-100 share: the published pairs, and the baselines on real data."""
 
 from configs import common
-from configs.methods import fast_dfkd
+from configs.methods import cmi, cu_dfkd, dafl, deep_inversion, dfad, dfq, fast_dfkd, ssd_kd, zskt
 
-METHODS = {'fast_dfkd': fast_dfkd}
+METHODS = {
+    'fast_dfkd': fast_dfkd, 'ssd_kd': ssd_kd, 'cu_dfkd': cu_dfkd, 'deep_inversion': deep_inversion, 'cmi': cmi,
+    'dafl': dafl, 'zskt': zskt, 'dfq': dfq, 'dfad': dfad}
 PAIRS = ('wrn40_2-wrn16_1', 'resnet34-resnet18', 'vgg11-resnet18', 'wrn40_2-wrn40_1', 'wrn40_2-wrn16_2')
 
 
 def make(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tuple):
-  """METHOD or scratch or kd, then PAIR and fast2 / fast5 / fast10, in any order."""
+  """METHOD or scratch or kd, then PAIR and (for FastDFKD and SSD-KD) fast2 / fast5 / fast10, in any order."""
   picked = common.pick(
       arguments, job=(*METHODS, 'scratch', 'kd'), pair=PAIRS, variant=tuple(fast_dfkd.VARIANTS))
   config = common.base()
@@ -17,8 +19,14 @@ def make(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tu
   for network in (config.teacher, config.student):
     network.update(mean=mean, std=std)
   if picked['job'] in METHODS:
-    return METHODS[picked['job']].apply(config, picked['variant'])
+    return apply(config, picked['job'], picked['variant'])
   return supervised(config, kd=picked['job'] == 'kd')
+
+
+def apply(config, method: str, variant: str):
+  """The numbers of a method, and of its variant if it has any."""
+  module = METHODS[method]
+  return module.apply(config, variant) if hasattr(module, 'VARIANTS') else module.apply(config)
 
 
 def supervised(config, *, kd: bool):

@@ -21,12 +21,13 @@ def base() -> config_dict.ConfigDict:
       generator=dict(name='generator', options={}),
       method=dict(name=config_dict.placeholder(str)),  # and the numbers of that method
       factors=dict(one_hot=0.0, batch_norm=0.0, adversarial=0.0, balance=0.0, activation=0.0,
-                   total_variation=0.0, l2=0.0),
+                   total_variation=0.0, l2=0.0, student_batch_norm=0.0, contrast=0.0),
       labels='uniform',  # the classes asked for: 'uniform', 'stratified' or 'balanced'
       augment=dict(synthesis=dict(name='crop_and_flip', pad=config_dict.placeholder(int)),
                    student=dict(name='crop_and_flip', pad=config_dict.placeholder(int))),
-      distill=dict(rounds=220, steps_per_round=400, distill_after=20, batch_size=256, temperature=20.0,
-                   divergence='kl'),
+      distill=dict(  # a round: calls of the method, each followed by its share of the student's steps
+          rounds=220, calls_per_round=1, steps_per_round=400, distill_after=20, batch_size=256, temperature=20.0,
+          divergence='kl', attention_factor=0.0),
       train=dict(network='student', epochs=200, batch_size=128, label_factor=1.0, teacher_factor=0.0,
                  temperature=1.0, label_smoothing=0.0),
       optimizer=dict(name='sgd', learning_rate=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4,

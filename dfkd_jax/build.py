@@ -1,5 +1,6 @@
 """From a config to the parts of a run; each error names the value and what is allowed."""
 
+import inspect
 import pathlib
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dfkd_jax import augment, distill, models, parallel, synth, tasks
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.names import known
-from dfkd_jax.synth import objective
+from dfkd_jax.synth import objective, schedules
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import PRNGKey
 
@@ -23,22 +24,30 @@ JOBS = ('distill', 'train')
 LABELS = ('uniform', 'stratified', 'balanced')
 _SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
+# What a config says in a section of its own, and a method takes as one argument.
+_SECTIONS = {'adversary': objective.Adversary, 'adversarial': schedules.ramp}
+
 # Where a number must lie; fields that a config does not have, or leaves open, are passed over.
 _RANGES = {
     '[0, 4294967296)': ('seed',),
     '[2, inf)': ('dataset.num_classes',),
     '[1, inf)': (
-        'num_devices', 'dataset.image_shape', 'distill.rounds', 'distill.steps_per_round', 'distill.batch_size',
+        'num_devices', 'dataset.image_shape', 'distill.rounds', 'distill.calls_per_round', 'distill.steps_per_round',
+        'distill.batch_size',
         'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
         'checkpoint.max_to_keep', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
-        'method.capacity', 'method.num_tasks', 'method.latent_dim'),
+        'method.capacity', 'method.num_tasks', 'method.latent_dim', 'method.bank_size', 'method.num_negatives',
+        'method.projection_size'),
     '[0, inf)': (
         'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
         'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
-        'method.reset_after', *(f'factors.{name}' for name in objective.Factors._fields)),
+        'method.reset_after', 'method.gamma', 'method.beta', 'method.threshold_growth', 'distill.attention_factor',
+        *(f'factors.{name}' for name in objective.Factors._fields)),
     '(0, inf)': (
         'teacher.std', 'student.std', 'distill.temperature', 'train.temperature', 'optimizer.learning_rate',
-        'method.generator_lr', 'method.latent_lr', 'method.meta_lr'),
+        'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
+        'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
+        'method.adversary.temperature', 'method.init_std'),
     '[0, 1)': (
         'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum'),
     '(0, 1]': ('optimizer.gamma',),
@@ -178,18 +187,28 @@ def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synt
   if 'num_tasks' in numbers:
     numbers['num_tasks'] = local_tasks
   share = parallel.even_share(config.distill.batch_size, num_tasks, 'distill.batch_size') * local_tasks
-  if 'capacity' in numbers:
-    least = numbers.get('batch_size', 1) * num_tasks
-    if numbers['capacity'] < least:
-      raise ValueError(
-          f'method.capacity is {numbers["capacity"]}, must be at least {least}, the images of one round.')
-    numbers['capacity'] = parallel.even_share(numbers['capacity'], num_tasks, 'method.capacity') * local_tasks
+  least = numbers.get('batch_size', 1) * num_tasks
+  if numbers.get('capacity', least) < least:
+    raise ValueError(f'method.capacity is {numbers["capacity"]}, must be at least {least}, the images of one call.')
+  for of_all in ('capacity', 'bank_size'):
+    if of_all in numbers:
+      numbers[of_all] = parallel.even_share(numbers[of_all], num_tasks, f'method.{of_all}') * local_tasks
+  for section, make in _SECTIONS.items():
+    if section in numbers:
+      numbers[section] = _made(section, make, numbers[section])
   at_hand = dict(
       generator=generator(config), image_shape=tuple(config.dataset.image_shape), task=task(config),
       factors=objective.Factors(**config.factors.to_dict()), augment=augmentation(config.augment.synthesis),
       sample_batch_size=share)
   at_hand = {key: value for key, value in at_hand.items() if key in taken}
   return lambda axis: synth.create(name, **at_hand, **numbers, axis=axis)
+
+
+def _made(section: str, make: Callable, numbers: dict):
+  """What a section of the method's config stands for."""
+  for name in numbers:
+    known(name, tuple(inspect.signature(make).parameters), f'field of method.{section}')
+  return make(**numbers)
 
 
 def tasks_of(config: Config) -> int:

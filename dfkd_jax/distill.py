@@ -9,10 +9,11 @@ from flax import struct
 from jax import lax
 
 from dfkd_jax import parallel
+from dfkd_jax.losses import attention
 from dfkd_jax.losses import divergence as divergences
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth.synthesizer import Synthesizer
-from dfkd_jax.types import Array, Metrics, PRNGKey, PyTree
+from dfkd_jax.types import Array, Metrics, Outputs, PRNGKey, PyTree
 
 
 class Student(struct.PyTreeNode):
@@ -50,7 +51,7 @@ def coupled_sgd(
 def train_step(
     student: Student,
     images: Array,
-    loss_fn: Callable[[Array], tuple[Array, PyTree]],
+    loss_fn: Callable[[Outputs], tuple[Array, PyTree]],
     tx: optax.GradientTransformation,
     axis: str | None = None,
 ) -> tuple[Student, Array, PyTree]:
@@ -59,7 +60,7 @@ def train_step(
   Args:
     student: Before the step.
     images: [B, H, W, C] in [0, 1], this device's share of the batch.
-    loss_fn: Logits [B, ...] -> (loss [], aux): mean over this device's share.
+    loss_fn: The student's outputs -> (loss [], aux): mean over this device's share.
     tx: The student's optimizer.
     axis: The mapped axis of devices; gradients and moments are averaged over it.
 
@@ -69,7 +70,7 @@ def train_step(
 
   def objective(params):
     outputs, batch_stats = student.network.replace(params=params).forward(images, train=True, axis=axis)
-    loss, aux = loss_fn(outputs.logits)
+    loss, aux = loss_fn(outputs)
     return loss, (batch_stats, aux)
 
   (loss, (batch_stats, aux)), grads = jax.value_and_grad(objective, has_aux=True)(student.network.params)
@@ -91,6 +92,7 @@ def distill(
     num_steps: int,
     temperature: float = 20.0,
     divergence: str = 'kl',
+    attention_factor: float = 0.0,
     augment: Callable[[PRNGKey, Array], Array],
     num_tasks: int = 1,
     axis: str | None = None,
@@ -111,6 +113,7 @@ def distill(
     num_steps: Steps in a round.
     temperature: T of the divergence, if it is 'kl'.
     divergence: 'kl', or 'l1' or 'l2' between logits.
+    attention_factor: Of `losses.attention.attention_transfer`, which is added to the divergence (ZSKT).
     augment: (key, images) -> images.
     num_tasks: Tasks on this device, for keys that do not depend on the number of devices.
     axis: The mapped axis of devices, if any.
@@ -125,12 +128,14 @@ def distill(
     key_sample, key_augment = jax.random.split(step_key)
     batch = synthesizer.sample(state, key_sample)
     images = augment(key_augment, batch.images)
-    wanted = teacher(images).logits
+    wanted = teacher(images)
 
-    def loss_fn(logits):
-      per_sample = divergence_of(divergence, logits, wanted, temperature)
+    def loss_fn(outputs):
+      per_sample = divergence_of(divergence, outputs.logits, wanted.logits, temperature)
+      if attention_factor:
+        per_sample += attention_factor * attention.attention_transfer(outputs.maps, wanted.maps)
       new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(per_sample))
-      same = divergences.agreement(logits, wanted).mean()
+      same = divergences.agreement(outputs.logits, wanted.logits).mean()
       return (lax.stop_gradient(weights) * per_sample).mean(), (new_state, same)
 
     student, loss, (state, same) = train_step(student, images, loss_fn, tx, axis)

@@ -37,13 +37,22 @@ def sharded() -> dataclasses.Field:
 
 
 def pmean(tree: PyTree, axis: str | None) -> PyTree:
-  """Mean over the devices of a mapped axis; the tree itself where `axis` is None."""
-  return tree if axis is None else lax.pmean(tree, axis)
+  """Mean over the devices of a mapped axis; the tree itself where `axis` is None.
+
+  Integers are counts, alike on all devices, and stay as they are.
+  """
+  mean = lambda leaf: lax.pmean(leaf, axis) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+  return tree if axis is None else jax.tree.map(mean, tree)
 
 
 def psum(tree: PyTree, axis: str | None) -> PyTree:
   """Sum over the devices of a mapped axis; the tree itself where `axis` is None."""
   return tree if axis is None else lax.psum(tree, axis)
+
+
+def pmax(value: Array, axis: str | None) -> Array:
+  """Largest over the devices of a mapped axis; the value itself where `axis` is None."""
+  return value if axis is None else lax.pmax(value, axis)
 
 
 def task_keys(key: PRNGKey, num_tasks: int, axis: str | None) -> Array:

@@ -96,7 +96,8 @@ def _epoch(
     batch = augment(step_key, images[chosen].astype(jnp.float32) / 255)
     wanted = teacher(batch).logits if teacher is not None else None
 
-    def loss_fn(logits):
+    def loss_fn(outputs):
+      logits = outputs.logits
       targets = optax.smooth_labels(jax.nn.one_hot(labels[chosen], logits.shape[-1]), section.label_smoothing)
       loss = section.label_factor * optax.softmax_cross_entropy(logits, targets).mean()
       if wanted is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
@@ -67,6 +68,7 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
   mesh = build.mesh(config)
   make = build.synthesizer(config, mesh.size)
   make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
+  steps_per_call(config)
   tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
   experiment = Experiment(config, workdir, 'round', command)
   if (summary := experiment.finished()) is not None:
@@ -86,18 +88,25 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     advance = functools.partial(_round, experiment, programs, run_key, teacher)
     state = experiment.loop(state, done, section.rounds, advance, lambda state: state.student.network)
     supervised.write_weights(experiment.workdir / 'student.safetensors', state.student.network, config.student.name)
-    files = ('student.safetensors', *_write_images(experiment, mesh, make, state.synthesis, picture_key))
+    _write_images(experiment, mesh, make, state.synthesis, teacher, picture_key)
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
-        num_devices=mesh.size, files=files, teacher=metrics_of_teacher, control=control,
+        num_devices=mesh.size, files=('student.safetensors', 'images.png'), teacher=metrics_of_teacher, control=control,
         rates=_rates(config, experiment.ledger.seconds()),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
+
+
+def steps_per_call(config: build.Config) -> int:
+  """The student's steps after each call of the method: a round has one call, or several and as many runs of steps."""
+  section = config.distill
+  return parallel.even_share(section.steps_per_round, section.calls_per_round, 'distill.steps_per_round')
 
 
 def _rates(config: build.Config, seconds: dict[str, float]) -> dict[str, float]:
   """Images a second once compiled: inner steps times images, and images that the student saw."""
   section, method = config.distill, config.method
-  image_steps = section.rounds * build.tasks_of(config) * method.get('batch_size', 0) * method.get('num_steps', 0)
+  images_a_call = build.tasks_of(config) * method.get('batch_size', 0) * method.get('num_steps', 0)
+  image_steps = section.rounds * section.calls_per_round * images_a_call
   images = (section.rounds - section.distill_after) * section.steps_per_round * section.batch_size
   return {'synthesis_image_steps': image_steps / seconds['synthesis'], 'student_images': images / seconds['student']}
 
@@ -139,7 +148,7 @@ def compiled(
 
 def _compiled_steps(config, mesh, make, tx, state: State, teacher):
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
-  step = distiller(config, make, tx, config.distill.steps_per_round, mesh.size)
+  step = distiller(config, make, tx, steps_per_call(config), mesh.size)
   program = parallel.each_device(step, mesh, (one, spread, one, one), (one, spread, one), donate=(0, 1))
   return program.lower(state.student, state.synthesis, jax.random.key(0), teacher).compile()
 
@@ -156,28 +165,35 @@ def distiller(
     return distill.distill(
         student, synthesis, key, teacher, synthesizer=make(axis), tx=tx, num_steps=num_steps,
         temperature=section.temperature, divergence=section.divergence, augment=augment,
+        attention_factor=section.attention_factor,
         num_tasks=num_tasks, axis=axis)
 
   return student_steps
 
 
 def _round(experiment, programs: Programs, run_key: PRNGKey, teacher: Network, state: State, index: int):
-  """One round: synthesis, and student steps once there is enough to learn from."""
-  key_synthesis, key_student = jax.random.split(jax.random.fold_in(run_key, index))
-  began = time.perf_counter()
-  synthesis, metrics = programs.synthesize(state.synthesis, key_synthesis, teacher, state.student.network)
-  student, learnt = state.student, {}
-  if index >= experiment.config.distill.distill_after:
-    student, synthesis, learnt = programs.distill(student, synthesis, key_student, teacher)
-  # Both programs are under way; only now is anything waited for.
-  numbers = {f'synthesis_{name}': float(np.asarray(values)[-1]) for name, values in metrics.items()}
-  between = time.perf_counter()
+  """One round: as many calls as it has, each of synthesis, and of student steps once there is enough to learn from."""
+  section, learnt = experiment.config.distill, []
+  for call in range(section.calls_per_round):
+    key = jax.random.fold_in(run_key, index * section.calls_per_round + call)
+    key_synthesis, key_student = jax.random.split(key)
+    began = time.perf_counter()
+    synthesis, metrics = programs.synthesize(state.synthesis, key_synthesis, teacher, state.student.network)
+    student = state.student
+    if index >= section.distill_after:
+      student, synthesis, found = programs.distill(student, synthesis, key_student, teacher)
+      learnt.append(found)
+    # Both programs are under way; only now is anything waited for.
+    numbers = {f'synthesis_{name}': float(np.asarray(values)[-1]) for name, values in metrics.items()}
+    between = time.perf_counter()
+    jax.block_until_ready(student.step)
+    experiment.ledger.add('synthesis', between - began)
+    experiment.ledger.add('student', time.perf_counter() - between)
+    state = State(synthesis, student)
   if learnt:  # `agreement` is that on real images.
-    numbers |= {'loss': float(learnt['loss']), 'synthetic_agreement': float(learnt['agreement'])}
-  jax.block_until_ready(student.step)
-  experiment.ledger.add('synthesis', between - began)
-  experiment.ledger.add('student', time.perf_counter() - between)
-  return State(synthesis, student), numbers
+    means = {name: float(np.mean([found[name] for found in learnt])) for name in learnt[0]}
+    numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement']}
+  return state, numbers
 
 
 def _control(experiment, mesh, tx, network: Network, teacher: Network, key: PRNGKey) -> dict[str, float]:
@@ -192,31 +208,31 @@ def _control(experiment, mesh, tx, network: Network, teacher: Network, key: PRNG
     program = _compiled_steps(config, mesh, make, tx, state, teacher)
   with experiment.ledger.part('control'):
     student, synthesis = state.student, state.synthesis
-    for index in range(section.rounds - section.distill_after):
+    for index in range((section.rounds - section.distill_after) * section.calls_per_round):
       student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
     jax.block_until_ready(student.step)
   return experiment.evaluate(student.network)
 
 
-def _write_images(experiment, mesh: Mesh, make: Make, synthesis: PyTree, key: PRNGKey) -> tuple[str, ...]:
-  """A grid of samples, first of every class one, with the teacher's labels; returns the names of its files."""
+def _write_images(experiment, mesh: Mesh, make: Make, synthesis: PyTree, teacher: Network, key: PRNGKey) -> None:
+  """A grid of samples, first of every class one, with the teacher's labels."""
 
-  def sample(synthesis, key, *, axis):
-    return make(axis).sample(synthesis, key)
+  def sample(synthesis, key, teacher, *, axis):
+    batch = make(axis).sample(synthesis, key)
+    seen = experiment.task.predicted(teacher(batch.images).logits)
+    return batch._replace(labels=jnp.where(batch.labels < 0, seen, batch.labels))  # Where the method knows none.
 
   section = experiment.config.grid
   wanted = section.columns * section.rows
-  program = parallel.each_device(
-      sample, mesh, (parallel.specs(synthesis), parallel.REPLICATED), parallel.SPREAD)
+  one = parallel.REPLICATED
+  program = parallel.each_device(sample, mesh, (parallel.specs(synthesis), one, one), parallel.SPREAD)
   num_batches = 1 + 4 * wanted // experiment.config.distill.batch_size  # So many that most classes have enough.
-  batches = [jax.device_get(program(synthesis, jax.random.fold_in(key, index))) for index in range(num_batches)]
+  batches = [
+      jax.device_get(program(synthesis, jax.random.fold_in(key, index), teacher)) for index in range(num_batches)]
   drawn = Batch(*map(np.concatenate, zip(*batches, strict=True)))
-  if (drawn.labels < 0).any():  # Of the control.
-    return ()
   turn = np.zeros(len(drawn.labels), int)  # The how-manieth of its class each image is.
   for label in np.unique(drawn.labels):
     turn[drawn.labels == label] = np.arange((drawn.labels == label).sum())
   order = np.lexsort((drawn.labels, turn))[:wanted]
   names = [experiment.test.class_names[label] for label in drawn.labels[order]]
   report.image_grid(experiment.workdir / 'images.png', drawn.images[order], names, section.columns)
-  return ('images.png',)

@@ -28,6 +28,7 @@ class Outputs(NamedTuple):
   features: Array | None  # [B, D], input of the last layer, pooled
   maps: tuple[Array, ...]  # [B, h, w, c] after each stage
   moments: dict[str, Moments]  # of this batch, by path of the batch norm
+  pooled: dict[str, Array]  # [B, C], mean over pixels of each image, of the same inputs
 
 
 class Batch(NamedTuple):

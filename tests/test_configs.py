@@ -76,7 +76,7 @@ def test_says_what_it_is_and_how_to_run_it(name):
 def test_has_no_stray_fields(each):
   config = get(each)
   known = set(fields(toy_runs.common.base()))
-  assert set(fields(config)) - known <= {'generator.options.width'}
+  assert set(fields(config)) - known <= {'generator.options.width', 'generator.options.stem_width'}
   assert known <= set(fields(config))
 
 
@@ -141,6 +141,55 @@ def test_numbers_of_the_published_pairs(
   assert (factors.adversarial, factors.one_hot, factors.batch_norm) == (adversarial, one_hot, 10.0)
   assert factors.balance == factors.activation == factors.total_variation == factors.l2 == 0
   assert (config.dataset.name, config.dataset.num_classes) == (dataset, {'cifar10': 10, 'cifar100': 100}[dataset])
+
+
+def test_every_method_has_a_config_at_every_scale():
+  methods = set(build.synth.names()) - {'noise'}
+  for name in ('cifar10', 'cifar100', 'default'):
+    assert methods <= set(arguments(name))
+    for method in methods:
+      assert CONFIGS[name](method).method.name == method
+
+
+@pytest.mark.parametrize(('method', 'calls', 'temperature', 'divergence', 'factors', 'latent_dim'), [
+    ('dafl', 80, 1.0, 'kl', dict(one_hot=1.0, balance=20.0, activation=1e-3), 512),
+    ('zskt', 80, 1.0, 'kl', dict(adversarial=1.0), 256),
+    ('dfad', 80, 1.0, 'l1', dict(adversarial=1.0), 256),
+    ('dfq', 40, 1.0, 'kl', dict(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0), 256)])
+def test_numbers_of_the_published_generators(method, calls, temperature, divergence, factors, latent_dim):
+  config = CONFIGS['cifar10'](method)
+  section = config.distill
+  assert (section.rounds, section.calls_per_round, section.steps_per_round) == (200, calls, 400)
+  assert (section.temperature, section.divergence, section.batch_size) == (temperature, divergence, 256)
+  assert {name: factor for name, factor in config.factors.items() if factor} == factors
+  assert (config.method.latent_dim, config.method.generator_lr) == (latent_dim, 1e-3)
+  assert (config.optimizer.learning_rate, config.augment.student.name) == (0.1, 'none')
+
+
+@pytest.mark.parametrize(('dataset', 'pair', 'batch', 'rounds', 'temperature', 'divergence', 'threshold', 'last'), [
+    ('cifar10', 'resnet34-resnet18', 512, 250, 20.0, 'l1', 12.0, 62.0),
+    ('cifar10', 'wrn40_2-wrn16_1', 1024, 250, 20.0, 'kl', 12.0, 6.7),
+    ('cifar100', 'resnet34-resnet18', 768, 400, 5.0, 'l1', 4.2, 83.7),
+    ('cifar100', 'wrn40_2-wrn40_1', 1024, 500, 2.0, 'kl', 5.0, 32.9)])
+def test_numbers_of_cu_dfkd(dataset, pair, batch, rounds, temperature, divergence, threshold, last):
+  """The published scripts, with where their two dials end (arXiv:2208.13648)."""
+  config = CONFIGS[dataset](f'cu_dfkd,{pair}')
+  method, section = config.method, config.distill
+  assert (section.batch_size, method.batch_size, section.rounds) == (batch, batch, rounds)
+  assert (section.calls_per_round, section.steps_per_round, section.divergence) == (40, 400, divergence)
+  assert section.temperature == method.balance_temperature == temperature
+  steps = rounds * section.steps_per_round
+  assert method.threshold_start + method.threshold_growth * steps == pytest.approx(threshold)
+  factor = build.schedules.ramp(**method.adversarial.to_dict())
+  assert float(factor(rounds * section.calls_per_round)) == pytest.approx(last, abs=0.06)  # As rounded there.
+
+
+def test_ssd_kd_is_fast_dfkd_with_a_small_buffer_and_fewer_steps():
+  ours, base = CONFIGS['cifar10']('ssd_kd'), CONFIGS['cifar10']('fast_dfkd')
+  assert (ours.method.capacity, ours.distill.steps_per_round) == (5_000, 100)
+  shared = set(base.method) - {'name', 'capacity'}
+  assert {name: ours.method[name] for name in shared} == {name: base.method[name] for name in shared}
+  assert ours.factors == base.factors
 
 
 def test_numbers_that_all_pairs_share():
@@ -242,8 +291,10 @@ def shrunk(each):
   config.teacher.source = None
   config.generator.options.width = 2
   if config.job == 'distill':
-    config.method.update(num_steps=2, batch_size=4, capacity=8, latent_dim=3)
-    config.distill.update(rounds=1, distill_after=0, steps_per_round=2, batch_size=4)
+    small = dict(num_steps=2, batch_size=4, capacity=8, latent_dim=3, bank_size=6, num_negatives=3, projection_size=5)
+    config.method.update({name: number for name, number in small.items() if name in config.method})
+    calls = min(config.distill.calls_per_round, 2)
+    config.distill.update(rounds=1, distill_after=0, steps_per_round=2, calls_per_round=calls, batch_size=4)
   config.train.update(epochs=1, batch_size=4)
   config.evaluate.batch_size = 23
   config.compilation_cache = str(toy_runs.folder() / 'programs')
@@ -259,7 +310,8 @@ def with_teacher(config, tmp_path):
 
 
 @pytest.mark.parametrize('each', [
-    'default:smoke', 'cifar10:fast2', 'cifar10:scratch', 'cifar100:kd', 'cifar10_resnet56:', 'teacher_cifar100:',
+    'default:smoke', 'default:ssd_kd', 'cifar10:fast2', 'cifar10:cu_dfkd', 'cifar10:deep_inversion', 'cifar10:cmi',
+    'cifar10:zskt', 'cifar10:dfad', 'cifar10:scratch', 'cifar100:kd', 'cifar10_resnet56:', 'teacher_cifar100:',
     'teacher_fashion_mnist:'])
 def test_runs_from_end_to_end(each, tmp_path):
   config = with_teacher(shrunk(each), tmp_path)

@@ -49,7 +49,7 @@ def test_two_steps_of_sgd_as_published(x64):
   @jax.jit
   def step(student, images):
     wanted = teacher(images).logits
-    loss_fn = lambda logits: (divergence.kl(logits, wanted, 20.0).mean(), logits)
+    loss_fn = lambda outputs: (divergence.kl(outputs.logits, wanted, 20.0).mean(), outputs.logits)
     return (wanted, *distill.train_step(student, images, loss_fn, tx))
 
   state = distill.init(student, tx)

@@ -250,7 +250,7 @@ def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(meta='maml'), r"meta is 'maml', must be one of \('fomaml', 'reptile', 'sequential'\)"),
+    (dict(meta='maml'), r"meta is 'maml', must be one of \('fomaml', 'reptile', 'sequential', 'reinit'\)"),
     (dict(moments_momentum=1.0), r'moments_momentum is 1.0, must be in \[0, 1\)'),
     (dict(moments_momentum=-0.1), r'moments_momentum is -0.1'),
     (dict(factors=Factors(one_hot=-1.0)), 'Factor one_hot is -1.0'),

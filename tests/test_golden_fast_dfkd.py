@@ -4,22 +4,29 @@ In float64 over whole trajectories; in float32 one step at a time, since Adam's
 first step turns rounding into steps of the other sign.
 """
 
-import functools
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import HERE, SHARED, golden
-from flax import linen as nn
-from flax import traverse_util
+from conftest import golden
+from golden_networks import (
+  BLOCKS,
+  below,
+  cast,
+  check_formula,
+  filled,
+  formula_network,
+  formula_reference,
+  labels_of,
+  parameters,
+  sequence,
+  torch_layout,
+  wide_resnet,
+)
 
-from dfkd_jax import augment, models, synth, tasks
-from dfkd_jax.models import pretrained
+from dfkd_jax import augment, models, synth
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 NUMBERS = dict(
     num_steps=3, generator_lr=3e-3, latent_lr=1e-2, batch_size=8, sample_batch_size=8, capacity=24,
     image_shape=(32, 32, 3), augment=augment.identity)
@@ -29,35 +36,6 @@ SCENARIOS = {  # Of fast_scenarios.json; their warm-up counts calls from one.
     'reptile_adv': dict(meta='reptile', factors=(0.4, 1.0, 1.1), moments_momentum=0.9, adversarial_after=0),
     'seq_adv': dict(meta='sequential', factors=(0.4, 10.0, 1.1), moments_momentum=0.9, adversarial_after=1)}
 TERMS = {'loss': 'total', 'batch_norm': 'bn', 'one_hot': 'oh', 'adversarial': 'adv'}
-
-
-def cast(tree):
-  """The default float type: under `x64` Linen still gives float32."""
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), tree)
-
-
-@functools.cache
-def wide_resnet(name):
-  module = models.create('wrn16_1', 10)
-  return models.bind(module, pretrained.to_variables(golden(name), module, (32, 32, 3)), mean=MEAN, std=STD)
-
-
-def below(archive, prefix):
-  return {key.removeprefix(prefix): value for key, value in archive.items() if key.startswith(prefix)}
-
-
-def parameters(arrays, generator, latent_shape, start):
-  """Of a generator, from arrays in PyTorch's layout; its running moments, which nothing reads, from `start`."""
-  running = {key: value for key, value in start.items() if '.running_' in key}
-  return cast(pretrained.to_variables({**running, **arrays}, generator, latent_shape)['params'])
-
-
-def torch_layout(params):
-  return pretrained.from_variables({'params': params})
-
-
-def labels_of(targets):
-  return tasks.classification(10)._replace(sample_labels=lambda *_: jnp.asarray(targets, jnp.int32))
 
 
 def program(make):
@@ -215,63 +193,17 @@ def past_before(archive, call, like):
   return past
 
 
-class Plain(nn.Module):
-  """A user's own network of stock layers; nothing of the library is in it."""
-
-  widths: tuple[int, int]
-  num_classes: int = 4
-
-  @nn.compact
-  def __call__(self, x, train: bool = False):
-    for i, (width, strides) in enumerate(zip(self.widths, (1, 2), strict=True), 1):
-      x = nn.Conv(width, (3, 3), strides, padding=1, use_bias=False, name=f'conv{i}')(x)
-      x = nn.relu(nn.BatchNorm(use_running_average=not train, epsilon=1e-5, name=f'bn{i}')(x))
-    return nn.Dense(self.num_classes, name='fc')(x.mean((1, 2)))
-
-
-def sequence(shape, index, scale, offset=0.0):
-  j = np.arange(1, np.prod(shape) + 1)
-  return (offset + scale * np.sin(0.37 * j + 0.71 * index)).reshape(shape)
-
-
-def filled(module, shape, layers, base):
-  """Variables by the closed formula, which counts in PyTorch's layout."""
-  shapes = traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape))))
-  order = [('params', layer, leaf) for layer in layers for leaf in ('kernel', 'scale', 'bias')]
-  flat = {}
-  for i, path in enumerate(path for path in order if path in shapes):
-    shape = shapes[path].shape
-    if path[-1] == 'kernel':
-      values = sequence((shape[-1], shape[-2], *shape[:-2]), base + i, 0.5)
-      flat[path] = np.moveaxis(values, (0, 1), (-1, -2))
-    else:
-      flat[path] = sequence(shape, base + i, *((0.1, 1.0) if path[-1] == 'scale' else (0.5,)))
-  normed = [layer for layer in layers if ('batch_stats', layer, 'mean') in shapes]
-  for r, layer in enumerate(normed):
-    size = shapes['batch_stats', layer, 'mean'].shape
-    flat['batch_stats', layer, 'mean'] = sequence(size, base + 20 + r, 0.2)
-    flat['batch_stats', layer, 'var'] = sequence(size, base + 30 + r, 0.3, 1.0)
-  assert set(flat) == set(shapes)
-  return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
-
-
 @pytest.mark.parametrize('meta', ['fomaml', 'reptile', 'sequential'])
 def test_the_run_whose_weights_are_a_formula(meta, x64):
-  name = 'golden/fastdfkd_float64.json'
-  path = SHARED / name if (SHARED / name).exists() else HERE / name
-  calls = json.loads(path.read_text())[meta]
-  bind = lambda widths, base: models.bind(
-      Plain(widths), filled(Plain(widths), (8, 8, 3), ('conv1', 'bn1', 'conv2', 'bn2', 'fc'), base),
-      mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
-  teacher, student = bind((6, 8), 0), bind((4, 5), 6)
+  calls = formula_reference()[meta]
+  teacher, student = formula_network((6, 8), 0), formula_network((4, 5), 6)
   generator = models.Generator(image_shape=(8, 8, 3), width=2)
-  blocks = ['l1_0'] + [f'conv_blocks_{i}' for i in (0, 2, 3, 6, 7, 9)]
   numbers = {**NUMBERS, 'generator_lr': 2e-3, 'batch_size': 6, 'image_shape': (8, 8, 3)}
   make = lambda latents, targets: synth.create(
       'fast_dfkd', generator=generator, latent_dim=4, task=labels_of(targets)._replace(num_classes=4), meta=meta,
       factors=synth.Factors(one_hot=0.5, batch_norm=10.0, adversarial=1.3), moments_momentum=0.9, adversarial_after=0,
       sample_latents=lambda *_: latents, **numbers)
-  params = filled(generator, (4,), blocks, 3)['params']
+  params = filled(generator, (4,), BLOCKS, 3)['params']
   state = make(None, None).init(jax.random.key(0), teacher).replace(meta_params=params)
   synthesize = program(make)
 
@@ -281,11 +213,7 @@ def test_the_run_whose_weights_are_a_formula(meta, x64):
     state, metrics = synthesize(state, latents, np.array([0, 0, 1, 1, 2, 3]), teacher, student)
     for term, short in TERMS.items():
       np.testing.assert_allclose(metrics[term], [step[short] for step in reference['iters']], rtol=1e-9)
-    found = torch_layout(state.meta_params)
-    for key, numbers_of in reference['gen'].items():
-      np.testing.assert_allclose(
-          [found[key].sum(), np.linalg.norm(found[key]), found[key].ravel()[0]],
-          [numbers_of[of] for of in ('sum', 'l2', 'first')], rtol=1e-9, err_msg=f'{key} after call {index + 1}')
+    check_formula(state.meta_params, reference['gen'], f'after call {index + 1}')
     check_past(state.past, *(np.concatenate([layer[of] for layer in reference['mmt']]) for of in ('mean', 'var')))
     kept = np.asarray(state.buffer.images[0, 6 * index])
     np.testing.assert_array_equal(kept[0, 0], np.floor(255 * np.array(reference['image0_pixels'])))

@@ -12,6 +12,8 @@ from dfkd_jax.losses import inversion
 from dfkd_jax.synth import Factors, objective, optimize
 from dfkd_jax.types import Moments, Outputs
 
+TERMS = Factors._fields[:-1]  # All but the contrast, which is CMI's own.
+
 
 def seen(x, **metrics):
   return optimize.Seen(kept={'images': 10 * x}, aux=x + 1, metrics=metrics)
@@ -96,6 +98,29 @@ def test_optimizer_state_is_carried():
   assert float(jax.tree.leaves(found.opt_state)[0]) == 16
 
 
+def test_project_follows_each_update():
+  """At most 3: from 8 to 4 and back to 3, then to 1.5, which stays."""
+  start, tx = jnp.array(8.0), optax.sgd(0.25)
+  found = optimize.minimize(
+      jax.random.key(0), quadratic, start, tx.init(start), tx=tx, num_steps=2, project=lambda x: jnp.minimum(x, 3))
+  np.testing.assert_allclose(found.metrics['loss'], [64, 9])
+  assert float(found.variables) == 1.5
+
+
+def test_each_part_has_an_optimizer_of_its_own():
+  tx = optimize.by_part({'a': optax.sgd(0.25), 'b': optax.adam(0.5)})
+  variables = {'b': jnp.array([4.0, -4.0]), 'a': jnp.array(8.0)}
+  state = tx.init(variables)
+  assert set(state) == {'a', 'b'}
+  for expected in ({'a': 4, 'b': [3.5, -3.5]}, {'a': 2, 'b': [3, -3]}):
+    # Of gradients that do not change, Adam leaves the sign.
+    updates, state = tx.update({'a': 2 * variables['a'], 'b': jnp.array([3.0, -3.0])}, state, variables)
+    variables = optax.apply_updates(variables, updates)
+    jax.tree.map(lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=1e-5), variables, {
+        name: jnp.array(values, float) for name, values in expected.items()})
+  assert int(optax.tree_utils.tree_get(state['b'], 'count')) == 2
+
+
 @pytest.mark.parametrize(('numbers', 'message'), [
     (dict(num_steps=0), 'num_steps is 0, must be at least 1'),
     (dict(keep='worst'), "keep is 'worst', must be 'best' or 'last'")])
@@ -138,7 +163,7 @@ def terms(scene, factors, **changes):
 
 
 def test_total_is_the_weighted_sum_of_means(scene):
-  factors = Factors(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+  factors = Factors(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
   found = terms(scene, factors)
   teacher, student, images, labels, outputs = scene
   by_hand = {
@@ -148,16 +173,17 @@ def test_total_is_the_weighted_sum_of_means(scene):
       'balance': inversion.balance(outputs.logits),
       'activation': inversion.activation(outputs.features).mean(),
       'total_variation': inversion.total_variation(images).mean(),
-      'l2': inversion.l2(images)}
+      'l2': inversion.l2(images),
+      'student_batch_norm': -inversion.batch_norm(student(images).moments, student.running())}
   total, means = objective.total(found, factors)
-  assert found.keys() == means.keys() == by_hand.keys() == set(Factors._fields)
+  assert found.keys() == means.keys() == by_hand.keys() == set(TERMS)
   for name in by_hand:
     np.testing.assert_allclose(means[name], by_hand[name], rtol=1e-6)
-  weighted = [(i + 1) / 10 * by_hand[name] for i, name in enumerate(Factors._fields)]
+  weighted = [(i + 1) / 10 * by_hand[name] for i, name in enumerate(TERMS)]
   np.testing.assert_allclose(total, sum(weighted), rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', Factors._fields)
+@pytest.mark.parametrize('name', TERMS)
 def test_a_factor_of_zero_computes_nothing(scene, name):
   everything = Factors(*[1.0] * len(Factors._fields))
   assert name not in terms(scene, everything._replace(**{name: 0.0}))
@@ -218,6 +244,13 @@ def test_the_adversary_with_itself_gives_nothing_and_with_another_something(scen
   assert np.abs(grad).max() < 1e-3 * np.abs(grad_of_another).max()
 
 
+def test_smoothness_may_be_asked_of_other_pixels(scene):
+  *_, images, _, _ = scene
+  found = terms(scene, Factors(total_variation=1.0, l2=1.0), pixels=3 * images)
+  np.testing.assert_allclose(found['total_variation'], 3 * inversion.total_variation(images), rtol=1e-5)
+  np.testing.assert_allclose(found['l2'], 3 * inversion.l2(images), rtol=1e-5)
+
+
 def test_past_moments_are_mixed_in(scene):
   teacher, *_, outputs = scene
   past = jax.tree.map(lambda leaf: 2 * leaf + 1, teacher.running())
@@ -266,7 +299,7 @@ def test_dense_predictions_are_reduced_to_one_loss_an_image(scene):
   teacher, _, images, _, _ = scene
   dense = jax.random.normal(jax.random.key(3), (6, 4, 3, toys.CLASSES))
   other = jax.random.normal(jax.random.key(4), (6, 4, 3, toys.CLASSES))
-  blank = Outputs(logits=other, features=None, maps=(), moments={})
+  blank = Outputs(logits=other, features=None, maps=(), moments={}, pooled={})
   task = tasks.segmentation(toys.CLASSES)
   found = objective.terms(
       Factors(one_hot=1.0, adversarial=1.0), blank._replace(logits=dense), images, task.labels_from(dense, None),

@@ -222,7 +222,7 @@ def test_one_step_of_the_student_is_the_same_on_four_devices():
   wanted = toys.jit(toys.teacher())(images).logits
 
   def step(student, images, wanted, *, axis):
-    loss_fn = lambda logits: (divergence.kl(logits, wanted, 4.0).mean(), ())
+    loss_fn = lambda outputs: (divergence.kl(outputs.logits, wanted, 4.0).mean(), ())
     return distill.train_step(student, images, loss_fn, tx, axis)[:2]
 
   (one, loss), (four, other) = (student_on(size, step, student, images, wanted) for size in (1, NUM))

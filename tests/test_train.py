@@ -13,8 +13,6 @@ from dfkd_jax.checkpoint import Checkpoints
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models import pretrained
 
-COMPILED = '/jax/core/compile/backend_compile_duration'
-
 
 @pytest.fixture(scope='module', autouse=True)
 def quick():
@@ -22,38 +20,11 @@ def quick():
     yield
 
 
-def observed(config, workdir):
-  """Runs, and returns the summary, the last state, and programs compiled by round: [{name: count}, ...]."""
-  states, compiled = [], [[]]
-  active = True
-
-  def listen(event, seconds, **more):
-    if active and event == COMPILED:
-      compiled[-1].append(more.get('fun_name', '?'))
-
-  def loop(self, *arguments):
-    states.append(original(self, *arguments))
-    return states[-1]
-
-  def update(self, **numbers):
-    compiled.append([])
-    return updated(self, **numbers)
-
-  original, updated = Experiment.loop, report.Progress.update
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Experiment, 'loop', loop)
-    patch.setattr(report.Progress, 'update', update)
-    summary = train.run(config, workdir, command='python main.py')
-  active = False
-  return summary, jax.device_get(states[-1]), compiled
-
-
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """A run without a stop: workdir, summary, state, programs compiled by round."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
-  return workdir, *observed(toy_runs.config(control=True), workdir)
+  return workdir, *toy_runs.observed(toy_runs.config(control=True), workdir)
 
 
 def equal(tree, other):
@@ -156,7 +127,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, capsys):
   stopped(toy_runs.config(control=True), tmp_path, 4)
   assert [line['step'] for line in toy_runs.metrics(tmp_path)] == [1, 2, 3, 4]
   assert not (tmp_path / 'summary.json').exists()
-  summary, resumed, _ = observed(toy_runs.config(control=True), tmp_path)
+  summary, resumed, _ = toy_runs.observed(toy_runs.config(control=True), tmp_path)
   assert 'after round 2' in capsys.readouterr().err
   assert equal(resumed, state)
   assert toy_runs.metrics(tmp_path) == toy_runs.metrics(workdir)
@@ -269,8 +240,8 @@ def four_tasks(**changes):
 
 def test_devices_share_the_work_of_tasks(tmp_path):
   changes = dict(distill__rounds=1)
-  spread, on_four, _ = observed(four_tasks(num_devices=4, **changes), tmp_path / 'four')
-  alone, on_one, _ = observed(four_tasks(num_devices=1, **changes), tmp_path / 'one')
+  spread, on_four, _ = toy_runs.observed(four_tasks(num_devices=4, **changes), tmp_path / 'four')
+  alone, on_one, _ = toy_runs.observed(four_tasks(num_devices=1, **changes), tmp_path / 'one')
   assert (spread['device']['count'], alone['device']['count']) == (4, 1)
   mine, theirs = on_one.synthesis.buffer, on_four.synthesis.buffer
   assert theirs.images.shape == mine.images.shape == (4, 4, *toy_runs.IMAGE)
@@ -288,13 +259,13 @@ def test_devices_share_the_work_of_tasks(tmp_path):
 def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys):
   """On as many bit for bit; on another number but for rounding."""
   changes = dict(distill__rounds=3, method__capacity=48, checkpoint__every=1)
-  _, state, _ = observed(four_tasks(num_devices=4, **changes), tmp_path / 'whole')
+  _, state, _ = toy_runs.observed(four_tasks(num_devices=4, **changes), tmp_path / 'whole')
   stopped(four_tasks(num_devices=4, **changes), tmp_path / 'four', 2)
   shutil.copytree(tmp_path / 'four', tmp_path / 'one')
   found = {}
   for name, num_devices in (('four', 4), ('one', 1)):
     capsys.readouterr()
-    summary, found[name], _ = observed(four_tasks(num_devices=num_devices, **changes), tmp_path / name)
+    summary, found[name], _ = toy_runs.observed(four_tasks(num_devices=num_devices, **changes), tmp_path / name)
     assert 'after round 1' in capsys.readouterr().err
     assert summary['device']['count'] == num_devices
     assert [line['step'] for line in toy_runs.metrics(tmp_path / name)] == [1, 2, 3]

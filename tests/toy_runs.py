@@ -9,6 +9,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -16,9 +17,11 @@ sys.path.insert(0, str(ROOT))  # For configs, which are no package.
 
 from configs import common  # noqa: E402, I001
 
-from dfkd_jax import build, models, prepare  # noqa: E402
+from dfkd_jax import build, models, prepare, report, train  # noqa: E402
+from dfkd_jax.experiment import Experiment  # noqa: E402
 from dfkd_jax.models import pretrained  # noqa: E402
 
+COMPILED = '/jax/core/compile/backend_compile_duration'
 IMAGE, CLASSES = (12, 8, 1), 5
 NETWORKS = {'teacher': dict(widths=(3, 6), strides=(1, 2)), 'student': dict(widths=(2, 3), strides=(1, 2))}
 
@@ -90,6 +93,33 @@ def quick():
     compilation_cache.reset_cache()
 
 
+def observed(config, workdir):
+  """Runs, and returns the summary, the last state, and programs compiled by round: [{name: count}, ...]."""
+  states, compiled = [], [[]]
+  active = True
+
+  def listen(event, seconds, **more):
+    if active and event == COMPILED:
+      compiled[-1].append(more.get('fun_name', '?'))
+
+  def loop(self, *arguments):
+    states.append(original(self, *arguments))
+    return states[-1]
+
+  def update(self, **numbers):
+    compiled.append([])
+    return updated(self, **numbers)
+
+  original, updated = Experiment.loop, report.Progress.update
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Experiment, 'loop', loop)
+    patch.setattr(report.Progress, 'update', update)
+    summary = train.run(config, workdir, command='python main.py')
+  active = False
+  return summary, jax.device_get(states[-1]), compiled
+
+
 def metrics(workdir) -> list[dict]:
   """Lines of metrics.jsonl, without what depends on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -101,5 +131,5 @@ def tree_of(path: pathlib.Path) -> dict[str, bytes]:
   return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob('*')) if file.is_file()}
 
 
-__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'data_dir', 'folder', 'metrics', 'quick', 'teacher_file',
-           'tree_of']
+__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'data_dir', 'folder', 'metrics', 'observed', 'quick',
+           'teacher_file', 'tree_of']

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from dfkd_jax import augment, models, synth, tasks
 
@@ -48,9 +49,37 @@ def teacher():
 @functools.cache
 def student():
   """So close to the teacher that they agree on some images, as the adversary needs."""
+  return teacher().replace(params=nudged(teacher().params))
+
+
+def nudged(params):
   shift = lambda leaf: leaf * (1 + 0.02 * jnp.cos(jnp.arange(leaf.size))).reshape(leaf.shape)
   with jax.enable_x64(False):
-    return teacher().replace(params=jax.tree.map(shift, teacher().params))
+    return jax.tree.map(shift, params)
+
+
+class Dense(nn.Module):
+  """One class a pixel, at half the resolution and back."""
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Conv(4, (3, 3), 2, padding=1, use_bias=False)(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not train, name='bn')(x))
+    x = nn.Conv(CLASSES, (1, 1))(x)
+    return x.repeat(2, 1).repeat(2, 2)
+
+
+@functools.cache
+def dense_teacher():
+  """Logits [B, H, W, K]."""
+  with jax.enable_x64(False):
+    return models.bind(Dense(), jit(lambda key: variables(key, Dense()))(jax.random.key(5)), mean=MEAN, std=STD)
+
+
+@functools.cache
+def dense_student():
+  """As close to it as `student` to `teacher`."""
+  return dense_teacher().replace(params=nudged(dense_teacher().params))
 
 
 def float64(tree):

@@ -15,7 +15,8 @@ from dfkd_jax import parallel
 from dfkd_jax.models.convolution import conv_general_dilated, upsampled_conv
 from dfkd_jax.types import Array, Moments, PyTree
 
-_TAP = 'batch_norm_input'  # A name that no submodule has: sow shares their namespace.
+_TAP = 'batch_norm_input'  # Names that no submodule has: sow shares their namespace.
+_POOLED = 'batch_norm_input_pooled'
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
@@ -83,7 +84,8 @@ def tapped(axis: str | None = None) -> Iterator[None]:
 
   An interceptor does it, so that an unmodified Linen module of the user's works.
   What is sown into `intermediates` is [C]-sized and at least float32; no
-  activation is kept.
+  activation is kept. Means over the pixels of each image, [B, C], are sown
+  too, and cost nothing where a compiled program does not use them.
 
   Args:
     axis: Name of a mapped axis whose devices share one batch; the moments, and
@@ -95,8 +97,9 @@ def tapped(axis: str | None = None) -> Iterator[None]:
     if not is_batch_norm(module) or context.method_name != '__call__':
       return next_fun(*args, **kwargs)
     if not module.is_initializing() and module.is_mutable_collection('intermediates'):
-      shift = module.get_variable('batch_stats', 'mean')
-      module.sow('intermediates', _TAP, moments_of(args[0] if args else kwargs['x'], axis, shift))
+      inputs, shift = args[0] if args else kwargs['x'], module.get_variable('batch_stats', 'mean')
+      module.sow('intermediates', _TAP, moments_of(inputs, axis, shift))
+      module.sow('intermediates', _POOLED, at_least_float32(inputs).mean(tuple(range(1, inputs.ndim - 1))))
     if axis is not None and module.axis_name is None:
       object.__setattr__(module, 'axis_name', axis)  # Lives as long as this `apply`.
     return next_fun(*args, **kwargs)
@@ -126,7 +129,14 @@ def moments_of(inputs: Array, axis: str | None = None, shift: Array | None = Non
 
 def moments_by_path(intermediates: PyTree) -> dict[str, Moments]:
   """What `tapped` sowed, by path of the batch norm ('block1/bn2'); sorted."""
+  return _by_path(intermediates, _TAP)
+
+
+def pooled_by_path(intermediates: PyTree) -> dict[str, Array]:
+  """[B, C] means over pixels that `tapped` sowed, by the same paths."""
+  return _by_path(intermediates, _POOLED)
+
+
+def _by_path(intermediates: PyTree, name: str) -> dict[str, Any]:
   flat = traverse_util.flatten_dict(dict(intermediates), is_leaf=lambda _, v: not isinstance(v, dict))
-  return {
-      '/'.join(path[:-1]): sown[0]
-      for path, sown in sorted(flat.items()) if path[-1] == _TAP}
+  return {'/'.join(path[:-1]): sown[0] for path, sown in sorted(flat.items()) if path[-1] == name}

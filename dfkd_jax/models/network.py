@@ -62,7 +62,8 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.
         logits=logits,
         features=_sown(sown, 'features'),
         maps=tuple(_sown(sown, f'stage_{i}') for i in range(1, len(sown) + 1) if f'stage_{i}' in sown),
-        moments=layers.moments_by_path(sown))
+        moments=layers.moments_by_path(sown),
+        pooled=layers.pooled_by_path(sown))
     return outputs, new.get('batch_stats', self.batch_stats)
 
   def running(self) -> dict[str, Moments]:

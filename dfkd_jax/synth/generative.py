@@ -1,4 +1,4 @@
-"""What methods with a generator share: drawing its parameters, rendering, the one-time reset."""
+"""What methods with a generator share: drawing its variables, rendering, the one-time reset."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,20 @@ from flax import linen as nn
 from flax import traverse_util
 
 from dfkd_jax.models.network import Network
+from dfkd_jax.synth.objective import Factors
 from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
 
 
-def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
-  """Parameters of a generator for latents of this shape [B, ...], in the default float type."""
-  params = jax.jit(lambda k: generator.init(k, jnp.zeros(latent_shape)))(key)['params']
+def variables(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
+  """Of a generator for latents of this shape [B, ...], in the default float type."""
+  found = jax.jit(lambda k: generator.init(k, jnp.zeros(latent_shape)))(key)
   # Linen gives float32 under `jax_enable_x64` too; optimizer states would inherit it.
-  return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), params)
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), found)
+
+
+def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
+  """Parameters of a generator, see `variables`."""
+  return variables(generator, key, latent_shape)['params']
 
 
 def render(generator: nn.Module, params: PyTree, latents: Array) -> Array:
@@ -36,10 +42,35 @@ def check(
   images = jax.eval_shape(lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
   if images.shape[1:] != tuple(image_shape):
     raise ValueError(f'image_shape is {tuple(image_shape)}, must be {images.shape[1:]}, as the generator makes.')
+  return check_classes(teacher, images, num_classes)
+
+
+def check_classes(teacher: Network, images: Array, num_classes: int) -> Outputs:
+  """Shapes of what the teacher says of images like these; a ValueError if it has another number of classes."""
   outputs = jax.eval_shape(lambda network, x: network(x), teacher, images)
   if outputs.logits.shape[-1] != num_classes:
     raise ValueError(f'The task has {num_classes} classes, must have {outputs.logits.shape[-1]}, as the teacher.')
   return outputs
+
+
+def check_batch_norm(factors: Factors, teacher: Network) -> None:
+  """Raises a ValueError if the moments term is wanted and the teacher has none to match."""
+  if factors.active('batch_norm') and not teacher.running():
+    raise ValueError('The teacher has no BatchNorm: the term batch_norm has nothing to match, its factor must be 0.')
+
+
+def redraw(key: PRNGKey, params: PyTree, std: float = 0.02) -> PyTree:
+  """Draws a whole generator anew: kernels from N(0, std^2), scales from N(1, std^2), biases 0.
+
+  What CMI does before each batch (arXiv:2105.08584, its code).
+  """
+  flat = traverse_util.flatten_dict(params)
+  drawn = {}
+  for (path, leaf), path_key in zip(sorted(flat.items()), jax.random.split(key, len(flat)), strict=True):
+    centre = 1 if path[-1] == 'scale' else 0
+    noise = std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
+    drawn[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else centre + noise
+  return traverse_util.unflatten_dict(drawn)
 
 
 def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.02) -> PyTree:

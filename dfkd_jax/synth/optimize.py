@@ -44,6 +44,7 @@ def minimize(
     tx: optax.GradientTransformation,
     num_steps: int,
     keep: str = 'best',
+    project: Callable[[PyTree], PyTree] = lambda variables: variables,
 ) -> Minimum:
   """Follows the gradient for `num_steps` and keeps the images of the best step.
 
@@ -60,6 +61,7 @@ def minimize(
     tx: The optimizer.
     num_steps: At least 1.
     keep: 'best' (strictly lowest loss that is a number, else the first step) or 'last'.
+    project: Takes the variables after each update back to where they may lie.
   """
   if num_steps < 1:
     raise ValueError(f'num_steps is {num_steps}, must be at least 1.')
@@ -77,7 +79,7 @@ def minimize(
     return Minimum(
         kept=jax.tree.map(pick, seen.kept, carry.kept),
         loss=pick(loss, carry.loss),
-        variables=optax.apply_updates(carry.variables, updates),
+        variables=project(optax.apply_updates(carry.variables, updates)),
         opt_state=opt_state,
         grads=jax.tree.map(jnp.add, carry.grads, grads),
         aux=seen.aux,
@@ -88,6 +90,20 @@ def minimize(
   first = Minimum(zeros(seen.kept), zeros(loss), variables, opt_state, zeros(variables), zeros(seen.aux), {})
   found, metrics = lax.scan(step, first, (jnp.arange(num_steps), jax.random.split(key, num_steps)))
   return found.replace(metrics=metrics)
+
+
+def by_part(parts: dict[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+  """One optimizer for each entry of variables {name: PyTree}; its state is a dict of the same keys."""
+
+  def init(variables):
+    return {name: tx.init(variables[name]) for name, tx in parts.items()}
+
+  def update(grads, state, variables=None):
+    found = {name: tx.update(grads[name], state[name], None if variables is None else variables[name])
+             for name, tx in parts.items()}
+    return {name: updates for name, (updates, _) in found.items()}, {name: new for name, (_, new) in found.items()}
+
+  return optax.GradientTransformation(init, update)
 
 
 def task_mapper(task_map: str) -> Callable:
@@ -111,3 +127,8 @@ def over_tasks(mapper: Callable, function: Callable[[PyTree], PyTree], inputs: P
     return mapper(function, inputs)
   found = function(jax.tree.map(lambda a: a[0], inputs))
   return jax.tree.map(lambda a: a[None], found)
+
+
+def mean_of_tasks(leaf: Array) -> Array:
+  """Mean over the first axis; of integers, which are counts and alike in all tasks, the first."""
+  return leaf.mean(0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[0]

@@ -18,6 +18,8 @@ class ReplayBuffer(struct.PyTreeNode):
 
   images: Array = parallel.sharded()  # [M, N, H, W, C] uint8
   labels: Array = parallel.sharded()  # [M, N] int32, the teacher's class, of the view it was synthesised by
+  priorities: Array | None = parallel.sharded()  # [M, N] float, see `live_priorities`; None: draws are uniform
+  weights: Array | None = parallel.sharded()  # [M, N] float, of importance, above 0
   histogram: Array  # [K] int32, live images by class, over all tasks and devices
   next: Array  # [] int32, slot of each stripe that is written next
   size: Array  # [] int32, live slots of each stripe
@@ -29,14 +31,16 @@ class ReplayBuffer(struct.PyTreeNode):
 
 
 def create(
-    capacity: int, image_shape: tuple[int, int, int], num_classes: int, num_tasks: int = 1
+    capacity: int, image_shape: tuple[int, int, int], num_classes: int, num_tasks: int = 1, *, prioritised: bool = False
 ) -> ReplayBuffer:
-  """An empty buffer of `num_tasks` stripes with `capacity` slots each."""
+  """An empty buffer of `num_tasks` stripes with `capacity` slots each, with or without priorities."""
   if capacity < 1:
     raise ValueError(f'capacity is {capacity}, must be at least 1.')
+  per_slot = lambda value: jnp.full((num_tasks, capacity), value, jnp.result_type(float)) if prioritised else None
   return ReplayBuffer(
       images=jnp.zeros((num_tasks, capacity, *image_shape), jnp.uint8),
       labels=jnp.zeros((num_tasks, capacity), jnp.int32),
+      priorities=per_slot(0.0), weights=per_slot(1.0),
       histogram=jnp.zeros(num_classes, jnp.int32), next=jnp.int32(0), size=jnp.int32(0))
 
 
@@ -50,7 +54,9 @@ def to_float(images: Array) -> Array:
   return images.astype(jnp.float32) / 255
 
 
-def add(buffer: ReplayBuffer, images: Array, labels: Array, axis: str | None = None) -> ReplayBuffer:
+def add(
+    buffer: ReplayBuffer, images: Array, labels: Array, axis: str | None = None, priorities: Array | None = None
+) -> ReplayBuffer:
   """Writes a batch into each stripe, over the oldest images where it is full.
 
   Args:
@@ -58,6 +64,8 @@ def add(buffer: ReplayBuffer, images: Array, labels: Array, axis: str | None = N
     images: [M, B, H, W, C] in [0, 1]; B at most the capacity.
     labels: [M, B] int32.
     axis: The mapped axis of devices, if any.
+    priorities: [M, B], of a buffer with priorities, see `live_priorities`; None: -1, as high as any. The weight of
+      new images is 1.
   """
   num = labels.shape[1]
   if num > buffer.capacity:
@@ -65,6 +73,10 @@ def add(buffer: ReplayBuffer, images: Array, labels: Array, axis: str | None = N
   slots = (buffer.next + jnp.arange(num)) % buffer.capacity
   evicted = _count(buffer.labels[:, slots], jnp.broadcast_to(slots < buffer.size, labels.shape), buffer)
   added = _count(labels, jnp.ones(labels.shape, bool), buffer)
+  if buffer.priorities is not None:
+    priorities = -1.0 if priorities is None else priorities.astype(buffer.priorities.dtype)
+    buffer = buffer.replace(
+        priorities=buffer.priorities.at[:, slots].set(priorities), weights=buffer.weights.at[:, slots].set(1.0))
   return buffer.replace(
       images=buffer.images.at[:, slots].set(to_uint8(images), unique_indices=True),
       labels=buffer.labels.at[:, slots].set(labels, unique_indices=True),
@@ -86,10 +98,88 @@ def sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None
     batch_size: On this device; a multiple of the number of stripes.
     axis: The mapped axis of devices, if any.
   """
+
+  def uniform(keys, share):
+    return jax.vmap(lambda k: jax.random.randint(k, (share,), 0, jnp.maximum(buffer.size, 1), jnp.int32))(keys)
+
+  return _sample(key, buffer, batch_size, axis, uniform)
+
+
+def live_priorities(buffer: ReplayBuffer) -> Array:
+  """Priorities [M, N], none negative; 0 where no image is.
+
+  One that is kept as -r is r of the stripe's highest at the time, or r while there is none: so images that have not
+  been drawn yet are on the scale of the others, however large losses are when the first are known.
+  """
+  own = jnp.where(jnp.arange(buffer.capacity) < buffer.size, buffer.priorities, 0.0)
+  highest = own.max(1, keepdims=True)
+  return jnp.where(own < 0, -own * jnp.where(highest > 0, highest, 1.0), own)
+
+
+def probabilities(buffer: ReplayBuffer, epsilon: float = 1e-6) -> Array:
+  """P ∝ priority + epsilon within each stripe, [M, N]; 0 where no image is.
+
+  Prioritised experience replay (arXiv:1511.05952, equation 1 with alpha 1): epsilon leaves nothing out of reach.
+  """
+  odds = jnp.where(jnp.arange(buffer.capacity) < buffer.size, live_priorities(buffer) + epsilon, 0.0)
+  return odds / jnp.maximum(odds.sum(1, keepdims=True), jnp.finfo(odds.dtype).tiny)
+
+
+def sample_by_priority(
+    key: PRNGKey, buffer: ReplayBuffer, batch_size: int, epsilon: float = 1e-6, axis: str | None = None
+) -> Batch:
+  """Draws images by `probabilities`, with replacement, equally many from each stripe; else as `sample`.
+
+  A chance below 2^-31 is rounded up to it, so that each live slot is within reach and no other is.
+  """
+
+  def by_priority(keys, share):
+    # In integers, whose sums are exact: in float32 the rare are lost beside 1, or drawn for their neighbours.
+    odds = jnp.ceil(2.0**31 * probabilities(buffer, epsilon)).astype(jnp.uint32)
+    upper = jnp.cumsum(odds, axis=1, dtype=jnp.uint32)
+    draws = jax.vmap(lambda k, u: jax.random.randint(k, (share,), 0, u[-1], jnp.uint32))(keys, upper)
+    slots = jax.vmap(lambda u, d: jnp.searchsorted(u, d, side='right'))(upper, draws)
+    return jnp.minimum(slots, buffer.capacity - 1).astype(jnp.int32)  # Of an empty buffer, as `sample`, anything.
+
+  return _sample(key, buffer, batch_size, axis, by_priority)
+
+
+def set_priorities(buffer: ReplayBuffer, slots: Array, priorities: Array) -> ReplayBuffer:
+  """Writes priorities [B] at slots [B] as `Batch.slots` numbers them; of several at one slot the highest stays.
+
+  What rounding has left below 0 becomes 0.
+  """
+  flat = buffer.priorities.reshape(-1)
+  # Whatever the order in which a device writes duplicates, the result is the same.
+  flat = flat.at[slots].set(0.0).at[slots].max(priorities.astype(flat.dtype))
+  return buffer.replace(priorities=flat.reshape(buffer.priorities.shape))
+
+
+def weights_at(buffer: ReplayBuffer, slots: Array) -> Array:
+  """Importance weights [B] as they were last set, at slots [B]."""
+  return buffer.weights.reshape(-1)[slots]
+
+
+def set_weights(buffer: ReplayBuffer, slots: Array, weights: Array) -> ReplayBuffer:
+  """Writes importance weights [B] at slots [B]; several at one slot must be the same."""
+  flat = buffer.weights.reshape(-1)
+  return buffer.replace(weights=flat.at[slots].set(weights.astype(flat.dtype)).reshape(buffer.weights.shape))
+
+
+def importance_weights(
+    buffer: ReplayBuffer, slots: Array, beta: float | Array, epsilon: float = 1e-6
+) -> Array:
+  """(N P)^-beta [B] at slots [B], with N the images of a stripe (arXiv:1511.05952, section 3.4, not normalised)."""
+  chances = probabilities(buffer, epsilon).reshape(-1)[slots]
+  # A slot that was drawn is live, and its chance above 0; the guard is for an empty buffer.
+  return jnp.maximum(buffer.size * chances, jnp.finfo(chances.dtype).tiny) ** -beta
+
+
+def _sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None, draw) -> Batch:
+  """A batch of what `draw: (keys [M], share) -> slots [M, share]` picks."""
   num_tasks = buffer.images.shape[0]
   share = parallel.even_share(batch_size, num_tasks, 'batch_size')
-  keys = parallel.task_keys(key, num_tasks, axis)
-  within = jax.vmap(lambda k: jax.random.randint(k, (share,), 0, jnp.maximum(buffer.size, 1), jnp.int32))(keys)
+  within = draw(parallel.task_keys(key, num_tasks, axis), share)
   slots = (within + buffer.capacity * jnp.arange(num_tasks)[:, None]).reshape(batch_size)
   flat = lambda a: a.reshape(num_tasks * buffer.capacity, *a.shape[2:])
   return Batch(to_float(flat(buffer.images)[slots]), flat(buffer.labels)[slots], slots)

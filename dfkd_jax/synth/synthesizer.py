@@ -1,5 +1,6 @@
 """What a method of data-free distillation is: four pure functions."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,3 +35,22 @@ class Synthesizer(NamedTuple):
 
   weigh: Callable[[PyTree, Batch, Array], tuple[PyTree, Array]] = no_weights
   """(state, batch, the student's losses [B]) -> (state, weights [B])."""
+
+
+def passes_on(inner: Callable, without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+  """Declares that `**numbers` of a constructor go to `inner`: its signature shows them, each with its default.
+
+  Args:
+    inner: Takes what the constructor does not name itself.
+    without: Arguments of `inner` that the constructor sets, and nobody else may.
+  """
+
+  def declare(constructor: Callable) -> Callable:
+    own = {name: found for name, found in inspect.signature(constructor).parameters.items()
+           if found.kind is not inspect.Parameter.VAR_KEYWORD}
+    further = {name: found for name, found in inspect.signature(inner).parameters.items()
+               if name not in own and name not in without}
+    constructor.__signature__ = inspect.signature(constructor).replace(parameters=[*own.values(), *further.values()])
+    return constructor
+
+  return declare

@@ -1,0 +1,44 @@
+"""CuDFKD on CIFAR. arXiv:2208.13648; the numbers are those of the published scripts.
+
+An epoch is a round: 40 calls of one generator step, each followed by 10 student steps. Pairs without a script of
+their own take the one of their teacher's kind.
+
+Cost: 250 to 500 rounds of 400 student steps on 512 to 1,024 fresh images; ResNet-34 to ResNet-18 290 PFLOP,
+WRN-40-2 to WRN-16-1 85. A teacher from ResNet-34 reaches 90 % within 15 rounds, it says.
+Published (best epoch), CIFAR-10 / CIFAR-100, R34-R18, V11-R18, W40-2-W40-1, W40-2-W16-2, W40-2-W16-1:
+  95.28 91.61 93.18 92.98 88.77 / 75.97 71.22 66.74 66.26 -
+Command: python main.py --config=configs/cifar10.py:cu_dfkd,resnet34-resnet18 --workdir=...
+  --config.teacher.source=...
+"""
+
+CALLS = 40
+# By number of classes and whether the teacher is a WRN: batch, rounds, T, divergence, lambda at first and growth,
+# adversarial factor at first and slope, and between which shares of the rounds it rises.
+SCRIPTS = {
+    (10, False): (512, 250, 20.0, 'l1', 2.0, 1e-4, 0.0, 0.5, 0.25, 0.75),
+    (10, True): (1024, 250, 20.0, 'kl', 2.0, 1e-4, 0.5, 0.05, 0.25, 0.75),
+    (100, False): (768, 400, 5.0, 'l1', 1.0, 2e-5, 0.0, 0.35, 0.2, 0.8),
+    (100, True): (1024, 500, 2.0, 'kl', 1.0, 2e-5, 0.0, 0.12, 0.2, 0.75),
+}
+
+
+def apply(config):
+  """Sets the method's numbers for the pair and the data set that the config names."""
+  script = SCRIPTS[config.dataset.num_classes, config.teacher.name.startswith('wrn')]
+  batch_size, rounds, temperature, divergence, threshold, growth, first, slope, begin, end = script
+  config.method.update(
+      name='cu_dfkd', num_steps=1, latent_dim=512, generator_lr=1e-3, adam_b1=0.9, adam_b2=0.99, sample_by='running',
+      init_std=0.02, batch_size=batch_size, num_tasks=1, curriculum_kind='log', threshold_start=threshold,
+      threshold_growth=growth, per='sample', balance_temperature=temperature,
+      adversary=dict(divergence='kl', temperature=3.0, masked=True),
+      adversarial=dict(
+          init_value=first, slope=slope, begin=int(begin * rounds), end=int(end * rounds), every=CALLS))
+  config.generator.update(name='generator', options=dict(width=64, stem_width=256))
+  config.factors.update(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0)  # The last: see the ramp.
+  config.augment.student.name = 'none'
+  config.distill.update(
+      rounds=rounds, calls_per_round=CALLS, steps_per_round=400, distill_after=0, batch_size=batch_size,
+      temperature=temperature, divergence=divergence)
+  config.optimizer.update(
+      name='sgd', learning_rate=0.1, momentum=0.9, weight_decay=1e-4, schedule='cosine_by_round', end_value=0.0)
+  return config

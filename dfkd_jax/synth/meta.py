@@ -1,0 +1,242 @@
+"""Inversions from a meta-learned generator, the loop that FastDFKD, SSD-KD and CMI share.
+
+Inner loop (an inversion, or task): from a copy of the meta-generator, `num_steps`
+of Adam on that copy and on one latent per image. Outer loop: the meta-generator
+follows by first-order MAML or by Reptile, through an optax update of the gradient
+averaged over `num_tasks` inversions on every device.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+
+from dfkd_jax import augment as augmentations
+from dfkd_jax import parallel, tasks
+from dfkd_jax.models.network import Network
+from dfkd_jax.synth import generative, objective, optimize, replay
+from dfkd_jax.types import Array, Metrics, Moments, Outputs, PRNGKey, PyTree
+
+META = ('fomaml', 'reptile', 'sequential', 'reinit')
+
+
+class State(struct.PyTreeNode):
+  """What the loop carries from call to call, and the images that came of it."""
+
+  latents: Array | None = parallel.sharded()  # [M, B, Z], only if carried
+  step: Array  # [] int32, calls so far
+  meta_params: PyTree  # of the generator
+  meta_opt_state: PyTree
+  past: dict[str, Moments]  # of the teacher's inputs, averaged over the calls so far
+  buffer: replay.ReplayBuffer
+
+
+class Companion(NamedTuple):
+  """Something that is trained beside the generator, such as CMI's head."""
+
+  params: PyTree  # shared by all tasks
+  opt_state: PyTree
+  tx: optax.GradientTransformation
+  memory: PyTree  # [M, ...], of each task; constant in an inversion
+  terms: Callable[[PyTree, PyTree, Array, Outputs, PRNGKey], tuple[dict[str, Array], PyTree]]
+  """(params, a task's memory, images, outputs, key) -> (terms, what to keep of the step)."""
+
+
+class Found(NamedTuple):
+  """What one call found; kept are those of each task's best (or last) step."""
+
+  kept: dict[str, PyTree]  # images [M, B, H, W, C], labels [M, B]; 'modulation' [M, B], 'companion' if there is one
+  metrics: Metrics  # each [num_steps], averaged over tasks and devices
+  companion: tuple[PyTree, PyTree] | None  # its params and opt_state, averaged over tasks and devices
+
+
+class Loop(NamedTuple):
+  """`init: (key, teacher, buffer) -> State` and `invert: (state, key, teacher, student) -> (State, Found)`."""
+
+  init: Callable[[PRNGKey, Network, replay.ReplayBuffer], State]
+  invert: Callable[..., tuple[State, Found]]
+
+
+def loop(
+    *,
+    generator: nn.Module,
+    image_shape: tuple[int, int, int],
+    task: tasks.Task,
+    factors: objective.Factors,
+    num_steps: int = 5,
+    latent_dim: int | tuple[int, ...] = 256,
+    generator_lr: float = 3e-3,
+    latent_lr: float = 1e-2,
+    adam_b1: float = 0.5,
+    adam_b2: float = 0.999,
+    meta: str = 'fomaml',
+    meta_lr: float | None = None,
+    reptile_scale: float = 67.0,
+    moments_momentum: float = 0.9,
+    adversarial_after: int = 0,
+    reset_after: int | None = None,
+    carry_latents: bool = False,
+    restart_every: int | None = None,
+    keep: str = 'best',
+    batch_size: int = 256,
+    num_tasks: int = 1,
+    task_map: str = 'auto',
+    axis: str | None = None,
+    augment: Callable[[PRNGKey, Array], Array] = augmentations.crop_and_flip,
+    sample_latents: Callable[[PRNGKey, tuple[int, ...]], Array] = jax.random.normal,
+    ask: bool = True,
+    modulate: Callable[[replay.ReplayBuffer, Array, Array], Array] | None = None,
+    adversary: objective.Adversary = objective.Adversary(),
+) -> Loop:
+  """Makes the loop.
+
+  Args:
+    generator: Maps latents [B, Z] (or [B, h, w, Z]) to images [B, H, W, C] in (0, 1), always
+      normalising by the batch.
+    image_shape: [H, W, C] of its images.
+    task: What the teacher was trained for.
+    factors: Of the terms.
+    num_steps: Inner steps.
+    latent_dim: Z, or the shape of one latent.
+    generator_lr: Adam's, for the copy of the generator. Its state is fresh in every call.
+    latent_lr: Adam's, for the latents.
+    adam_b1: Decay of Adam's first moment, inner and outer.
+    adam_b2: Decay of Adam's second moment, inner and outer.
+    meta: 'fomaml'; 'reptile'; 'sequential' (the copy becomes the generator; no outer loop); or 'reinit' (a
+      generator drawn anew for each call, `generative.redraw`; nothing is learnt from call to call).
+    meta_lr: Of the outer Adam; None: `generator_lr * num_steps`, as published.
+    reptile_scale: Factor of Reptile's gradient. Adam makes it matter through epsilon only.
+    moments_momentum: Share of former calls in the moments that are matched, in [0, 1); 0 turns it off.
+    adversarial_after: Calls before the adversarial term sets in.
+    reset_after: Calls before the generator's first layers are drawn anew, once; None: never.
+    carry_latents: Go on from the last call's latents.
+    restart_every: With `carry_latents`: calls between fresh latents and a fresh outer Adam; None: never.
+    keep: Images of the 'best' inner step, or of the 'last'.
+    batch_size: B, images of one task in one call.
+    num_tasks: M, inversions on this device in one call; 1 is the published algorithm.
+    task_map: How tasks are mapped, see `optimize.task_mapper`.
+    axis: The mapped axis of devices, if any.
+    augment: (key, images) -> images, fresh in every inner step.
+    sample_latents: (key, shape) -> latents.
+    ask: Whether classes are asked for; else the target is the class that the teacher sees.
+    modulate: (buffer, logits [B, ..., K], labels [B, ...]) -> [B, ...], by which each image's one_hot counts.
+    adversary: The measure of the adversarial term.
+  """
+  if meta not in META:
+    raise ValueError(f'meta is {meta!r}, must be one of {META}.')
+  if not 0 <= moments_momentum < 1:
+    raise ValueError(f'moments_momentum is {moments_momentum}, must be in [0, 1).')
+  if restart_every is not None and not carry_latents:
+    raise ValueError(f'restart_every is {restart_every}, must be None where carry_latents is False.')
+  factors = factors.checked()
+  latent_shape = (batch_size, *((latent_dim,) if isinstance(latent_dim, int) else latent_dim))
+  map_tasks = optimize.task_mapper(task_map)
+  adam = lambda lr: optax.adam(lr, b1=adam_b1, b2=adam_b2)
+  meta_tx = adam(generator_lr * num_steps if meta_lr is None else meta_lr)
+
+  def init(key: PRNGKey, teacher: Network, buffer: replay.ReplayBuffer) -> State:
+    generative.check_batch_norm(factors, teacher)
+    key_params, key_latents = jax.random.split(key)
+    params = generative.init(generator, key_params, latent_shape)
+    shapes = generative.check(generator, params, latent_shape, image_shape, teacher, task.num_classes)
+    return State(
+        latents=draw_latents(key_latents) if carry_latents else None,
+        step=jnp.int32(0), meta_params=params, meta_opt_state=meta_tx.init(params),
+        past=jax.tree.map(jnp.zeros_like, shapes.moments), buffer=buffer)
+
+  def draw_latents(key: PRNGKey) -> Array:
+    return jax.vmap(lambda k: sample_latents(k, latent_shape))(parallel.task_keys(key, num_tasks, axis))
+
+  def inversion(state: State, inputs: PyTree, teacher: Network, student: Network | None, companion: Companion | None):
+    """One task: (latents [B, Z], labels [B], key, the companion's memory) -> (meta-gradient, Minimum)."""
+    latents, labels, key, memory = inputs
+    momentum = jnp.where(state.step == 0, 0, moments_momentum)
+    now = factors
+    if factors.active('adversarial'):
+      now = factors._replace(adversarial=factors.adversarial * (state.step >= adversarial_after))
+
+    def loss_fn(variables, step_key):
+      images = generative.render(generator, variables['params'], variables['latents'])
+      view_key, companion_key = (step_key, None) if companion is None else jax.random.split(step_key)
+      seen = augment(view_key, images)
+      outputs = teacher(seen)
+      targets = task.labels_from(outputs.logits, labels if ask else None)
+      kept = {'images': images, 'labels': task.predicted(outputs.logits)}
+      modulation = None
+      if modulate is not None:
+        modulation = modulate(state.buffer, outputs.logits, targets)
+        kept['modulation'] = task.reduce(modulation)
+      found = objective.terms(
+          now, outputs, seen, targets, teacher=teacher, student=student, past=state.past, momentum=momentum,
+          modulation=modulation, adversary=adversary, reduce=task.reduce)
+      if companion is not None:
+        further, kept['companion'] = companion.terms(
+            variables['companion'], memory, images, outputs, companion_key)
+        found |= further
+      loss, metrics = objective.total(found, now)
+      return loss, optimize.Seen(kept, outputs.moments, metrics)
+
+    variables = {'params': state.meta_params, 'latents': latents}
+    parts = {'params': adam(generator_lr), 'latents': adam(latent_lr)}
+    if companion is not None:
+      variables['companion'], parts['companion'] = companion.params, companion.tx
+    tx = optimize.by_part(parts)
+    opt_state = tx.init(variables)
+    if companion is not None:
+      opt_state['companion'] = companion.opt_state
+    found = optimize.minimize(key, loss_fn, variables, opt_state, tx=tx, num_steps=num_steps, keep=keep)
+    if meta == 'fomaml':  # First order: the gradients met on the way.
+      return found.grads['params'], found
+    scale = reptile_scale if meta == 'reptile' else 1.0
+    return jax.tree.map(lambda a, b: scale * (a - b), state.meta_params, found.variables['params']), found
+
+  def invert(
+      state: State, key: PRNGKey, teacher: Network, student: Network | None, companion: Companion | None = None
+  ) -> tuple[State, Found]:
+    key_latents, key_labels, key_steps, key_reset = jax.random.split(key, 4)
+    state = restarted(state, key_latents, key_reset)
+    latents = state.latents if carry_latents else draw_latents(key_latents)
+    labels = jax.vmap(lambda k: task.sample_labels(k, batch_size, state.buffer.histogram))(
+        parallel.task_keys(key_labels, num_tasks, axis))
+    memory = None if companion is None else companion.memory
+
+    def one(inputs):
+      meta_grads, found = inversion(state, inputs, teacher, student, companion)
+      trained = None if companion is None else (found.variables['companion'], found.opt_state['companion'])
+      latents = found.variables['latents'] if carry_latents else None
+      return (meta_grads, found.aux, found.metrics, trained), found.kept, latents
+
+    inputs = (latents, labels, parallel.task_keys(key_steps, num_tasks, axis), memory)
+    to_average, kept, latents = optimize.over_tasks(map_tasks, one, inputs)
+    meta_grads, moments, metrics, trained = parallel.pmean(jax.tree.map(optimize.mean_of_tasks, to_average), axis)
+    if meta in ('sequential', 'reinit'):
+      meta_params, meta_opt_state = jax.tree.map(jnp.subtract, state.meta_params, meta_grads), state.meta_opt_state
+    else:
+      updates, meta_opt_state = meta_tx.update(meta_grads, state.meta_opt_state, state.meta_params)
+      meta_params = optax.apply_updates(state.meta_params, updates)
+    share = jnp.where(state.step == 0, 1, 1 - moments_momentum)
+    return state.replace(
+        latents=latents, step=state.step + 1, meta_params=meta_params, meta_opt_state=meta_opt_state,
+        past=optax.incremental_update(moments, state.past, share)), Found(kept, metrics, trained)
+
+  def restarted(state: State, key_latents: PRNGKey, key_reset: PRNGKey) -> State:
+    """What is drawn anew before a call, where that is asked for."""
+    if meta == 'reinit':
+      state = state.replace(meta_params=generative.redraw(key_reset, state.meta_params))
+    if reset_after is not None:
+      state = state.replace(meta_params=jax.lax.cond(
+          state.step == reset_after, lambda p: generative.reset(key_reset, p, generator.first_layers),
+          lambda p: p, state.meta_params))
+    if carry_latents and restart_every is not None:
+      fresh = (draw_latents(key_latents), meta_tx.init(state.meta_params))
+      # The published count is from one: calls 50, 100, ... begin anew.
+      latents, meta_opt_state = jax.lax.cond(
+          (state.step + 1) % restart_every == 0, lambda: fresh, lambda: (state.latents, state.meta_opt_state))
+      state = state.replace(latents=latents, meta_opt_state=meta_opt_state)
+    return state
+
+  return Loop(init, invert)

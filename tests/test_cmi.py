@@ -1,0 +1,388 @@
+"""CMI: bank, head, and the contrast between images, checked by hand and by equalities."""
+
+import functools
+import itertools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+from flax import linen as nn
+from hypothesis import strategies as st
+from test_deep_inversion import Noting, abstract_call, on_devices, one_by_one
+from test_fast_dfkd import assert_close, largest_difference, run
+
+from dfkd_jax import augment, models, synth, tasks
+from dfkd_jax.synth import Factors, generative, replay
+from dfkd_jax.synth.methods import cmi as method_file
+
+CONTRAST = Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.0, contrast=0.8)
+
+
+def cmi(**changes):
+  """Two inner steps on four images, a bank of nine rows of which up to five are drawn."""
+  return synth.create('cmi', **{
+      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
+      'factors': CONTRAST, 'num_steps': 2, 'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12,
+      'bank_size': 9, 'num_negatives': 5, 'projection_size': 6, 'augment': augment.identity,
+      'local_view': augment.flip, **changes})
+
+
+def no_rows(key, size, capacity, number):
+  """Inversions that do not depend on the bank."""
+  del key, size, capacity
+  return jnp.arange(number), jnp.zeros(number, bool)
+
+
+# Rows of the bank.
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=15)
+@hypothesis.given(st.sampled_from([1, 4, 7]), st.data())
+def test_rows_are_live_and_drawn_without_replacement(capacity, data):
+  size, number = data.draw(st.integers(0, capacity)), data.draw(st.integers(1, capacity))
+  slots, live = method_file.random_rows(
+      jax.random.key(data.draw(st.integers(0, 99))), jnp.int32(size), capacity, number)
+  assert slots.shape == live.shape == (number,)
+  assert len(set(slots.tolist())) == number
+  np.testing.assert_array_equal(live, slots < size)
+  assert int(live.sum()) == min(size, number)
+
+
+def test_every_live_row_is_drawn_equally_often():
+  draw = jax.vmap(lambda key: method_file.random_rows(key, jnp.int32(5), 8, 2))
+  slots, live = jax.jit(draw)(jax.random.split(jax.random.key(0), 2000))
+  assert live.all()
+  # A binomial count of 2,000 with chance 2/5 has the standard deviation 22.
+  np.testing.assert_allclose(np.bincount(slots.ravel(), minlength=8)[:5], 800, atol=90)
+
+
+def projected(head, features):
+  hidden = np.maximum(features @ head['head_0']['kernel'] + head['head_0']['bias'], 0)
+  found = hidden @ head['head_2']['kernel'] + head['head_2']['bias']
+  return found / np.linalg.norm(found, axis=-1, keepdims=True)
+
+
+def features_of(images):
+  pooled = toys.jit(toys.teacher())(images).pooled
+  return np.concatenate([pooled['bn1'], pooled['bn2']], axis=-1)
+
+
+def test_only_live_rows_count_in_the_contrast():
+  """One step by hand: five live rows of nine, of which all seven that are asked for find but five."""
+  view_of_all, view_of_one = Noting(), Noting(lambda _, images: images[:, ::-1])
+  method = cmi(num_steps=1, num_negatives=7, augment=view_of_all, local_view=view_of_one, contrast_temperature=0.3)
+  start = toys.jit(method.init)(jax.random.key(0), toys.teacher())
+  bank = np.abs(np.random.default_rng(0).normal(size=start.bank.shape)).astype(np.float32)
+  bank[:, 5:] = 1e4  # Not images.
+  _, metrics = toys.jit(method.synthesize)(
+      start.replace(bank=bank, size=jnp.int32(5)), jax.random.key(1), toys.teacher(), toys.student())
+  (_, global_), (_, local) = (noting.given_and_seen() for noting in (view_of_all, view_of_one))
+  np.testing.assert_array_equal(local, global_[:, :, ::-1])
+  head = jax.tree.map(np.asarray, start.head)
+  rows = projected(head, np.concatenate([features_of(local[0]), bank[0, :5, 0]]))
+  columns = projected(head, np.concatenate([features_of(global_[0]), bank[0, :5, 1]]))
+  odds = np.exp(rows @ columns.T / 0.3)
+  losses = -np.log(np.diag(odds) / odds.sum(1))
+  np.testing.assert_allclose(metrics['contrast'], [losses[:4].mean() + losses[4:].mean()], rtol=1e-4)
+  total = sum(getattr(CONTRAST, name) * value for name, value in metrics.items() if name != 'loss')
+  np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
+
+
+def test_pooled_features_are_means_over_the_pixels_of_each_image():
+  """So each image's are the mean moments of a batch of its own."""
+  images = jax.random.uniform(jax.random.key(0), (3, *toys.IMAGE))
+  together, alone = toys.jit(lambda: (
+      toys.teacher()(images).pooled, [toys.teacher()(images[i:i + 1]).moments for i in range(3)]))()
+  assert set(together) == {'bn1', 'bn2'}
+  for path, pooled in together.items():
+    np.testing.assert_allclose(pooled, [moments[path].mean for moments in alone], rtol=1e-4, atol=1e-6)
+
+
+@functools.cache
+def calls_over_a_bank(bank_size):
+  """Three calls whose inversions are the same whatever the bank holds."""
+  factors = Factors(one_hot=0.5, contrast=0.8)
+  return run(cmi(bank_size=bank_size, num_steps=1, num_negatives=2, sample_rows=no_rows, factors=factors), calls=3)[0]
+
+
+@pytest.mark.parametrize('bank_size', [3, 6])
+def test_the_bank_is_a_ring(bank_size):
+  """Rows in order, the newest over the oldest; of a batch of four a bank of three takes three."""
+  history = np.asarray(calls_over_a_bank(13)[3].bank[0, :12])
+  assert (np.abs(history).sum((1, 2)) > 0).all()
+  expected, written = np.zeros_like(history[:bank_size]), 0
+  for index, state in enumerate(calls_over_a_bank(bank_size)):
+    np.testing.assert_allclose(state.bank[0], expected, rtol=1e-5, atol=1e-6)
+    assert (int(state.next), int(state.size)) == (written % bank_size, min(written, bank_size))
+    for row in history[4 * index:4 * index + min(4, bank_size)]:
+      expected[written % bank_size] = row
+      written += 1
+
+
+def test_the_bank_holds_features_of_the_images_kept():
+  """Of the global view, to the accuracy of uint8; the local one is mirrored, and its means before bn1 differ."""
+  state = calls_over_a_bank(13)[3]
+  images = replay.to_float(state.inversion.buffer.images[0])
+  found = np.asarray(state.bank[0, :12])
+  np.testing.assert_allclose(found[:, 1], features_of(images), atol=0.02)
+  assert np.abs(found[:, 0] - found[:, 1]).max() > 1e-3
+
+
+@functools.cache
+def filling():
+  """Five calls with a bank of two batches: empty, half full, just full, then overwritten; and their program."""
+  method = cmi(bank_size=8, num_negatives=8, num_steps=3)
+  synthesize = toys.jit(method.synthesize)
+  states, metrics = [toys.jit(method.init)(jax.random.key(0), toys.teacher())], []
+  for index in range(5):
+    state, found = synthesize(states[-1], jax.random.key(10 + index), toys.teacher(), toys.student())
+    states.append(state)
+    metrics.append(found)
+  return states, metrics, synthesize
+
+
+def test_no_bank_is_too_empty_or_too_full():
+  """The published code has NaN in the third call here, where the bank is just full."""
+  states, metrics, _ = filling()
+  assert [int(state.size) for state in states] == [0, 4, 8, 8, 8, 8]
+  for found, state in zip(metrics, states[1:], strict=True):
+    for leaf in jax.tree.leaves((found, state)):
+      assert np.isfinite(leaf).all()
+  contrast = np.array([found['contrast'] for found in metrics])
+  assert (contrast[0] < np.log(4) + 2).all()  # The batch alone.
+  assert (contrast[1:] > contrast[0]).all()  # And the bank's rows, whose mean is added.
+  for state, following in itertools.pairwise(states):
+    assert largest_difference(state.head, following.head) > 1e-4
+    assert largest_difference(state.inversion.meta_params, following.inversion.meta_params) > 1e-3
+
+
+# The head.
+
+
+def test_the_head_gives_projections_of_norm_one():
+  features = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+  head = method_file.Head(3)
+  params = toys.jit(head.init)(jax.random.key(0), features)['params']
+  project = lambda params, x: head.apply({'params': params}, x)
+  np.testing.assert_allclose(toys.jit(project)(params, features), projected(
+      jax.tree.map(np.asarray, params), features), rtol=1e-5, atol=1e-6)
+  grads = toys.jit(jax.grad(lambda *inputs: project(*inputs).sum()))(jax.tree.map(jnp.zeros_like, params), features)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def count(state):
+  return optax.tree_utils.tree_get(state.head_opt_state, 'count')
+
+
+def test_the_heads_optimizer_lasts_over_calls():
+  states, _, synthesize = filling()
+  assert [int(count(state)) for state in states] == [0, 3, 6, 9, 12, 15]
+  assert {count(state).dtype for state in states} == {np.dtype('int32')}
+  fresh = states[3].replace(head_opt_state=jax.tree.map(jnp.zeros_like, states[3].head_opt_state))
+  anew, _ = synthesize(fresh, jax.random.key(13), toys.teacher(), toys.student())
+  assert largest_difference(states[4].head, anew.head) > 1e-4
+
+
+@functools.cache
+def one_step():
+  """The states before and after, and the keys that both views and the rows get, with all that they may split off."""
+  keys = []
+
+  def note(key, drawn):
+    halves = jax.random.split(key)
+    for each in (key, *halves, *jax.vmap(jax.random.split)(halves).ravel()):
+      jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(each), ordered=True)
+    return drawn
+
+  with jax.debug_key_reuse(False):
+    states, _ = run(cmi(
+        factors=Factors(contrast=0.8), num_steps=1, generator_lr=2e-3, head_lr=5e-4, augment=note, local_view=note,
+        sample_rows=lambda key, *sizes: note(key, no_rows(key, *sizes))))
+  jax.effects_barrier()
+  return states, keys
+
+
+def test_one_step_of_the_head_is_adam_at_its_own_rate():
+  (start, end), _ = one_step()
+  steps = jax.tree.map(lambda a, b: np.abs(a - b).ravel(), start.head, end.head)
+  np.testing.assert_allclose(np.median(np.concatenate(jax.tree.leaves(steps))), 5e-4, rtol=1e-2)
+
+
+def test_every_draw_of_a_step_has_a_key_of_its_own():
+  _, keys = one_step()
+  assert len(keys) == len(set(keys)) == 3 * 7
+
+
+# The generator.
+
+
+def test_redraw():
+  """Kernels from N(0, 0.02^2), scales from N(1, 0.02^2), biases 0, whatever was there."""
+  generator = models.Generator(image_shape=(16, 16, 3), width=32)
+  shapes = jax.eval_shape(lambda key: generative.init(generator, key, (2, 40)), jax.random.key(0))
+  params, redraw = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes), toys.jit(generative.redraw)
+  drawn = redraw(jax.random.key(1), params)
+  assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, params)
+  by_name = {}
+  for path, leaf in jax.tree.leaves_with_path(drawn):
+    by_name.setdefault(path[-1].key, []).append(np.ravel(leaf))
+  assert set(by_name) == {'kernel', 'scale', 'bias'}
+  assert not np.concatenate(by_name['bias']).any()
+  for leaf in by_name['kernel']:
+    np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.1)
+    np.testing.assert_allclose(leaf.mean(), 0, atol=0.003)
+  scales = np.concatenate(by_name['scale'])
+  np.testing.assert_allclose([scales.mean(), scales.std()], [1, 0.02], rtol=0.2)
+  assert len({float(leaf[0]) for name in ('kernel', 'scale') for leaf in by_name[name]}) == 7  # Each its own key.
+  assert largest_difference(drawn, redraw(jax.random.key(2), params)) > 0.02
+
+
+def test_the_generator_is_drawn_anew_for_each_call():
+  """At rates of 0 it is what was drawn, and does not depend on what was there."""
+  method = cmi(
+      num_steps=1, generator_lr=0.0, latent_lr=0.0, generator=toys.generator(width=5), factors=Factors(contrast=0.8))
+  state = toys.jit(method.init)(jax.random.key(0), toys.teacher())
+  synthesize = toys.jit(method.synthesize)
+  drawn_by = lambda state, seed: synthesize(state, jax.random.key(seed), toys.teacher(), None)[0]
+  first = drawn_by(state, 10)
+  second, again = drawn_by(first, 11), drawn_by(state, 11)
+  drawn = [of.inversion.meta_params for of in (state, first, second)]
+  for before, after in itertools.pairwise(drawn):
+    assert largest_difference(before['l1_0'], after['l1_0']) > 0.02
+    np.testing.assert_allclose(after['l1_0']['kernel'].std(), 0.02, rtol=0.2)
+    np.testing.assert_allclose(after['conv_blocks_0']['scale'], 1, atol=0.1)
+    assert not after['l1_0']['bias'].any()
+  assert largest_difference(again.inversion.meta_params, drawn[2]) == 0
+
+
+# What the terms do.
+
+
+def test_without_contrast_it_is_fast_dfkd_with_a_new_generator():
+  """Exactly: states, images, labels and metrics, on the same keys."""
+  factors = CONTRAST._replace(contrast=0.0)
+  numbers = dict(factors=factors, num_steps=2, generator_lr=2e-3, latent_lr=5e-3, augment=augment.flip)
+  states, metrics = run(cmi(**numbers), calls=2)
+  others, other_metrics = run(
+      toys.fast_dfkd(meta='reinit', moments_momentum=0.0, capacity=12, **numbers), calls=2)
+  for state, other in zip(states[1:], others[1:], strict=True):
+    jax.tree.map(np.testing.assert_array_equal, state.inversion, other)
+    assert (int(state.size), state.bank, state.head) == (0, None, None)
+  jax.tree.map(np.testing.assert_array_equal, metrics, other_metrics)
+  assert np.isfinite(metrics[1]['loss']).all()
+
+
+def test_without_an_adversary_no_student_is_needed():
+  _, metrics = abstract_call(cmi(factors=CONTRAST._replace(adversarial=0.0)), toys.teacher(), None)
+  assert set(metrics) == {'loss', 'one_hot', 'batch_norm', 'contrast'}
+  with pytest.raises(ValueError, match='student is None'):
+    abstract_call(cmi(), toys.teacher(), None)
+
+
+def test_contrast_makes_the_images_of_a_batch_differ():
+  """As a head sees them that stays: with the term, projections point apart; a wrong sign would join them."""
+
+  @toys.jit
+  def call(state, key, factor):
+    method = cmi(
+        factors=Factors(one_hot=0.1, contrast=factor), num_steps=40, generator_lr=1e-2, latent_lr=5e-2, head_lr=0.0,
+        contrast_temperature=0.1, keep='last', batch_size=6)
+    return method.synthesize(state, key, toys.teacher(), None)
+
+  state = toys.jit(cmi(batch_size=6).init)(jax.random.key(0), toys.teacher())
+  for seed in range(3):
+    alike, contrast = [], []
+    for factor in (3.0, 1e-9):
+      after, metrics = call(state, jax.random.key(seed), factor)
+      assert largest_difference(state.head, after.head) == 0
+      features = features_of(replay.to_float(after.inversion.buffer.images[0, :6]))
+      seen = projected(jax.tree.map(np.asarray, state.head), features)
+      alike.append((seen @ seen.T)[~np.eye(6, dtype=bool)].mean())
+      contrast.append(metrics['contrast'])
+    np.testing.assert_allclose(contrast[0][0], contrast[1][0], rtol=1e-5)
+    assert contrast[0][-1] < 0.8 * contrast[1][-1]
+    assert alike[0] < alike[1] - 0.1
+
+
+# Tasks and devices.
+
+
+def test_two_tasks_have_a_bank_each_and_share_the_head(x64):
+  networks = toys.float64(toys.teacher()), toys.float64(toys.student())
+  whole = cmi(num_tasks=2, bank_size=18)
+  state = toys.jit(whole.init)(jax.random.key(0), networks[0])
+  assert state.bank.shape == (2, 9, 2, 9)
+  with jax.debug_key_reuse(False):
+    together, metrics = toys.jit(whole.synthesize)(state, jax.random.key(5), *networks)
+    found = one_by_one(cmi(), 2, networks)
+  states = [state for state, _ in found]
+  mean = lambda *leaves: np.mean(leaves, 0).astype(leaves[0].dtype)
+  assert_close(together.head, jax.tree.map(mean, *(state.head for state in states)), rtol=1e-9)
+  assert_close(together.head_opt_state, jax.tree.map(mean, *(state.head_opt_state for state in states)), rtol=1e-9)
+  assert largest_difference(states[0].head, states[1].head) > 1e-4
+  assert count(together) == 2
+  assert count(together).dtype == jnp.int32
+  assert_close(metrics, jax.tree.map(mean, *(metrics for _, metrics in found)), rtol=1e-9)
+  for stripe, state in enumerate(states):
+    assert_close(together.bank[stripe], state.bank[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(together.inversion.buffer.images[stripe, :4], state.inversion.buffer.images[0, :4])
+  assert largest_difference(together.bank[0], together.bank[1]) > 1e-3
+
+
+def test_four_devices_equal_four_tasks(x64):
+  """Through two calls, so that each draws from its own bank."""
+  networks = toys.float64(toys.teacher()), toys.float64(toys.student())
+  create = lambda num_tasks, axis: cmi(
+      num_tasks=num_tasks, axis=axis, capacity=8 * num_tasks, sample_batch_size=num_tasks, bank_size=7 * num_tasks,
+      task_map='map', augment=augment.flip)
+  (state, metrics), expected = (on_devices(create, networks, size) for size in (4, 1))
+  assert_close((state, metrics), expected, rtol=1e-8, atol=1e-10)
+  assert (int(state.size), count(state).dtype) == (7, np.dtype('int32'))
+
+
+# What it asks of its networks and numbers.
+
+
+def test_feature_layers_are_chosen_by_path():
+  sizes = {layers: jax.eval_shape(cmi(feature_layers=layers).init, jax.random.key(0), toys.teacher()).bank.shape[-1]
+           for layers in (None, ('bn1',), ('bn2',), ('bn2', 'bn1'))}
+  assert sizes == {None: 9, ('bn1',): 3, ('bn2',): 6, ('bn2', 'bn1'): 9}
+
+
+def test_a_teacher_without_batch_norm_has_no_features():
+  class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(toys.CLASSES)(x.mean((1, 2)))
+
+  teacher = models.create_network(Plain(), jax.random.key(0), toys.IMAGE)
+  with pytest.raises(ValueError, match=r'feature_layers has \[\], must be batch norms of the teacher: \[\]'):
+    abstract_call(cmi(factors=Factors(one_hot=1.0, contrast=0.8)), teacher, None)
+  _, metrics = abstract_call(cmi(factors=Factors(one_hot=1.0)), teacher, None)
+  assert set(metrics) == {'loss', 'one_hot'}
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(num_negatives=10), r'num_negatives is 10, must be in 1..9, the bank of a task'),
+    (dict(num_negatives=0), 'num_negatives is 0'),
+    (dict(bank_size=9, num_tasks=2, capacity=8), r'bank_size is 9, must be a positive multiple of 2'),
+    (dict(capacity=13, num_tasks=4), r'capacity is 13, must be a positive multiple of 4 .*such as 12'),
+    (dict(factors=Factors(contrast=-1.0)), 'Factor contrast is -1.0'),
+    (dict(meta='anew'), r"meta is 'anew', must be one of \('fomaml', "),
+    (dict(banksize=3), "Unknown argument of cmi 'banksize'. Did you mean 'bank_size'")])
+def test_bad_arguments_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    cmi(**changes)
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(feature_layers=('bn7',)), r"feature_layers has \['bn7'\], must be batch norms of .*: \['bn1', 'bn2'\]"),
+    (dict(feature_layers=()), 'feature_layers has '),
+    (dict(task=tasks.classification(7)), 'The task has 7 classes, must have 5')])
+def test_bad_numbers_are_named_at_init(changes, message):
+  with pytest.raises(ValueError, match=message):
+    abstract_call(cmi(**changes), toys.teacher(), toys.student())
