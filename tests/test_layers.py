@@ -233,7 +233,7 @@ def test_capture_keeps_vectors_alive_and_no_activations():
   def needed(name):
     module = models.create(name, 10)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-    run = jax.jit(lambda network, images: network(images)._replace(maps=(), features=None))
+    run = jax.jit(lambda network, images: network(images)._replace(maps=(), features=None, pooled={}))
     images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
     return run.lower(models.bind(module, variables), images).compile().memory_analysis()
 
