@@ -40,7 +40,7 @@ def get_config(arguments: str = ''):
   config.control = True
   _METHODS[picked['method']](config)
   if picked['length'] == 'smoke':
-    config.distill.rounds //= 3
+    config.distill.rounds //= 4
     config.control = False
   return config
 
