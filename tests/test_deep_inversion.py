@@ -240,18 +240,8 @@ def test_four_devices_equal_four_tasks(x64):
 # What it asks of its networks and numbers.
 
 
-class Dense(nn.Module):
-  """A class for each pixel."""
-
-  @nn.compact
-  def __call__(self, x, train: bool = False):
-    x = nn.Conv(4, (3, 3), use_bias=False)(x)
-    x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-    return nn.Conv(toys.CLASSES, (1, 1))(x)
-
-
 def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
-  teacher, student = (models.create_network(Dense(), jax.random.key(seed), toys.IMAGE) for seed in (3, 4))
+  teacher, student = toys.dense_teacher(), toys.dense_student()
   method = deep_inversion(
       task=tasks.segmentation(toys.CLASSES), learning_rate=0.03, factors=Factors(one_hot=1.0, adversarial=0.01),
       sample_pixels=lambda key, shape: 0.5 + 0.1 * jax.random.normal(key, shape))

@@ -232,15 +232,7 @@ def test_vmap_and_map_agree_over_several_steps(x64):
 
 def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
   """Segmentation through the same method: labels of one class an image go to the buffer."""
-
-  class Dense(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-      x = nn.Conv(4, (3, 3), use_bias=False)(x)
-      x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-      return nn.Conv(toys.CLASSES, (1, 1))(x)
-
-  teacher, student = (models.create_network(Dense(), jax.random.key(seed), toys.IMAGE) for seed in (3, 4))
+  teacher, student = toys.dense_teacher(), toys.dense_student()
   method = toys.fast_dfkd(task=tasks.segmentation(toys.CLASSES), num_steps=2)
   state = toys.jit(method.init)(jax.random.key(0), teacher)
   state, metrics = toys.jit(method.synthesize)(state, jax.random.key(1), teacher, student)

@@ -10,7 +10,7 @@ import pytest
 import toys
 from flax import linen as nn
 
-from dfkd_jax import models, parallel, synth, tasks
+from dfkd_jax import parallel, synth, tasks
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import layers
 from dfkd_jax.synth import Factors, online
@@ -259,15 +259,7 @@ def test_four_devices_equal_four_tasks(x64):
 
 def test_a_task_of_pixels():
   """Segmentation: each pixel's class is the one that the teacher sees there."""
-
-  class Dense(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-      x = nn.Conv(4, (3, 3), use_bias=False)(x)
-      x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-      return nn.Conv(toys.CLASSES, (1, 1))(x)
-
-  teacher, student = (models.create_network(Dense(), jax.random.key(seed), toys.IMAGE) for seed in (3, 4))
+  teacher, student = toys.dense_teacher(), toys.dense_student()
   made = method(task=tasks.segmentation(toys.CLASSES), factors=FACTORS._replace(activation=0.0), num_steps=2)
   state = start()  # Whatever the teacher.
   images = toys.jit(made.sample)(state, jax.random.key(2)).images

@@ -117,7 +117,7 @@ def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, save
         lhs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), rhs_dilation,
         tuple((low, o - n + k - 1 - low) for k, n, o, low in extents), lhs_dilation, strides, precision)
     return lhs_grad, rhs_grad.transpose(1, 2, 0, 3)
-  # A kernel of the maps' size is what the CPU's convolution is slowest at.
+  # In whole networks faster than a convolution with a kernel of the maps' size, if not for every shape alone.
   return lhs_grad, _rhs_grad(lhs, rhs.shape, cotangent, strides, padding, precision)
 
 
