@@ -108,7 +108,7 @@ def test_reptile_goes_where_sequential_arrives():
   way = jax.tree.map(jnp.subtract, start.meta_params, arrived.meta_params)
   assert_close(meta_gradient(once), way, rtol=1e-3, atol=1e-6)
   assert_close(jax.tree.map(lambda grad: grad / 67, meta_gradient(scaled)), way, rtol=1e-3, atol=1e-6)
-  assert_close(metrics, metrics_of_reptile, rtol=1e-5)
+  assert_close(metrics, metrics_of_reptile, rtol=1e-5, atol=1e-6)
   # The scale reaches the generator through Adam's epsilon only: 1e-8 beside 3e-3.
   clear = jax.tree.map(lambda leaf: np.abs(leaf) > 1e-4, way)
   jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a[c], b[c], atol=1e-6),
