@@ -29,12 +29,14 @@ def networks(kind):
 
 def create(name, kind='classification', **changes):
   """A method from whatever of these arguments it takes."""
+  taken = synth.parameters(name)
+  factors = synth.Factors(
+      one_hot=1.0, batch_norm=1.0, adversarial=0.5, contrast=0.5 if 'contrast_temperature' in taken else 0.0)
   at_hand = {
       'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': TASKS[kind][0],
-      'num_classes': toys.CLASSES, 'factors': synth.Factors(one_hot=1.0, batch_norm=1.0, adversarial=0.5, contrast=0.5),
-      'num_steps': 2, 'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': SAMPLES, 'capacity': 8,
-      'augment': augment.flip, 'bank_size': 6, 'num_negatives': 3, 'projection_size': 5, **changes}
-  taken = synth.parameters(name)
+      'num_classes': toys.CLASSES, 'factors': factors, 'num_steps': 2, 'latent_dim': 7, 'batch_size': 4,
+      'sample_batch_size': SAMPLES, 'capacity': 8, 'augment': augment.flip, 'bank_size': 6, 'num_negatives': 3,
+      'projection_size': 5, **changes}
   return synth.create(name, **{key: value for key, value in at_hand.items() if key in taken})
 
 

@@ -274,7 +274,7 @@ def test_batch_norm_by_layer_sums_to_the_whole():
 
 def test_batch_norm_names_what_does_not_match():
   running = layers(0)
-  with pytest.raises(ValueError, match='teacher without BatchNorm: batch_norm term has nothing to match'):
+  with pytest.raises(ValueError, match='network without BatchNorm: its moments term has nothing to match'):
     inversion.batch_norm({}, {})
   with pytest.raises(ValueError, match="'block/bn' is among the second moments only"):
     inversion.batch_norm({'stem/bn': running['stem/bn']}, running)

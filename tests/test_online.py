@@ -217,7 +217,7 @@ def two_steps():
 def test_a_call_of_two_steps_is_two_calls_but_for_their_count():
   (*_, twice), metrics = fixed()
   once, both = two_steps()(start(), 1e-3, 0.0)
-  assert_close(once.replace(step=twice.step), twice, rtol=1e-4, atol=1e-5)
+  assert_close(once.replace(step=twice.step), twice, rtol=1e-4, atol=5e-5)  # A step moves by 1e-3.
   assert_close(both, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *metrics), rtol=1e-4)
   assert (int(once.step), int(twice.step)) == (1, 2)
   assert both['loss'][0] != both['loss'][1]

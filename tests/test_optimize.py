@@ -221,6 +221,13 @@ def test_a_factor_below_zero_is_refused_by_name(name, value):
     Factors(**{name: value}).checked()
 
 
+def test_a_term_that_nothing_computes_is_refused():
+  factors = Factors(contrast=0.8)
+  with pytest.raises(ValueError, match=r'Factor contrast is 0\.8, must be 0: only the method cmi has that term'):
+    factors.checked()
+  assert factors.checked(own=('contrast',)) is factors
+
+
 def test_checked_factors_come_back_as_they_are():
   factors = Factors(one_hot=1, batch_norm=0.5, adversarial=jnp.float32(-1))  # An array's value is not known in a trace.
   assert factors.checked() is factors

@@ -42,7 +42,7 @@ def teacher():
     found['params']['fc'] = {'kernel': spread * last['kernel'], 'bias': spread * (last['bias'] - logits.mean(0))}
     return found
 
-  with jax.enable_x64(False):  # Whoever asks first.
+  with jax.enable_x64(False), jax.ensure_compile_time_eval():  # Whoever asks first, in a trace or out of it.
     return models.bind(module, scaled(*jax.random.split(jax.random.key(0), 3)), mean=MEAN, std=STD)
 
 
@@ -54,7 +54,7 @@ def student():
 
 def nudged(params):
   shift = lambda leaf: leaf * (1 + 0.02 * jnp.cos(jnp.arange(leaf.size))).reshape(leaf.shape)
-  with jax.enable_x64(False):
+  with jax.enable_x64(False), jax.ensure_compile_time_eval():
     return jax.tree.map(shift, params)
 
 
@@ -72,7 +72,7 @@ class Dense(nn.Module):
 @functools.cache
 def dense_teacher():
   """Logits [B, H, W, K]."""
-  with jax.enable_x64(False):
+  with jax.enable_x64(False), jax.ensure_compile_time_eval():
     return models.bind(Dense(), jit(lambda key: variables(key, Dense()))(jax.random.key(5)), mean=MEAN, std=STD)
 
 

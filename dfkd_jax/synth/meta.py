@@ -91,6 +91,7 @@ def loop(
     ask: bool = True,
     modulate: Callable[[replay.ReplayBuffer, Array, Array], Array] | None = None,
     adversary: objective.Adversary = objective.Adversary(),
+    companion_terms: tuple[str, ...] = (),
 ) -> Loop:
   """Makes the loop.
 
@@ -125,6 +126,7 @@ def loop(
     ask: Whether classes are asked for; else the target is the class that the teacher sees.
     modulate: (buffer, logits [B, ..., K], labels [B, ...]) -> [B, ...], by which each image's one_hot counts.
     adversary: The measure of the adversarial term.
+    companion_terms: Names of the terms that the companion handed to `invert` adds.
   """
   if meta not in META:
     raise ValueError(f'meta is {meta!r}, must be one of {META}.')
@@ -132,7 +134,7 @@ def loop(
     raise ValueError(f'moments_momentum is {moments_momentum}, must be in [0, 1).')
   if restart_every is not None and not carry_latents:
     raise ValueError(f'restart_every is {restart_every}, must be None where carry_latents is False.')
-  factors = factors.checked()
+  factors = factors.checked(companion_terms)
   latent_shape = (batch_size, *((latent_dim,) if isinstance(latent_dim, int) else latent_dim))
   map_tasks = optimize.task_mapper(task_map)
   adam = lambda lr: optax.adam(lr, b1=adam_b1, b2=adam_b2)

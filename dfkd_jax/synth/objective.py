@@ -40,15 +40,20 @@ class Factors(NamedTuple):
     factor = getattr(self, name)
     return not isinstance(factor, (int, float)) or factor != 0
 
-  def checked(self) -> 'Factors':
-    """The factors, if none is a negative or non-finite number.
+  def checked(self, own: tuple[str, ...] = ()) -> 'Factors':
+    """The factors, if none is a negative or non-finite number, and all terms can be computed.
+
+    Args:
+      own: Terms beyond those of `terms` that the method computes itself.
 
     Raises:
-      ValueError: Names the first that is.
+      ValueError: Names the first that is, or that nothing would compute.
     """
     for name, factor in self._asdict().items():
       if isinstance(factor, (int, float)) and not 0 <= factor < float('inf'):
         raise ValueError(f'Factor {name} is {factor}, must be a finite number and at least 0.')
+    if self.active('contrast') and 'contrast' not in own:
+      raise ValueError(f'Factor contrast is {self.contrast}, must be 0: only the method cmi has that term.')
     return self
 
 

@@ -62,7 +62,7 @@ def random_rows(key: PRNGKey, size: Array, capacity: int, number: int) -> tuple[
   return slots, found >= 0
 
 
-@passes_on(meta_learning.loop)
+@passes_on(meta_learning.loop, without=('companion_terms',))
 def cmi(
     *,
     image_shape: tuple[int, int, int],
@@ -114,7 +114,8 @@ def cmi(
   """
   loop = meta_learning.loop(
       image_shape=image_shape, task=task, factors=factors, num_steps=num_steps, generator_lr=generator_lr,
-      latent_lr=latent_lr, meta=meta, moments_momentum=moments_momentum, num_tasks=num_tasks, axis=axis, **numbers)
+      latent_lr=latent_lr, meta=meta, moments_momentum=moments_momentum, num_tasks=num_tasks, axis=axis,
+      companion_terms=('contrast',), **numbers)
   local_view = local_view or (lambda key, images: augmentations.resized_crop_and_flip(key, images, scale=(0.25, 1.0)))
   share = parallel.even_share(capacity, num_tasks, 'capacity')
   rows = parallel.even_share(bank_size, num_tasks, 'bank_size')

@@ -23,7 +23,7 @@ from dfkd_jax.types import Batch, Metrics, PRNGKey
 State = meta.State
 
 
-@passes_on(meta.loop)
+@passes_on(meta.loop, without=('companion_terms',))
 def fast_dfkd(
     *,
     image_shape: tuple[int, int, int],

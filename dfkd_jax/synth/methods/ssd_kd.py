@@ -33,7 +33,7 @@ NEW_PRIORITY = ('max', 'modulation', 'one')
 NORMALISE = ('none', 'max')
 
 
-@passes_on(meta.loop, without=('ask', 'modulate'))
+@passes_on(meta.loop, without=('ask', 'modulate', 'companion_terms'))
 def ssd_kd(
     *,
     image_shape: tuple[int, int, int],
