@@ -241,8 +241,18 @@ def test_progress_is_quiet_where_nobody_looks():
       progress.update(loss=jnp.float32(number))
   written = stream.getvalue().splitlines()
   assert '\r' not in stream.getvalue()
-  assert [line.split('  ')[0] for line in written] == [f'round {done}/100' for done in range(55, 101, 5)]
+  assert [line.split('  ')[0] for line in written] == [
+      'round 51/100 is under way', *(f'round {done}/100' for done in (51, *range(55, 101, 5)))]
   assert '  loss 48  accuracy 0.876  ' in written[-1] or '  accuracy 0.876  loss 48  ' in written[-1]
+
+
+def test_rounds_that_take_long_have_a_line_each(monkeypatch):
+  monkeypatch.setattr(report.progress, '_LONGEST', -1.0)  # Any time is longer.
+  stream = io.StringIO()
+  with report.Progress(400, stream=stream) as progress:
+    for _ in range(7):
+      progress.update()
+  assert [line.split('  ')[0] for line in stream.getvalue().splitlines()[1:]] == [f'round {n}/400' for n in range(1, 8)]
 
 
 def test_progress_is_a_bar_on_a_terminal():

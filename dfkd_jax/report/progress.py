@@ -6,9 +6,13 @@ from typing import TextIO
 
 import tqdm
 
+_LONGEST = 60.0  # Seconds between lines, unless a round takes longer.
+
 
 class Progress:
-  """A live bar where stderr is a terminal, else about twenty plain lines; a context manager.
+  """A live bar where stderr is a terminal, else plain lines: about twenty, and none later than a minute after another.
+
+  A context manager.
 
   Args:
     total: Rounds of the whole run.
@@ -21,7 +25,7 @@ class Progress:
     self._stream = sys.stderr if stream is None else stream
     self._total, self._initial, self._done, self._unit = total, initial, initial, unit
     self._shown: dict[str, str] = {}
-    self._begin = time.perf_counter()
+    self._begin = self._said = time.perf_counter()
     self._bar = None
     if self._stream.isatty():
       self._bar = tqdm.tqdm(
@@ -29,6 +33,8 @@ class Progress:
       )
 
   def __enter__(self) -> 'Progress':
+    if self._bar is None and self._done < self._total:  # On slow devices the first round takes minutes.
+      self.say(f'{self._unit} {self._done + 1}/{self._total} is under way')
     return self
 
   def __exit__(self, *error) -> None:
@@ -41,8 +47,10 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix(self._shown, refresh=False)
       self._bar.update()
-    elif self._done % max(1, self._total // 20) == 0 or self._done == self._total:
+    elif (self._done % max(1, self._total // 20) == 0 or self._done in (self._initial + 1, self._total)
+          or time.perf_counter() - self._said > _LONGEST):
       self.say(self._line())
+      self._said = time.perf_counter()
 
   def say(self, text: str) -> None:
     """A line of its own, which does not tear the bar."""
