@@ -1,4 +1,4 @@
-"""All methods on the embedded data set at equal wall-clock, and the ablations of SSD-KD: a table each.
+r"""All methods on the embedded data set at equal wall-clock, and the ablations of SSD-KD: a table each.
 
 python benchmarks/methods.py --seconds=300 --seeds 0 1 2 --workdir=runs/methods
 python benchmarks/methods.py --ablations --seconds=300 --seeds 0 --workdir=runs/ablations
@@ -6,11 +6,13 @@ python benchmarks/methods.py --ablations --seconds=300 --seeds 0 --workdir=runs/
 Each run is `python main.py --config=configs/default.py:METHOD` in a process of its own, without the control. How many
 rounds fill the time is measured first, by a short run of the same config; so the schedule of the learning rate fits.
 Time is synthesis and student steps; evaluation and compilation come on top and are the same for all but a few seconds.
-With --at_once=2 two runs go side by side, each on its half of the cores (Linux). Runs that are there already are not
-done again, so a table may be stopped and gone on with. Accuracy is that of the last round. Settings are compared on
-images other than the test's with --set, here those that configs/teacher_fashion_mnist.py leaves out:
+With --at_once=2 two runs go side by side, each on its half of the cores (Linux). Runs that are in the workdir already
+are not done again, if their config is the same, so a table may be stopped and gone on with. Accuracy is that of the
+last round. Settings are compared with --set on images other than the test's: here those that the TEACHER of
+configs/teacher_fashion_mnist.py:validate has not seen.
 
-python benchmarks/methods.py --set teacher.source=TEACHER dataset.data_dir=DATA 'dataset.test_split=train[55000:]'
+python benchmarks/methods.py --workdir=runs/validation \
+    --set teacher.source=TEACHER dataset.data_dir=DATA 'dataset.test_split=train[55000:]'
 """
 
 import argparse
@@ -39,6 +41,8 @@ ABLATIONS = {
     'gamma = 5': ('method.gamma=5.0',),
 }
 PARTS = ('synthesis', 'student', 'evaluation', 'compile')
+PLANNED = ('seed', 'control', 'distill.rounds', 'evaluate.every')  # Not for --set.
+SHORT, WARMUP = 10, 2  # Rounds of the run that measures what they cost, and how many are without the student.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -48,36 +52,55 @@ import main  # noqa: E402
 class Pool:
   """Runs main.py in so many processes at once, each on its own share of the cores."""
 
-  def __init__(self, at_once: int, fields: tuple[str, ...]):
-    cores = os.cpu_count()
-    if not 1 <= at_once <= cores:
-      raise SystemExit(f'--at_once={at_once} must be from 1 to {cores}, the number of cores.')
-    self._fields = fields
+  def __init__(self, at_once: int):
     self._shares = queue.SimpleQueue()
-    for part in range(at_once):
-      share = ','.join(map(str, range(part, cores, at_once)))
-      self._shares.put(['taskset', '--cpu-list', share] if at_once > 1 else [])
-    self.map = concurrent.futures.ThreadPoolExecutor(at_once).map
+    if at_once == 1:
+      self._shares.put([])
+    else:
+      cores = sorted(os.sched_getaffinity(0))
+      if not 1 <= at_once <= len(cores):
+        raise SystemExit(f'--at_once={at_once} must be from 1 to {len(cores)}, the number of cores.')
+      for part in range(at_once):
+        self._shares.put(['taskset', '--cpu-list', ','.join(map(str, cores[part::at_once]))])
+    self._executor = concurrent.futures.ThreadPoolExecutor(at_once)
+    self.map = self._executor.map
+
+  def __enter__(self) -> 'Pool':
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._executor.shutdown(wait=False, cancel_futures=True)  # Else runs that nobody waits for would all be done.
 
   def summary_of(self, method: str, workdir: pathlib.Path, fields: tuple[str, ...]) -> dict:
     """Runs a config, unless it was run before, and reads its summary."""
-    if not (workdir / 'summary.json').exists():
+    fields, path = ('control=false', *fields), workdir / 'summary.json'
+    if path.exists():
+      wanted = json.loads(json.dumps(config_of(method, fields).to_dict()))
+      if json.loads(path.read_text())['config'] != wanted:
+        raise SystemExit(f'{workdir} has a run of another config: name another --workdir.')
+    else:
       share = self._shares.get()
       try:
         subprocess.run(
             [*share, sys.executable, str(ROOT / 'main.py'), f'--config=configs/default.py:{method}',
-             f'--workdir={workdir}', '--config.control=false',
-             *(f'--config.{field}' for field in (*self._fields, *fields))],
+             f'--workdir={workdir}', *(f'--config.{field}' for field in fields)],
             check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
       finally:
         self._shares.put(share)
-    return json.loads((workdir / 'summary.json').read_text())
+    return json.loads(path.read_text())
+
+
+def config_of(method: str, fields: tuple[str, ...]):
+  """The config of a method with these fields set."""
+  config = main.load(f'configs/default.py:{method}')
+  main.override(config, [f'--config.{field}' for field in fields])
+  return config
 
 
 def fields_for(seconds: float, method: str, fields: tuple[str, ...], short: dict) -> tuple[str, ...]:
   """The fields by which synthesis and student steps fill the time, from what the rounds of a short run cost."""
-  config = main.load(f'configs/default.py:{method}')
-  synthesis, student = short['seconds']['synthesis'] / _SHORT, short['seconds']['student'] / (_SHORT - 2)
+  config = config_of(method, fields)
+  synthesis, student = short['seconds']['synthesis'] / SHORT, short['seconds']['student'] / (SHORT - WARMUP)
   warmup = config.distill.distill_after
   rounds = max(warmup + 1, round((seconds + warmup * student) / (synthesis + student)))
   found = [*fields, f'distill.rounds={rounds}', f'evaluate.every={max(1, rounds // 10)}']
@@ -85,9 +108,6 @@ def fields_for(seconds: float, method: str, fields: tuple[str, ...], short: dict
     ramp, share = config.method.adversarial, rounds / config.distill.rounds
     found += [f'method.adversarial.{name}={round(ramp[name] * share)}' for name in ('begin', 'end')]
   return tuple(found)
-
-
-_SHORT = 10  # Rounds, two of them without the student.
 
 
 def line(name: str, found: list[dict]) -> str:
@@ -112,28 +132,35 @@ def run() -> None:
   parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='fields of the config, for all runs')
   parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/methods'))
   options = parser.parse_args()
-  rows = [(name, 'ssd_kd', fields) for name, fields in ABLATIONS.items()] if options.ablations else [
-      (method, method, ()) for method in options.methods]
-  pool = Pool(options.at_once, tuple(options.set))
+  if refused := [field for field in options.set if field.partition('=')[0] in PLANNED]:
+    raise SystemExit(f'--set {" ".join(refused)}: this program sets {", ".join(PLANNED)} itself.')
+  common, seeds = tuple(options.set), list(dict.fromkeys(options.seeds))
+  rows = [(name, 'ssd_kd', (*common, *fields)) for name, fields in ABLATIONS.items()] if options.ablations else [
+      (method, method, common) for method in dict.fromkeys(options.methods)]
+  try:
+    for _, method, fields in rows:
+      config_of(method, fields)
+  except ValueError as error:
+    raise SystemExit(f'--set: {error}') from error
   folder_of = lambda name: options.workdir.absolute() / name.lower().replace(' ', '_').replace(',', '')
 
   def planned(row):
     name, method, fields = row
     short = pool.summary_of(
-        method, folder_of(name) / 'short', (*fields, 'distill.distill_after=2', f'distill.rounds={_SHORT}'))
+        method, folder_of(name) / 'short', (*fields, f'distill.distill_after={WARMUP}', f'distill.rounds={SHORT}'))
     return fields_for(options.seconds, method, fields, short)
 
   def done(task):
     (name, method, _), fields, seed = task
     return pool.summary_of(method, folder_of(name) / f'seed{seed}', (*fields, f'seed={seed}'))
 
-  plans = list(pool.map(planned, rows))
-  found = pool.map(done, [(row, plan, seed) for row, plan in zip(rows, plans, strict=True) for seed in options.seeds])
-  print('| method | student, % | student / teacher | agreement, % | rounds | '
-        f'{" / ".join(PARTS)}, s | wall, s |')
-  print('|---|---|---|---|---|---|---|')
-  for name, _, _ in rows:
-    print(line(name, [next(found) for _ in options.seeds]), flush=True)
+  with Pool(options.at_once) as pool:
+    plans = list(pool.map(planned, rows))
+    found = pool.map(done, [(row, plan, seed) for row, plan in zip(rows, plans, strict=True) for seed in seeds])
+    print(f'| method | student, % | student / teacher | agreement, % | rounds | {" / ".join(PARTS)}, s | wall, s |')
+    print('|---|---|---|---|---|---|---|')
+    for name, _, _ in rows:
+      print(line(name, [next(found) for _ in seeds]), flush=True)
 
 
 if __name__ == '__main__':

@@ -178,7 +178,7 @@ def test_what_is_too_hard_teaches_nothing():
   assert int(state.student_step) == 3
   jax.tree.map(np.testing.assert_array_equal, still.network.params, student.network.params)
   moved = [jax.tree.map(jnp.subtract, of.network.params, student.network.params) for of in (easy, plain)]
-  assert max(toys.distances(*moved).values()) < 1e-3
+  assert max(toys.distances(*moved).values()) < 1e-3  # Of a step: 1e-4 of it is rounding of the parameters.
   assert min(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(moved[1])) > 1e-5
 
 

@@ -223,7 +223,7 @@ def test_a_factor_below_zero_is_refused_by_name(name, value):
 
 def test_a_term_that_nothing_computes_is_refused():
   factors = Factors(contrast=0.8)
-  with pytest.raises(ValueError, match=r'Factor contrast is 0\.8, must be 0: only the method cmi has that term'):
+  with pytest.raises(ValueError, match=r'Factor contrast is 0\.8, must be 0: this method has no such term'):
     factors.checked()
   assert factors.checked(own=('contrast',)) is factors
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -247,12 +248,14 @@ def test_progress_is_quiet_where_nobody_looks():
 
 
 def test_rounds_that_take_long_have_a_line_each(monkeypatch):
-  monkeypatch.setattr(report.progress, '_LONGEST', -1.0)  # Any time is longer.
-  stream = io.StringIO()
+  clock, stream = Clock(), io.StringIO()
+  monkeypatch.setattr(report.progress, 'time', types.SimpleNamespace(perf_counter=clock))
   with report.Progress(400, stream=stream) as progress:
-    for _ in range(7):
+    for _ in range(8):
+      clock.now += 40
       progress.update()
-  assert [line.split('  ')[0] for line in stream.getvalue().splitlines()[1:]] == [f'round {n}/400' for n in range(1, 8)]
+  assert stream.getvalue().splitlines()[1:] == [
+      f'round {done}/400  {40 * done} s, {40 * (400 - done)} s left' for done in (1, 3, 5, 7)]
 
 
 def test_progress_is_a_bar_on_a_terminal():

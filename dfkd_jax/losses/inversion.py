@@ -164,7 +164,7 @@ def _distance(a: Moments, b: Moments) -> Array:
 
 def _check_paths(moments: dict[str, Moments], others: dict[str, Moments]) -> None:
   if not moments and not others:
-    raise ValueError('network without BatchNorm: its moments term has nothing to match')
+    raise ValueError('network without BatchNorm: batch_norm or student_batch_norm has nothing to match')
   differing = sorted(set(moments) ^ set(others))
   if differing:
     side = 'first' if differing[0] in moments else 'second'

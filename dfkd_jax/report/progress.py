@@ -6,13 +6,13 @@ from typing import TextIO
 
 import tqdm
 
-_LONGEST = 60.0  # Seconds between lines, unless a round takes longer.
+_LONGEST = 60.0  # Seconds without a line, after which each round has one.
 
 
 class Progress:
-  """A live bar where stderr is a terminal, else plain lines: about twenty, and none later than a minute after another.
+  """A live bar where stderr is a terminal, else plain lines; a context manager.
 
-  A context manager.
+  There are about twenty lines, besides one for the first round and for each that ends a minute after the last line.
 
   Args:
     total: Rounds of the whole run.

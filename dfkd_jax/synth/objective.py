@@ -41,19 +41,19 @@ class Factors(NamedTuple):
     return not isinstance(factor, (int, float)) or factor != 0
 
   def checked(self, own: tuple[str, ...] = ()) -> 'Factors':
-    """The factors, if none is a negative or non-finite number, and all terms can be computed.
+    """The factors, if none is a negative or non-finite number, and the contrast is 0 but for its own method.
 
     Args:
       own: Terms beyond those of `terms` that the method computes itself.
 
     Raises:
-      ValueError: Names the first that is, or that nothing would compute.
+      ValueError: Names the first that does not hold.
     """
     for name, factor in self._asdict().items():
       if isinstance(factor, (int, float)) and not 0 <= factor < float('inf'):
         raise ValueError(f'Factor {name} is {factor}, must be a finite number and at least 0.')
     if self.active('contrast') and 'contrast' not in own:
-      raise ValueError(f'Factor contrast is {self.contrast}, must be 0: only the method cmi has that term.')
+      raise ValueError(f'Factor contrast is {self.contrast}, must be 0: this method has no such term.')
     return self
 
 

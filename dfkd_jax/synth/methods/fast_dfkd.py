@@ -51,7 +51,7 @@ def fast_dfkd(
   """
   loop = meta.loop(
       image_shape=image_shape, task=task, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,
-      **numbers)
+      companion_terms=(), **numbers)
   share = parallel.even_share(capacity, num_tasks, 'capacity')
 
   def init(key: PRNGKey, teacher: Network) -> State:

@@ -110,7 +110,8 @@ def ssd_kd(
 
   loop = meta.loop(
       image_shape=image_shape, task=task, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,
-      ask=label_source == 'random', modulate=modulate if diversity or difficulty else None, **numbers)
+      ask=label_source == 'random', modulate=modulate if diversity or difficulty else None, companion_terms=(),
+      **numbers)
   share = parallel.even_share(capacity, num_tasks, 'capacity')
   prioritised = draw == 'priority'
 
