@@ -16,10 +16,10 @@ same validation images: one seed each, 100 seconds of one core, where seeds diff
 SSD-KD 0.849; 20 student steps a round, 2,500 images, gamma 0.5 or 1 not better: 0.848, 0.831, 0.835, 0.824. Lasting
 generators at 3e-3 instead of 1e-3, then more: DFQ 0.726, 0.759, batch_norm at 10 0.782, images shifted for the student
 0.804; CuDFKD 0.789, batch_norm at 10 0.801, both 0.802, shifted 0.818; DAFL 0.463, 0.537, shifted 0.569; ZSKT 0.484,
-0.525, two calls a round instead of eight 0.579; DFAD 0.482, 0.284, two calls 0.541. A student at 2e-3, a generator at
-3e-4 and more calls a round were not better. CMI 0.808; faster latents, fewer steps or batch_norm at 10 not: 0.773,
-0.769, 0.797. DeepInversion 0.798, adversarial at 3 0.827; batch_norm at 1 or 30, 30 or 200 steps, rate 0.05: 0.494,
-0.825, 0.680, 0.826, 0.764.
+0.525, two calls a round instead of eight 0.579, shifted 0.661; DFAD 0.482, 0.284, two calls 0.541, shifted (as all)
+0.509. A student at 2e-3, a generator at 3e-4 and more calls a round were not better. CMI 0.808; faster latents, fewer
+steps or batch_norm at 10 not: 0.773, 0.769, 0.797. DeepInversion 0.798, adversarial at 3 0.827; batch_norm at 1 or 30,
+30 or 200 steps, rate 0.05: 0.494, 0.825, 0.680, 0.826, 0.764.
 """
 
 from configs import common, teacher_fashion_mnist
