@@ -31,9 +31,9 @@ ABLATIONS = {
     'without diversity': ('method.diversity=false',),
     'without difficulty': ('method.difficulty=false',),
     'uniform draw': ('method.draw=uniform',),
-    'N = 512': ('method.capacity=512',),
+    'N = 500': ('method.capacity=500',),
     'N = 2,500': ('method.capacity=2500',),
-    'N unlimited': ('method.capacity=60000',),
+    'N unlimited': ('method.capacity=100000',),  # More than a run of five minutes writes.
     'beta = 0': ('method.beta=0.0',),
     'beta = 0.7': ('method.beta=0.7',),
     'gamma = 0': ('method.gamma=0.0',),

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import toys
-from flax import linen as nn
 from test_deep_inversion import abstract_call, on_devices, one_by_one
 from test_fast_dfkd import assert_close, largest_difference, run
 
@@ -185,12 +184,7 @@ def test_feature_layers_are_chosen_by_path():
 
 
 def test_a_teacher_without_batch_norm_has_no_features():
-  class Plain(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(toys.CLASSES)(x.mean((1, 2)))
-
-  teacher = models.create_network(Plain(), jax.random.key(0), toys.IMAGE)
+  teacher = toys.teacher_without_batch_norm()
   with pytest.raises(ValueError, match=r'feature_layers has \[\], must be batch norms of the teacher: \[\]'):
     abstract_call(cmi(factors=Factors(one_hot=1.0, contrast=0.8)), teacher, None)
   _, metrics = abstract_call(cmi(factors=Factors(one_hot=1.0)), teacher, None)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-from flax import linen as nn
 from test_fast_dfkd import assert_close, run
 
-from dfkd_jax import augment, models, parallel, synth, tasks
+from dfkd_jax import augment, parallel, synth, tasks
 from dfkd_jax.losses import inversion
 from dfkd_jax.synth import Factors, replay
 
@@ -268,12 +267,7 @@ def test_a_student_is_needed_by_the_terms_that_look_at_it():
 
 
 def test_a_teacher_without_batch_norm_is_refused():
-  class Plain(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(toys.CLASSES)(x.mean((1, 2)))
-
-  teacher = models.create_network(Plain(), jax.random.key(0), toys.IMAGE)
+  teacher = toys.teacher_without_batch_norm()
   with pytest.raises(ValueError, match='The teacher has no BatchNorm'):
     abstract_call(deep_inversion(), teacher, toys.student())
   _, metrics = abstract_call(deep_inversion(factors=Factors(one_hot=1.0)), teacher, None)

@@ -9,10 +9,9 @@ import numpy as np
 import optax
 import pytest
 import toys
-from flax import linen as nn
 from flax import traverse_util
 
-from dfkd_jax import augment, models, parallel, synth, tasks
+from dfkd_jax import augment, parallel, synth, tasks
 from dfkd_jax.losses import inversion
 from dfkd_jax.synth import Factors, generative, replay
 
@@ -273,12 +272,7 @@ def test_the_adversary_needs_a_student():
 
 
 def test_a_teacher_without_batch_norm_is_refused():
-  class Plain(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(toys.CLASSES)(x.mean((1, 2)))
-
-  teacher = models.create_network(Plain(), jax.random.key(0), toys.IMAGE)
+  teacher = toys.teacher_without_batch_norm()
   with pytest.raises(ValueError, match='The teacher has no BatchNorm'):
     jax.eval_shape(toys.fast_dfkd().init, jax.random.key(0), teacher)
   method = toys.fast_dfkd(factors=Factors(one_hot=1.0))

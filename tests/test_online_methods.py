@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import toys
-from flax import linen as nn
 
 from dfkd_jax import models, synth, tasks
 from dfkd_jax.synth import Factors
@@ -121,12 +120,7 @@ def test_an_unknown_divergence_is_named():
 
 
 def test_a_teacher_without_batch_norm_is_refused():
-  class Plain(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(toys.CLASSES)(x.mean((1, 2)))
-
-  teacher = models.create_network(Plain(), jax.random.key(0), toys.IMAGE)
+  teacher = toys.teacher_without_batch_norm()
   with pytest.raises(ValueError, match='The teacher has no BatchNorm'):
     jax.eval_shape(created('dfq').init, jax.random.key(0), teacher)
   jax.eval_shape(created('zskt').init, jax.random.key(0), teacher)

@@ -1,7 +1,5 @@
 """Priorities in the buffer, draws by them, and importance weights."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +7,9 @@ import pytest
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_replay import SHAPE, K, batch, program
 
 from dfkd_jax.synth import replay
-
-SHAPE, K = (3, 2, 1), 4
 
 
 def stripes(priorities, size=None):
@@ -30,19 +27,6 @@ def stripes(priorities, size=None):
 # What the buffer keeps.
 
 
-@functools.cache
-def program(num):
-  """Adding `num` images, compiled once for all examples."""
-  del num  # By shape.
-  return toys.jit(replay.add)
-
-
-def pushed(index, num_tasks, num):
-  values = np.arange(num_tasks * num).reshape(num_tasks, num) + 7 * index
-  images = np.broadcast_to((values % 251 / 255.0)[..., None, None, None], (num_tasks, num, *SHAPE))
-  return jnp.asarray(images, jnp.float32), jnp.asarray((3 * values + index) % K, jnp.int32)
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 5]), st.booleans()), max_size=9), st.sampled_from([5, 7]),
        st.sampled_from([1, 3]))
@@ -52,7 +36,7 @@ def test_any_pushes_and_updates_leave_an_exact_histogram_and_the_priorities_give
   labels, priorities = np.full((num_tasks, capacity), -1), np.zeros((num_tasks, capacity))
   weights, written = np.ones((num_tasks, capacity)), 0
   for index, (num, given_priorities) in enumerate(pushes):
-    images, new = pushed(index, num_tasks, num)
+    images, new = batch(index, num_tasks, num)
     own = np.linspace(0.1, 0.9, num_tasks * num, dtype=np.float32).reshape(num_tasks, num) + index
     buffer = program(num)(buffer, images, new, priorities=jnp.asarray(own) if given_priorities else None)
     slots = (written + np.arange(num)) % capacity
@@ -71,7 +55,7 @@ def test_any_pushes_and_updates_leave_an_exact_histogram_and_the_priorities_give
 def test_without_priorities_none_are_kept():
   buffer = replay.create(5, SHAPE, K, 2)
   assert (buffer.priorities, buffer.weights) == (None, None)
-  added = replay.add(buffer, *pushed(0, 2, 3), priorities=jnp.ones((2, 3)))
+  added = replay.add(buffer, *batch(0, 2, 3), priorities=jnp.ones((2, 3)))
   assert (added.priorities, added.weights) == (None, None)
   assert jax.tree.structure(added) == jax.tree.structure(buffer)
 
@@ -82,7 +66,7 @@ def test_the_state_keeps_its_types(in_float64):
   buffer = replay.create(5, SHAPE, K, 2, prioritised=True)
   with jax.enable_x64(in_float64):
     values = jnp.asarray([0.5, 1.5], jnp.result_type(float))
-    after = replay.add(buffer, *pushed(0, 2, 3), priorities=jnp.ones((2, 3)))
+    after = replay.add(buffer, *batch(0, 2, 3), priorities=jnp.ones((2, 3)))
     after = replay.set_priorities(after, jnp.array([0, 6]), values)
     after = replay.set_weights(after, jnp.array([0, 6]), values)
   typed = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)

@@ -46,6 +46,18 @@ def teacher():
     return models.bind(module, scaled(*jax.random.split(jax.random.key(0), 3)), mean=MEAN, std=STD)
 
 
+class Plain(nn.Module):
+  """No convolution and no batch norm."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+def teacher_without_batch_norm():
+  return models.create_network(Plain(), jax.random.key(0), IMAGE)
+
+
 @functools.cache
 def student():
   """So close to the teacher that they agree on some images, as the adversary needs."""
