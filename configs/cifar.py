@@ -1,11 +1,11 @@
 """What CIFAR-10 and CIFAR-100 share: the published pairs, and the baselines on real data."""
 
 from configs import common
-from configs.methods import cmi, cu_dfkd, dafl, deep_inversion, dfad, dfq, fast_dfkd, ssd_kd, zskt
+from configs.methods import cmi, cu_dfkd, dafl, deep_inversion, dfad, dfq, fast_dfkd, nayer, ssd_kd, zskt
 
 METHODS = {
     'fast_dfkd': fast_dfkd, 'ssd_kd': ssd_kd, 'cu_dfkd': cu_dfkd, 'deep_inversion': deep_inversion, 'cmi': cmi,
-    'dafl': dafl, 'zskt': zskt, 'dfq': dfq, 'dfad': dfad}
+    'dafl': dafl, 'zskt': zskt, 'dfq': dfq, 'dfad': dfad, 'nayer': nayer}
 PAIRS = ('wrn40_2-wrn16_1', 'resnet34-resnet18', 'vgg11-resnet18', 'wrn40_2-wrn40_1', 'wrn40_2-wrn16_2')
 
 

@@ -45,6 +45,11 @@ def _network(**more) -> dict:
   return dict(name=config_dict.placeholder(str), options={}, mean=(0.0,), std=(1.0,), **more)
 
 
+def averaged() -> dict:
+  """Fields of a method whose generator may have a moving average beside it (MAD's decay is 0.95); None: it has not."""
+  return dict(ema_decay=config_dict.placeholder(float), ema_share=0.5)
+
+
 def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
   """Sorts comma-separated arguments into groups; the first of a group is its default.
 

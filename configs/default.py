@@ -22,6 +22,8 @@ steps or batch_norm at 10 not: 0.773, 0.769, 0.797. DeepInversion 0.798, adversa
 30 or 200 steps, rate 0.05: 0.494, 0.825, 0.680, 0.826, 0.764.
 """
 
+from ml_collections import config_dict
+
 from configs import common, teacher_fashion_mnist
 
 
@@ -57,7 +59,7 @@ def get_config(arguments: str = ''):
 def _fast_dfkd(config):
   config.method.update(
       name='fast_dfkd', num_steps=5, generator_lr=3e-3, latent_lr=0.1, latent_dim=64, meta='fomaml',
-      moments_momentum=0.9, adversarial_after=9, batch_size=128, capacity=12_800, num_tasks=1)
+      moments_momentum=0.9, adversarial_after=9, batch_size=128, capacity=12_800, num_tasks=1, **common.averaged())
   config.factors.update(batch_norm=10.0, one_hot=1.0, adversarial=1.0)
 
 
@@ -66,10 +68,18 @@ def _ssd_kd(config):
   config.method.update(name='ssd_kd', capacity=5_000, gamma=2.0, beta=0.5, draw='priority', new_priority='max')
 
 
+def _nayer(config):
+  _fast_dfkd(config)
+  config.method.update(
+      name='nayer', num_steps=10, latent_lr=3e-3, meta='reinit', redraw_every=20,
+      embeddings=config_dict.placeholder(str))
+
+
 def _online(config, name: str, calls: int, **factors: float):
   """A lasting generator: `calls` steps of it in a round of 40 student steps."""
   config.method.update(
-      name=name, num_steps=1, latent_dim=64, generator_lr=3e-3, sample_by='running', batch_size=128, num_tasks=1)
+      name=name, num_steps=1, latent_dim=64, generator_lr=3e-3, sample_by='running', batch_size=128, num_tasks=1,
+      **common.averaged())
   config.factors.update(**factors)
   config.distill.update(calls_per_round=calls, distill_after=0)
 
@@ -109,6 +119,7 @@ def _dfad(config):
 
 _METHODS = {
     'fast_dfkd': _fast_dfkd, 'ssd_kd': _ssd_kd, 'cu_dfkd': _cu_dfkd, 'deep_inversion': _deep_inversion, 'cmi': _cmi,
+    'nayer': _nayer,
     'dafl': lambda config: _online(config, 'dafl', 8, one_hot=1.0, balance=20.0, activation=1e-3),
     'zskt': lambda config: _online(config, 'zskt', 2, adversarial=1.0),
     'dfq': lambda config: _online(config, 'dfq', 4, batch_norm=10.0, one_hot=1.0, balance=20.0, adversarial=1.0),

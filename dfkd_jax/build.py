@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from dfkd_jax import augment, distill, models, parallel, synth, tasks
+from dfkd_jax import augment, distill, embeddings, models, parallel, synth, tasks
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.names import known
@@ -37,7 +37,7 @@ _RANGES = {
         'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
         'checkpoint.max_to_keep', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
         'method.capacity', 'method.num_tasks', 'method.latent_dim', 'method.bank_size', 'method.num_negatives',
-        'method.projection_size'),
+        'method.projection_size', 'method.redraw_every'),
     '[0, inf)': (
         'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
         'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
@@ -49,8 +49,10 @@ _RANGES = {
         'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
         'method.adversary.temperature', 'method.init_std'),
     '[0, 1)': (
-        'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum'),
+        'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum',
+        'method.ema_decay'),
     '(0, 1]': ('optimizer.gamma',),
+    '(0, 1)': ('method.ema_share',),
 }
 
 Config = ml_collections.ConfigDict
@@ -193,6 +195,8 @@ def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synt
   for of_all in ('capacity', 'bank_size'):
     if of_all in numbers:
       numbers[of_all] = parallel.even_share(numbers[of_all], num_tasks, f'method.{of_all}') * local_tasks
+  if 'embeddings' in numbers:
+    numbers['embeddings'] = embeddings.load(numbers['embeddings'], config.dataset.num_classes)
   for section, make in _SECTIONS.items():
     if section in numbers:
       numbers[section] = _made(section, make, numbers[section])
@@ -269,14 +273,23 @@ def mesh(config: Config) -> jax.sharding.Mesh:
   """The devices of the run: as many as asked for, else as its tasks (in training: its batches) can be spread over."""
   if config.num_devices is not None:
     return parallel.make_mesh(config.num_devices)
-  what, number = ('method.num_tasks', tasks_of(config)) if config.job == 'distill' else (
-      'train.batch_size', config.train.batch_size)
-  at_hand = jax.device_count()
-  used = max(count for count in range(1, at_hand + 1) if number % count == 0)
-  if used < at_hand:
+  _, number = _spread(config)
+  return parallel.make_mesh(max(count for count in range(1, jax.device_count() + 1) if number % count == 0))
+
+
+def tell_unused_devices(config: Config, used: int) -> None:
+  """Says so where devices are idle that nobody asked to leave idle."""
+  if config.num_devices is None and used < jax.device_count():
+    (what, number), at_hand = _spread(config), jax.device_count()
     print(f'{used} of {at_hand} devices are used, since {what} is {number}: a multiple of {at_hand} uses all.',
           file=sys.stderr)
-  return parallel.make_mesh(used)
+
+
+def _spread(config: Config) -> tuple[str, int]:
+  """What is shared out to devices, and how many of it there are."""
+  if config.job == 'distill':
+    return 'method.num_tasks', tasks_of(config)
+  return 'train.batch_size', config.train.batch_size
 
 
 def _plain(section: Config) -> dict:

@@ -49,6 +49,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
     order_of = _orders(len(train.labels), steps, section.batch_size)
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
   with experiment:  # All that can be wrong was found by now.
+    build.tell_unused_devices(config, mesh.size)
     student, done = experiment.resume(student)
     metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
 

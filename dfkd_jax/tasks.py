@@ -25,6 +25,7 @@ class Task(NamedTuple):
   predicted: Callable[[Array], Array]  # (logits) -> [B] int32, one class an image, for the replay buffer
   metrics: Callable[[Array, Array], Metrics]  # (logits, labels) -> sums over this batch; add them up
   summarize: Callable[[Metrics], dict[str, float]]  # (sums) -> what to report; higher is better, but for the loss
+  asks: bool = True  # whether there is a class to ask an image for; else `sample_labels` is passed over
 
   def reduce(self, per_element: Array) -> Array:
     """Mean over all but the batch: [B, ...] -> [B]."""
@@ -92,7 +93,7 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
   return Task(
       num_classes, sample_labels, labels_from, predicted,
       metrics=functools.partial(_confusion, num_classes=num_classes, ignore=ignore),
-      summarize=_summarize_confusion)
+      summarize=_summarize_confusion, asks=False)
 
 
 def shortfall(histogram: Array) -> Array:

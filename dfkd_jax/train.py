@@ -83,6 +83,7 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
   with experiment.ledger.part('compile'):
     programs = compiled(config, mesh, make, tx, state, teacher)
   with experiment:  # All that can be wrong was found by now.
+    build.tell_unused_devices(config, mesh.size)
     state, done = experiment.resume(state)
     metrics_of_teacher = experiment.follow(teacher)
     advance = functools.partial(_round, experiment, programs, run_key, teacher)
@@ -92,7 +93,7 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
         num_devices=mesh.size, files=('student.safetensors', 'images.png'), teacher=metrics_of_teacher, control=control,
-        rates=_rates(config, experiment.ledger.seconds()),
+        rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
 
 

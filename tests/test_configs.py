@@ -8,6 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy_runs
 
@@ -192,6 +193,19 @@ def test_ssd_kd_is_fast_dfkd_with_a_small_buffer_and_fewer_steps():
   assert ours.factors == base.factors
 
 
+@pytest.mark.parametrize(('dataset', 'num_steps'), [('cifar10', 30), ('cifar100', 40)])
+def test_numbers_of_nayer(dataset, num_steps):
+  """Its published command line: 20 epochs of ten calls without student steps, then 100 of two calls (2310.00258)."""
+  config = CONFIGS[dataset]('nayer')
+  method, section = config.method, config.distill
+  assert (method.num_steps, method.batch_size, method.generator_lr, method.embeddings) == (num_steps, 400, 4e-3, None)
+  assert section.distill_after * section.calls_per_round == 200 == method.adversarial_after + 1
+  assert (section.rounds - section.distill_after, section.calls_per_round, method.redraw_every) == (100, 2, 20)
+  assert (section.batch_size, config.optimizer.learning_rate) == (512, 0.2)
+  assert (config.factors.batch_norm, config.factors.one_hot, config.factors.adversarial) == (10.0, 0.5, 1.33)
+  assert method.capacity == 400 * section.rounds * section.calls_per_round  # Nothing is ever dropped.
+
+
 def test_numbers_that_all_pairs_share():
   config = CONFIGS['cifar10']()
   method, section, optimizer = config.method, config.distill, config.optimizer
@@ -307,6 +321,17 @@ def with_teacher(config, tmp_path):
       tmp_path / 'weights.safetensors', {'params': network.params, 'batch_stats': network.batch_stats})
   config.teacher.source = str(tmp_path / 'weights.safetensors')
   return config
+
+
+def test_a_prior_and_an_averaged_generator_from_end_to_end(tmp_path):
+  """Whoever reads the results is told of what came from elsewhere."""
+  config = with_teacher(shrunk('default:nayer'), tmp_path)
+  np.save(tmp_path / 'words.npy', np.random.default_rng(0).normal(size=(config.dataset.num_classes, 7)))
+  config.method.update(embeddings=str(tmp_path / 'words.npy'), ema_decay=0.9, redraw_every=2)
+  with toy_runs.quick():
+    summary = train.run(config, tmp_path / 'run')
+  assert summary['external_prior'] == str(tmp_path / 'words.npy')
+  assert toy_runs.metrics(tmp_path / 'run')[0]['loss'] > 0
 
 
 @pytest.mark.parametrize('each', [

@@ -16,15 +16,16 @@ from dfkd_jax.types import Batch
 
 NAMES = synth.names()
 SAMPLES = 6
-TASKS = {  # One class an image, and one a pixel: task, teacher, student.
-    'classification': (tasks.classification(toys.CLASSES), toys.teacher, toys.student),
-    'dense': (tasks.segmentation(toys.CLASSES), toys.dense_teacher, toys.dense_student)}
-each_method = pytest.mark.parametrize('name', NAMES)
-each_task = pytest.mark.parametrize('kind', TASKS)
+CLASSES, PIXELS = tasks.classification(toys.CLASSES), tasks.segmentation(toys.CLASSES)
+KINDS = {  # One class an image, and one a pixel; and the generator with its moving average.
+    'classification': (CLASSES, toys.teacher, toys.student, {}),
+    'dense': (PIXELS, toys.dense_teacher, toys.dense_student, {}),
+    'averaged': (CLASSES, toys.teacher, toys.student, {'ema_decay': 0.75})}
+NEEDS = {'nayer': {'dense': 'no classes to ask for'}, 'cmi': {'averaged': 'ema_decay is 0.75, must be None'}}
 
 
 def networks(kind):
-  return tuple(network() for network in TASKS[kind][1:])
+  return tuple(network() for network in KINDS[kind][1:3])
 
 
 def create(name, kind='classification', **changes):
@@ -33,11 +34,21 @@ def create(name, kind='classification', **changes):
   factors = synth.Factors(
       one_hot=1.0, batch_norm=1.0, adversarial=0.5, contrast=0.5 if 'contrast_temperature' in taken else 0.0)
   at_hand = {
-      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': TASKS[kind][0],
+      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': KINDS[kind][0],
       'num_classes': toys.CLASSES, 'factors': factors, 'num_steps': 2, 'latent_dim': 7, 'batch_size': 4,
       'sample_batch_size': SAMPLES, 'capacity': 8, 'augment': augment.flip, 'bank_size': 6, 'num_negatives': 3,
-      'projection_size': 5, **changes}
+      'projection_size': 5, **KINDS[kind][3], **changes}
   return synth.create(name, **{key: value for key, value in at_hand.items() if key in taken})
+
+
+def serves(name, kind):
+  """Whether the method does not say no to this kind, and has a generator where one is to be averaged."""
+  return kind not in NEEDS.get(name, {}) and KINDS[kind][3].keys() <= set(synth.parameters(name))
+
+
+PAIRS = [(name, kind) for name in NAMES for kind in KINDS if serves(name, kind)]
+each = pytest.mark.parametrize(('name', 'kind'), PAIRS)
+each_method = pytest.mark.parametrize('name', NAMES)
 
 
 @functools.cache
@@ -81,8 +92,18 @@ def test_methods_are_the_files():
   assert {'fast_dfkd', 'ssd_kd', 'noise'} <= set(NAMES)
 
 
-@each_task
-@each_method
+@pytest.mark.parametrize(('name', 'kind'), [(name, kind) for name in NEEDS for kind in NEEDS[name]])
+def test_what_a_method_needs_is_said_in_one_line(name, kind):
+  with pytest.raises(ValueError, match=NEEDS[name][kind]) as error:
+    create(name, kind)
+  assert '\n' not in str(error.value)
+
+
+def test_generators_may_have_a_moving_average():
+  assert {name for name, kind in PAIRS if kind == 'averaged'} == set(NAMES) - {'cmi', 'deep_inversion', 'noise'}
+
+
+@each
 def test_state_keeps_its_structure(name, kind):
   states, *_ = rounds(name, kind)
   for state in states[1:]:
@@ -90,8 +111,7 @@ def test_state_keeps_its_structure(name, kind):
     assert shapes(state) == shapes(states[0])
 
 
-@each_task
-@each_method
+@each
 def test_state_holds_neither_keys_nor_the_teacher(name, kind):
   states, *_ = rounds(name, kind)
   kernel = max(jax.tree.leaves(networks(kind)[0].params), key=jnp.size)
@@ -100,8 +120,7 @@ def test_state_holds_neither_keys_nor_the_teacher(name, kind):
     assert leaf.shape != kernel.shape or not np.array_equal(leaf, kernel)
 
 
-@each_task
-@each_method
+@each
 def test_samples(name, kind):
   _, batches, weights, _ = rounds(name, kind)
   for batch, weighed in zip(batches, weights, strict=True):
@@ -121,8 +140,7 @@ def test_samples(name, kind):
     assert float(weighed.min()) >= 0
 
 
-@each_task
-@each_method
+@each
 def test_metrics_are_finite_and_keep_their_names(name, kind):
   *_, metrics = rounds(name, kind)
   for found in metrics:
@@ -130,15 +148,13 @@ def test_metrics_are_finite_and_keep_their_names(name, kind):
     assert all(leaf.ndim == 1 and np.isfinite(leaf).all() for leaf in found.values())
 
 
-@each_task
-@each_method
+@each
 def test_each_program_is_compiled_once(name, kind):
   rounds(name, kind)
   assert [function._cache_size() for function in programs(name, kind)] == [1, 1, 1, 1]
 
 
-@each_task
-@each_method
+@each
 def test_same_key_same_result(name, kind):
   method, (states, *_) = programs(name, kind), rounds(name, kind)
   call = lambda seed: method.synthesize(states[0], jax.random.key(seed), *networks(kind))
@@ -152,8 +168,7 @@ def test_same_key_same_result(name, kind):
   assert equal(state, other) == (not metrics)
 
 
-@each_task
-@each_method
+@each
 def test_teacher_and_student_stay_as_they_are(name, kind):
   """Not even donated: the arrays are read again, and hold what they held."""
   method = programs(name, kind)
@@ -164,8 +179,7 @@ def test_teacher_and_student_stay_as_they_are(name, kind):
   assert equal(before, given)
 
 
-@each_task
-@each_method
+@each
 def test_objective_falls(name, kind):
   """Without adversary on a teacher of random weights: from the first step of all to the last of the fifth call."""
   if 'loss' not in rounds(name, kind)[-1][0]:

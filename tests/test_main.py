@@ -183,6 +183,17 @@ BAD = {
         ['--config.teacher.source=colour.safetensors'], ['params.conv1.kernel', '(3, 3, 3, 3)', '(3, 3, 1, 3)']),
     'weights not finite': (['--config.teacher.source=broken.safetensors'], ['params.conv2.kernel', 'not finite']),
     'no weights at all': (['--config.teacher.source=notes.txt'], ['notes.txt', 'neither safetensors nor']),
+    'no embeddings': (['--config=CONFIGS/default.py:nayer', '--config.method.embeddings=none.npy'], ["'none.npy'"]),
+    'embeddings of text': (
+        ['--config=CONFIGS/default.py:nayer', '--config.method.embeddings=notes.txt'], ['notes.txt', '.safetensors']),
+    'embeddings where there are none': (['--config.method.embeddings=a.npy'], ["'method.embeddings'"]),
+    'average': (['--config=CONFIGS/default.py:dfq', '--config.method.ema_decay=1'], ['method.ema_decay is 1.0']),
+    'share of the average': (
+        ['--config=CONFIGS/default.py:dfq', '--config.method.ema_decay=0.9', '--config.method.ema_share=0.001'],
+        ['ema_share is 0.001', 'of the 64 images']),
+    'average of what does not last': (
+        ['--config=CONFIGS/default.py:nayer', '--config.method.ema_decay=0.9', '--config.method.redraw_every=1'],
+        ['ema_decay is 0.9', 'None']),
     'workdir': (['--workdir=notes.txt/run'], ['notes.txt/run', 'must be a folder']),
 }
 

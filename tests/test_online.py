@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 import toys
-from flax import linen as nn
 
 from dfkd_jax import parallel, synth, tasks
 from dfkd_jax.losses import divergence
@@ -275,13 +274,7 @@ def test_a_task_of_pixels():
 
 def test_a_generator_of_maps_without_batch_norm():
   """Latents [B, h, w, Z], and nothing to keep running moments of."""
-
-  class Bare(nn.Module):
-    @nn.compact
-    def __call__(self, latents, train: bool = True):
-      return nn.sigmoid(nn.Conv(3, (3, 3))(latents))
-
-  made = method(generator=Bare(), latent_dim=(12, 8, 2), factors=Factors(one_hot=1.0))
+  made = method(generator=toys.Maps(), latent_dim=(12, 8, 2), factors=Factors(one_hot=1.0))
   (begin, state), (metrics,) = called(made, state=toys.jit(made.init)(jax.random.key(0), toys.teacher()))
   assert (begin.batch_stats, state.batch_stats) == ({}, {})
   assert np.isfinite(metrics['loss']).all()

@@ -226,6 +226,12 @@ def test_closing_lines_say_all_results():
   assert '\n' not in report.PRIVACY
 
 
+def test_closing_lines_name_a_prior_from_outside():
+  text = report.format_summary(SUMMARY | {'external_prior': 'words.npy'})
+  assert 'external prior      words.npy' in text
+  assert 'external' not in report.format_summary(SUMMARY | {'external_prior': None})
+
+
 def test_closing_lines_leave_out_what_is_not_there():
   result = {'last': {'top1': 0.5, 'agreement': None}, 'best': None}
   text = report.format_summary({'student': result, 'control': None, 'teacher': {'top1': 0.0}, 'synthetic': False})

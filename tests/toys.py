@@ -109,6 +109,15 @@ def generator(width=2):
   return models.Generator(image_shape=IMAGE, width=width)
 
 
+class Maps(nn.Module):
+  """A generator from latents [B, h, w, Z] to images a whole number of times the size, without batch norm."""
+
+  @nn.compact
+  def __call__(self, latents, train: bool = True):
+    scale = [size // own for size, own in zip(IMAGE, latents.shape[1:3], strict=False)]
+    return nn.sigmoid(nn.Conv(3, (3, 3))(latents).repeat(scale[0], 1).repeat(scale[1], 2))
+
+
 def fast_dfkd(**changes):
   """FastDFKD of three inner steps on four images; `changes` are arguments of the constructor."""
   return synth.create('fast_dfkd', **{

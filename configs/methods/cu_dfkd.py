@@ -11,6 +11,8 @@ Command: python main.py --config=configs/cifar10.py:cu_dfkd,resnet34-resnet18 --
   --config.teacher.source=...
 """
 
+from configs import common
+
 CALLS = 40
 # By number of classes and whether the teacher is a WRN: batch, rounds, T, divergence, lambda at first and growth,
 # adversarial factor at first and slope, and between which shares of the rounds it rises.
@@ -32,7 +34,8 @@ def apply(config):
       threshold_growth=growth, per='sample', balance_temperature=temperature,
       adversary=dict(divergence='kl', temperature=3.0, masked=True),
       adversarial=dict(
-          init_value=first, slope=slope, begin=int(begin * rounds), end=int(end * rounds), every=CALLS))
+          init_value=first, slope=slope, begin=int(begin * rounds), end=int(end * rounds), every=CALLS),
+      **common.averaged())
   config.generator.update(name='generator', options=dict(width=64, stem_width=256))
   config.factors.update(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0)  # The last: see the ramp.
   config.augment.student.name = 'none'

@@ -12,6 +12,8 @@ Command: python main.py --config=configs/cifar10.py:fast_dfkd,fast5,wrn40_2-wrn1
 
 from ml_collections import config_dict
 
+from configs import common
+
 VARIANTS = {  # num_steps, generator_lr, latent_lr; the outer Adam's rate, meta_lr, is generator_lr * num_steps
     'fast5': (5, 3e-3, 1e-2),
     'fast2': (2, 5e-3, 1.5e-2),
@@ -31,7 +33,7 @@ def apply(config, variant: str):
       name='fast_dfkd', num_steps=num_steps, generator_lr=generator_lr, latent_lr=latent_lr, latent_dim=256,
       adam_b1=0.5, adam_b2=0.999, meta='fomaml', meta_lr=config_dict.placeholder(float),
       reptile_scale=67.0, moments_momentum=0.9, adversarial_after=19, reset_after=139,
-      keep='best', batch_size=256, capacity=220 * 256, num_tasks=1, task_map='auto')
+      keep='best', batch_size=256, capacity=220 * 256, num_tasks=1, task_map='auto', **common.averaged())
   config.generator.update(name='generator', options=dict(width=64))
   # Teachers that the paper has not get the factors of its WRN.
   adversarial, one_hot = FACTORS.get(config.teacher.name, FACTORS['wrn40_2'])

@@ -13,6 +13,7 @@ A summary is a dict; what is missing or None is left out of the lines:
   rates: {'synthesis_image_steps': a second, 'student_images': a second}
   seed, command, config, versions, device: as they were
   workdir: str, and files: list of names there
+  external_prior: file of what was known beside the teacher, such as embeddings of the classes' names
   synthetic: False where no images were synthesised, and nothing need be said of privacy
 """
 
@@ -58,6 +59,8 @@ def format_summary(summary: dict) -> str:
   if rates := summary.get('rates'):
     lines.append(f'rates, once compiled {rates["synthesis_image_steps"]:8,.0f} image-steps/s of synthesis, '
                  f'{rates["student_images"]:,.0f} images/s of the student')
+  if prior := summary.get('external_prior'):
+    lines.append(f'external prior      {prior}: what it holds comes from elsewhere than the teacher')
   if summary.get('workdir'):
     lines.append(f'files               {", ".join(summary.get("files") or [SUMMARY])} in {summary["workdir"]}')
   if summary.get('synthetic') is not False:

@@ -19,7 +19,7 @@ from dfkd_jax import augment as augmentations
 from dfkd_jax import parallel, tasks
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import generative, objective, optimize, replay
-from dfkd_jax.types import Array, Metrics, Moments, Outputs, PRNGKey, PyTree
+from dfkd_jax.types import Array, Batch, Metrics, Moments, Outputs, PRNGKey, PyTree
 
 META = ('fomaml', 'reptile', 'sequential', 'reinit')
 
@@ -33,6 +33,7 @@ class State(struct.PyTreeNode):
   meta_opt_state: PyTree
   past: dict[str, Moments]  # of the teacher's inputs, averaged over the calls so far
   buffer: replay.ReplayBuffer
+  ema: PyTree | None = None  # moving average of the generator after its inner steps, if there is one
 
 
 class Companion(NamedTuple):
@@ -55,10 +56,16 @@ class Found(NamedTuple):
 
 
 class Loop(NamedTuple):
-  """`init: (key, teacher, buffer) -> State` and `invert: (state, key, teacher, student) -> (State, Found)`."""
+  """What methods take from the loop."""
 
   init: Callable[[PRNGKey, Network, replay.ReplayBuffer], State]
+  """(key, teacher, buffer) -> State."""
+
   invert: Callable[..., tuple[State, Found]]
+  """(state, key, teacher, student, companion=None) -> (State, Found)."""
+
+  sample: Callable[[State, PRNGKey, Callable[[PRNGKey, int], Batch]], Batch]
+  """(state, key, draw: (key, number) -> Batch from the buffer) -> Batch of the student."""
 
 
 def loop(
@@ -76,6 +83,7 @@ def loop(
     meta: str = 'fomaml',
     meta_lr: float | None = None,
     reptile_scale: float = 67.0,
+    redraw_every: int = 1,
     moments_momentum: float = 0.9,
     adversarial_after: int = 0,
     reset_after: int | None = None,
@@ -83,11 +91,15 @@ def loop(
     restart_every: int | None = None,
     keep: str = 'best',
     batch_size: int = 256,
+    sample_batch_size: int = 256,
     num_tasks: int = 1,
     task_map: str = 'auto',
     axis: str | None = None,
     augment: Callable[[PRNGKey, Array], Array] = augmentations.crop_and_flip,
-    sample_latents: Callable[[PRNGKey, tuple[int, ...]], Array] = jax.random.normal,
+    sample_latents: Callable[[PRNGKey, tuple[int, ...]], PyTree] = jax.random.normal,
+    read: Callable[[PyTree, Array], Array] = lambda latents, labels: latents,
+    ema_decay: float | None = None,
+    ema_share: float = 0.5,
     ask: bool = True,
     modulate: Callable[[replay.ReplayBuffer, Array, Array], Array] | None = None,
     adversary: objective.Adversary = objective.Adversary(),
@@ -107,10 +119,11 @@ def loop(
     latent_lr: Adam's, for the latents.
     adam_b1: Decay of Adam's first moment, inner and outer.
     adam_b2: Decay of Adam's second moment, inner and outer.
-    meta: 'fomaml'; 'reptile'; 'sequential' (the copy becomes the generator; no outer loop); or 'reinit' (a
-      generator drawn anew for each call, `generative.redraw`; nothing is learnt from call to call).
+    meta: 'fomaml'; 'reptile'; 'sequential' (the copy becomes the generator; no outer loop); or 'reinit' (the same
+      with a generator that is drawn anew, `generative.redraw`, before every call or every few).
     meta_lr: Of the outer Adam; None: `generator_lr * num_steps`, as published.
     reptile_scale: Factor of Reptile's gradient. Adam makes it matter through epsilon only.
+    redraw_every: With meta='reinit': calls for which a generator lasts; with 1, nothing is learnt from call to call.
     moments_momentum: Share of former calls in the moments that are matched, in [0, 1); 0 turns it off.
     adversarial_after: Calls before the adversarial term sets in.
     reset_after: Calls before the generator's first layers are drawn anew, once; None: never.
@@ -118,11 +131,16 @@ def loop(
     restart_every: With `carry_latents`: calls between fresh latents and a fresh outer Adam; None: never.
     keep: Images of the 'best' inner step, or of the 'last'.
     batch_size: B, images of one task in one call.
+    sample_batch_size: Images for one step of the student, on this device.
     num_tasks: M, inversions on this device in one call; 1 is the published algorithm.
     task_map: How tasks are mapped, see `optimize.task_mapper`.
     axis: The mapped axis of devices, if any.
     augment: (key, images) -> images, fresh in every inner step.
-    sample_latents: (key, shape) -> latents.
+    sample_latents: (key, shape) -> latents, or whatever `read` takes; `latent_lr` is its rate.
+    read: (what was sampled and moved by the inner steps, labels [B]) -> latents.
+    ema_decay: Of a moving average of the generator as it stands after a call's inner steps, from which the student
+      learns too, see `generative.averaged_share`; None: there is none.
+    ema_share: Of the student's images, those that the moving average makes.
     ask: Whether classes are asked for; else the target is the class that the teacher sees.
     modulate: (buffer, logits [B, ..., K], labels [B, ...]) -> [B, ...], by which each image's one_hot counts.
     adversary: The measure of the adversarial term.
@@ -134,8 +152,14 @@ def loop(
     raise ValueError(f'moments_momentum is {moments_momentum}, must be in [0, 1).')
   if restart_every is not None and not carry_latents:
     raise ValueError(f'restart_every is {restart_every}, must be None where carry_latents is False.')
+  if redraw_every < 1:
+    raise ValueError(f'redraw_every is {redraw_every}, must be at least 1.')
+  if ema_decay is not None and meta == 'reinit' and redraw_every == 1:
+    raise ValueError(f'ema_decay is {ema_decay}, must be None where each call has a generator of its own.')
   factors = factors.checked(companion_terms)
-  latent_shape = (batch_size, *((latent_dim,) if isinstance(latent_dim, int) else latent_dim))
+  latent_shape = (latent_dim,) if isinstance(latent_dim, int) else tuple(latent_dim)
+  share = parallel.even_share(sample_batch_size, num_tasks, 'sample_batch_size')
+  averaged = generative.averaged_share(ema_decay, ema_share, share)
   map_tasks = optimize.task_mapper(task_map)
   adam = lambda lr: optax.adam(lr, b1=adam_b1, b2=adam_b2)
   meta_tx = adam(generator_lr * num_steps if meta_lr is None else meta_lr)
@@ -143,18 +167,24 @@ def loop(
   def init(key: PRNGKey, teacher: Network, buffer: replay.ReplayBuffer) -> State:
     generative.check_batch_norm(factors, teacher)
     key_params, key_latents = jax.random.split(key)
-    params = generative.init(generator, key_params, latent_shape)
-    shapes = generative.check(generator, params, latent_shape, image_shape, teacher, task.num_classes)
+    params = generative.init(generator, key_params, (batch_size, *latent_shape))
+    shapes = generative.check(generator, params, (batch_size, *latent_shape), image_shape, teacher, task.num_classes)
     return State(
         latents=draw_latents(key_latents) if carry_latents else None,
         step=jnp.int32(0), meta_params=params, meta_opt_state=meta_tx.init(params),
-        past=jax.tree.map(jnp.zeros_like, shapes.moments), buffer=buffer)
+        past=jax.tree.map(jnp.zeros_like, shapes.moments), buffer=buffer,
+        ema=jax.tree.map(jnp.copy, params) if averaged else None)  # A copy, since states are donated.
 
-  def draw_latents(key: PRNGKey) -> Array:
-    return jax.vmap(lambda k: sample_latents(k, latent_shape))(parallel.task_keys(key, num_tasks, axis))
+  def draw_latents(key: PRNGKey, number: int = batch_size) -> PyTree:
+    keys = parallel.task_keys(key, num_tasks, axis)
+    return jax.vmap(lambda k: sample_latents(k, (number, *latent_shape)))(keys)
+
+  def draw_labels(key: PRNGKey, number: int, histogram: Array) -> Array:
+    keys = parallel.task_keys(key, num_tasks, axis)
+    return jax.vmap(lambda k: task.sample_labels(k, number, histogram))(keys)
 
   def inversion(state: State, inputs: PyTree, teacher: Network, student: Network | None, companion: Companion | None):
-    """One task: (latents [B, Z], labels [B], key, the companion's memory) -> (meta-gradient, Minimum)."""
+    """One task: (what was sampled, labels [B], key, the companion's memory) -> (meta-gradient, Minimum)."""
     latents, labels, key, memory = inputs
     momentum = jnp.where(state.step == 0, 0, moments_momentum)
     now = factors
@@ -162,7 +192,7 @@ def loop(
       now = factors._replace(adversarial=factors.adversarial * (state.step >= adversarial_after))
 
     def loss_fn(variables, step_key):
-      images = generative.render(generator, variables['params'], variables['latents'])
+      images = generative.render(generator, variables['params'], read(variables['latents'], labels))
       view_key, companion_key = (step_key, None) if companion is None else jax.random.split(step_key)
       seen = augment(view_key, images)
       outputs = teacher(seen)
@@ -202,33 +232,36 @@ def loop(
     key_latents, key_labels, key_steps, key_reset = jax.random.split(key, 4)
     state = restarted(state, key_latents, key_reset)
     latents = state.latents if carry_latents else draw_latents(key_latents)
-    labels = jax.vmap(lambda k: task.sample_labels(k, batch_size, state.buffer.histogram))(
-        parallel.task_keys(key_labels, num_tasks, axis))
+    labels = draw_labels(key_labels, batch_size, state.buffer.histogram)
     memory = None if companion is None else companion.memory
 
     def one(inputs):
       meta_grads, found = inversion(state, inputs, teacher, student, companion)
       trained = None if companion is None else (found.variables['companion'], found.opt_state['companion'])
       latents = found.variables['latents'] if carry_latents else None
-      return (meta_grads, found.aux, found.metrics, trained), found.kept, latents
+      moved = found.variables['params'] if averaged else None
+      return (meta_grads, found.aux, found.metrics, trained, moved), found.kept, latents
 
     inputs = (latents, labels, parallel.task_keys(key_steps, num_tasks, axis), memory)
     to_average, kept, latents = optimize.over_tasks(map_tasks, one, inputs)
-    meta_grads, moments, metrics, trained = parallel.pmean(jax.tree.map(optimize.mean_of_tasks, to_average), axis)
+    averages = parallel.pmean(jax.tree.map(optimize.mean_of_tasks, to_average), axis)
+    meta_grads, moments, metrics, trained, moved = averages
     if meta in ('sequential', 'reinit'):
       meta_params, meta_opt_state = jax.tree.map(jnp.subtract, state.meta_params, meta_grads), state.meta_opt_state
     else:
       updates, meta_opt_state = meta_tx.update(meta_grads, state.meta_opt_state, state.meta_params)
       meta_params = optax.apply_updates(state.meta_params, updates)
-    share = jnp.where(state.step == 0, 1, 1 - moments_momentum)
+    ema = optax.incremental_update(moved, state.ema, 1 - ema_decay) if averaged else None
+    new = jnp.where(state.step == 0, 1, 1 - moments_momentum)
     return state.replace(
-        latents=latents, step=state.step + 1, meta_params=meta_params, meta_opt_state=meta_opt_state,
-        past=optax.incremental_update(moments, state.past, share)), Found(kept, metrics, trained)
+        ema=ema, latents=latents, step=state.step + 1, meta_params=meta_params, meta_opt_state=meta_opt_state,
+        past=optax.incremental_update(moments, state.past, new)), Found(kept, metrics, trained)
 
   def restarted(state: State, key_latents: PRNGKey, key_reset: PRNGKey) -> State:
     """What is drawn anew before a call, where that is asked for."""
     if meta == 'reinit':
-      state = state.replace(meta_params=generative.redraw(key_reset, state.meta_params))
+      state = redrawn(state, key_reset) if redraw_every == 1 else jax.lax.cond(
+          state.step % redraw_every == 0, lambda: redrawn(state, key_reset), lambda: state)
     if reset_after is not None:
       state = state.replace(meta_params=jax.lax.cond(
           state.step == reset_after, lambda p: generative.reset(key_reset, p, generator.first_layers),
@@ -241,4 +274,17 @@ def loop(
       state = state.replace(latents=latents, meta_opt_state=meta_opt_state)
     return state
 
-  return Loop(init, invert)
+  def redrawn(state: State, key: PRNGKey) -> State:
+    params = generative.redraw(key, state.meta_params)
+    return state.replace(meta_params=params, ema=params if averaged else None)
+
+  def sample(state: State, key: PRNGKey, draw: Callable[[PRNGKey, int], Batch]) -> Batch:
+    if not averaged:
+      return draw(key, sample_batch_size)
+    key_buffer, key_latents, key_labels = jax.random.split(key, 3)
+    images = optimize.over_tasks(
+        map_tasks, lambda inputs: generative.render(generator, state.ema, read(*inputs)),
+        (draw_latents(key_latents, averaged), draw_labels(key_labels, averaged, state.buffer.histogram)))
+    return generative.beside(draw(key_buffer, sample_batch_size - num_tasks * averaged), images)
+
+  return Loop(init, invert, sample)

@@ -1,7 +1,8 @@
 """A generator that lasts, from which the student learns directly: DAFL, ZSKT, DFQ, DFAD and CuDFKD share it.
 
 A call takes `num_steps` of Adam on the generator, each on fresh latents, and no
-image is kept: the student's batches are rendered from fresh latents too.
+image is kept: the student's batches are rendered from fresh latents too, by the
+generator or, in part, by its moving average.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,12 @@ class State(struct.PyTreeNode):
   params: PyTree
   batch_stats: PyTree  # running moments, by which it is sampled
   opt_state: PyTree
+  ema: PyTree | None = None  # its moving average, {'params', 'batch_stats'}, if there is one
+
+  @property
+  def variables(self) -> PyTree:
+    """Of the generator."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
 def synthesizer(
@@ -51,6 +58,8 @@ def synthesizer(
     task_map: str = 'auto',
     axis: str | None = None,
     sample_latents: Callable[[PRNGKey, tuple[int, ...]], Array] = jax.random.normal,
+  ema_decay: float | None = None,
+  ema_share: float = 0.5,
 ) -> Synthesizer:
   """Makes a synthesizer with such a generator.
 
@@ -75,6 +84,9 @@ def synthesizer(
     task_map: How tasks are mapped, see `optimize.task_mapper`.
     axis: The mapped axis of devices, if any.
     sample_latents: (key, shape) -> latents.
+    ema_decay: Of a moving average of the generator (after each of its steps), from which the student learns too, see
+      `generative.averaged_share`; None: there is none.
+    ema_share: Of the student's images, those that the moving average makes.
   """
   if sample_by not in SAMPLE_BY:
     raise ValueError(f'sample_by is {sample_by!r}, must be one of {SAMPLE_BY}.')
@@ -86,6 +98,7 @@ def synthesizer(
   latent_shape = (latent_dim,) if isinstance(latent_dim, int) else tuple(latent_dim)
   map_tasks = optimize.task_mapper(task_map)
   share = parallel.even_share(sample_batch_size, num_tasks, 'sample_batch_size')
+  averaged = generative.averaged_share(ema_decay, ema_share, share)
   # The gradients that Adam sees are those of all devices.
   tx = optax.chain(
       optax.stateless(lambda grads, _: parallel.pmean(grads, axis)), optax.adam(generator_lr, b1=adam_b1, b2=adam_b2))
@@ -98,8 +111,10 @@ def synthesizer(
         generator, params, (batch_size, *latent_shape), image_shape, teacher, task.num_classes)
     if factors.active('activation') and outputs.features is None:
       raise ValueError('The teacher sows no features: the factor activation must be 0.')
-    return State(
+    state = State(
         step=jnp.int32(0), params=params, batch_stats=variables.get('batch_stats', {}), opt_state=tx.init(params))
+    # A copy, since states are donated.
+    return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if averaged else state
 
   def draw_latents(key: PRNGKey, number: int) -> Array:
     keys = parallel.task_keys(key, num_tasks, axis)
@@ -128,23 +143,31 @@ def synthesizer(
         return loss, optimize.Seen((), moved, metrics)
 
       found = optimize.minimize(step_key, loss_fn, state.params, state.opt_state, tx=tx, num_steps=1)
-      averaged, metrics = parallel.pmean((found.aux, found.metrics), axis)
-      state = state.replace(params=found.variables, opt_state=found.opt_state, batch_stats=averaged)
+      moved, metrics = parallel.pmean((found.aux, found.metrics), axis)
+      state = state.replace(params=found.variables, opt_state=found.opt_state, batch_stats=moved)
+      if averaged:
+        state = state.replace(ema=optax.incremental_update(state.variables, state.ema, 1 - ema_decay))
       return state, {name: values[0] for name, values in metrics.items()}
 
     state, metrics = jax.lax.scan(step, state, jax.random.split(key, num_steps))
     return state.replace(step=state.step + 1), metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
+  def rendered(variables: PyTree, key: PRNGKey, number: int) -> Array:
+    """Images [M, number, H, W, C] from fresh latents."""
 
     def images_of(latents):
-      variables = {'params': state.params, 'batch_stats': state.batch_stats}
       if sample_by == 'running':
         return generator.apply(variables, latents, train=False)
       return generator.apply(variables, latents, train=True, mutable=['batch_stats'])[0]
 
-    images = optimize.over_tasks(map_tasks, images_of, draw_latents(key, share))
-    nowhere = jnp.full(sample_batch_size, -1, jnp.int32)
-    return Batch(images.reshape(sample_batch_size, *image_shape), nowhere, nowhere)
+    return optimize.over_tasks(map_tasks, images_of, draw_latents(key, number))
+
+  def sample(state: State, key: PRNGKey) -> Batch:
+    if averaged:
+      key, key_averaged = jax.random.split(key)
+    images = rendered(state.variables, key, share - averaged)
+    nowhere = jnp.full(images.shape[:2], -1, jnp.int32).reshape(-1)
+    batch = Batch(images.reshape(-1, *image_shape), nowhere, nowhere)
+    return generative.beside(batch, rendered(state.ema, key_averaged, averaged)) if averaged else batch
 
   return Synthesizer(init, synthesize, sample)

@@ -147,23 +147,25 @@ def sample_by_priority(
 def set_priorities(buffer: ReplayBuffer, slots: Array, priorities: Array) -> ReplayBuffer:
   """Writes priorities [B] at slots [B] as `Batch.slots` numbers them; of several at one slot the highest stays.
 
-  What rounding has left below 0 becomes 0.
+  What rounding has left below 0 becomes 0. A slot of -1 is nowhere, and nothing is written.
   """
   flat = buffer.priorities.reshape(-1)
+  slots = _or_outside(slots, flat.size)
   # Whatever the order in which a device writes duplicates, the result is the same.
-  flat = flat.at[slots].set(0.0).at[slots].max(priorities.astype(flat.dtype))
+  flat = flat.at[slots].set(0.0, mode='drop').at[slots].max(priorities.astype(flat.dtype), mode='drop')
   return buffer.replace(priorities=flat.reshape(buffer.priorities.shape))
 
 
 def weights_at(buffer: ReplayBuffer, slots: Array) -> Array:
-  """Importance weights [B] as they were last set, at slots [B]."""
-  return buffer.weights.reshape(-1)[slots]
+  """Importance weights [B] as they were last set, at slots [B]; 1 of what is from nowhere, -1."""
+  return jnp.where(slots < 0, 1.0, buffer.weights.reshape(-1)[slots])
 
 
 def set_weights(buffer: ReplayBuffer, slots: Array, weights: Array) -> ReplayBuffer:
-  """Writes importance weights [B] at slots [B]; several at one slot must be the same."""
+  """Writes importance weights [B] at slots [B], but for -1; several at one slot must be the same."""
   flat = buffer.weights.reshape(-1)
-  return buffer.replace(weights=flat.at[slots].set(weights.astype(flat.dtype)).reshape(buffer.weights.shape))
+  flat = flat.at[_or_outside(slots, flat.size)].set(weights.astype(flat.dtype), mode='drop')
+  return buffer.replace(weights=flat.reshape(buffer.weights.shape))
 
 
 def importance_weights(
@@ -183,6 +185,11 @@ def _sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | Non
   slots = (within + buffer.capacity * jnp.arange(num_tasks)[:, None]).reshape(batch_size)
   flat = lambda a: a.reshape(num_tasks * buffer.capacity, *a.shape[2:])
   return Batch(to_float(flat(buffer.images)[slots]), flat(buffer.labels)[slots], slots)
+
+
+def _or_outside(slots: Array, size: int) -> Array:
+  """Slots, with one beyond the last for -1, which JAX would take for the last itself."""
+  return jnp.where(slots < 0, size, slots)
 
 
 def _count(labels: Array, counted: Array, buffer: ReplayBuffer) -> Array:

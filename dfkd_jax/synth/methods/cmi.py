@@ -81,7 +81,6 @@ def cmi(
     head_lr: float | None = None,
     local_view: Callable[[PRNGKey, Array], Array] | None = None,
     sample_rows: Callable[[PRNGKey, Array, int, int], tuple[Array, Array]] = random_rows,
-    sample_batch_size: int = 256,
     capacity: int = 51_200,
     num_tasks: int = 1,
     axis: str | None = None,
@@ -106,7 +105,6 @@ def cmi(
     head_lr: Adam's, for the head, whose state lasts; None: `generator_lr`.
     local_view: (key, images) -> images; None: crops of a quarter up to all of the image, and flips.
     sample_rows: (key, live rows, rows of the bank, number) -> (slots [number], which are live [number]).
-    sample_batch_size: Images for one step of the student, on this device.
     capacity: Images that the buffer holds on this device.
     num_tasks: M, inversions on this device in one call, each with a bank of its own; the head is their average.
     axis: The mapped axis of devices, if any.
@@ -179,6 +177,6 @@ def cmi(
         size=jnp.minimum(state.size + number, rows))
 
   def sample(state: State, key: PRNGKey) -> Batch:
-    return replay.sample(key, state.inversion.buffer, sample_batch_size, axis)
+    return loop.sample(state.inversion, key, lambda k, number: replay.sample(k, state.inversion.buffer, number, axis))
 
   return Synthesizer(init, synthesize, sample)

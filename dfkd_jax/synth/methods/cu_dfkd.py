@@ -89,7 +89,9 @@ def cu_dfkd(
   def init(key: PRNGKey, teacher: Network) -> State:
     drawn = generator.init(key, teacher)
     if init_std is not None:
-      drawn = drawn.replace(params=generative.redraw(jax.random.fold_in(key, 1), drawn.params, init_std))
+      params = generative.redraw(jax.random.fold_in(key, 1), drawn.params, init_std)
+      ema = drawn.ema and drawn.ema | {'params': jax.tree.map(jnp.copy, params)}
+      drawn = drawn.replace(params=params, ema=ema)
     return State(drawn, jnp.int32(0))
 
   def synthesize(

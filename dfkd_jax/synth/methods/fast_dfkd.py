@@ -29,7 +29,6 @@ def fast_dfkd(
     image_shape: tuple[int, int, int],
     task: tasks.Task,
     adversarial_after: int = 19,
-    sample_batch_size: int = 256,
     capacity: int = 56_320,
     num_tasks: int = 1,
     axis: str | None = None,
@@ -42,7 +41,6 @@ def fast_dfkd(
     task: What the teacher was trained for.
     adversarial_after: Calls before the adversarial term sets in. The published gate compares a
       count from one with its warm-up of 20: so 19 here, one call before distillation begins.
-    sample_batch_size: Images for one step of the student, on this device.
     capacity: Images that the buffer holds on this device; the published one never drops any.
     num_tasks: M, inversions on this device in one call; 1 is the published algorithm.
     axis: The mapped axis of devices, if any.
@@ -65,6 +63,6 @@ def fast_dfkd(
     return state.replace(buffer=buffer), found.metrics
 
   def sample(state: State, key: PRNGKey) -> Batch:
-    return replay.sample(key, state.buffer, sample_batch_size, axis)
+    return loop.sample(state, key, lambda k, number: replay.sample(k, state.buffer, number, axis))
 
   return Synthesizer(init, synthesize, sample)

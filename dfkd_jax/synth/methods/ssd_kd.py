@@ -51,7 +51,6 @@ def ssd_kd(
     normalise_weights: str = 'none',
     new_priority: str = 'max',
     adversarial_after: int = 19,
-    sample_batch_size: int = 256,
     capacity: int = 5_000,
     num_tasks: int = 1,
     axis: str | None = None,
@@ -77,7 +76,6 @@ def ssd_kd(
     new_priority: Of an image until it is drawn: the stripe's 'max', that times its 'modulation', or 'one' on the
       scale of the student's loss; unknown from the paper.
     adversarial_after: Calls before the adversarial term sets in, see `fast_dfkd`.
-    sample_batch_size: Images for one step of the student, on this device.
     capacity: Images that the buffer holds on this device; 5,000 for CIFAR.
     num_tasks: M, inversions on this device in one call. Each has a stripe of the buffer, within which priorities count.
     axis: The mapped axis of devices, if any.
@@ -131,8 +129,9 @@ def ssd_kd(
 
   def sample(state: State, key: PRNGKey) -> Batch:
     if not prioritised:
-      return replay.sample(key, state.buffer, sample_batch_size, axis)
-    return replay.sample_by_priority(key, state.buffer, sample_batch_size, epsilon, axis)
+      return loop.sample(state, key, lambda k, number: replay.sample(k, state.buffer, number, axis))
+    return loop.sample(
+        state, key, lambda k, number: replay.sample_by_priority(k, state.buffer, number, epsilon, axis))
 
   def weigh(state: State, batch: Batch, losses: Array) -> tuple[State, Array]:
     """Of the images just seen the priority becomes w KL, and then w is renewed, (N P)^-beta."""

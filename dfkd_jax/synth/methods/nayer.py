@@ -1,0 +1,148 @@
+"""NAYER: the classes are the generator's input, and the randomness is a layer that is drawn anew for each batch.
+
+FastDFKD's inner loop with other latents. A constant embedding of each class, such
+as a language model's of its name, goes through a noisy layer, a normalisation and a
+random linear map, into the generator. Noisy layers are drawn afresh in every call and
+move with the generator in its inner steps; each serves one image of every class.
+The generator goes on from call to call, and is drawn anew every so many.
+
+References:
+  Tran et al., NAYER: Noisy Layer Data Generation for Efficient and Effective Data-free
+  Knowledge Distillation, CVPR 2024, https://arxiv.org/abs/2310.00258. Its full text was not at hand when this was
+  written; from notes on it and from its published command line come the noisy layer, that it is drawn anew in every
+  call and shared by all classes, the life of the generator and the numbers. What is known from nowhere is named
+  in `nayer`.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dfkd_jax import parallel, tasks
+from dfkd_jax.models.network import Network
+from dfkd_jax.synth import meta as meta_learning
+from dfkd_jax.synth import replay
+from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
+from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
+
+State = meta_learning.State
+
+
+class NoisyLayers(struct.PyTreeNode):
+  """Batch norm and dense layer, one of each for every so many images as there are classes."""
+
+  scale: Array  # [L, E]
+  shift: Array  # [L, E]
+  kernel: Array  # [L, E, Z]
+  bias: Array  # [L, Z]
+
+
+def draw_layers(key: PRNGKey, number: int, size: int, latent_dim: int) -> NoisyLayers:
+  """Noisy layers [number] from embeddings of `size` numbers, such that latents have variance 1."""
+  kernel = jax.random.normal(key, (number, size, latent_dim)) / jnp.sqrt(size)
+  return NoisyLayers(
+      scale=jnp.ones((number, size), kernel.dtype), shift=jnp.zeros((number, size), kernel.dtype), kernel=kernel,
+      bias=jnp.zeros((number, latent_dim), kernel.dtype))
+
+
+def normalised(embeddings: Array, epsilon: float = 1e-5) -> Array:
+  """Embeddings [K, E] less their mean, over their deviation: a batch norm where all classes are equally frequent."""
+  return (embeddings - embeddings.mean(0)) * jax.lax.rsqrt(embeddings.var(0) + epsilon)
+
+
+def latents_of(layers: NoisyLayers, labels: Array, embeddings: Array) -> Array:
+  """Latents [B, Z] of images of classes `labels` [B]; the n-th of a class comes by the n-th noisy layer.
+
+  Args:
+    layers: As many as there are images of the commonest class, else two of them are the same.
+    labels: [B] int32.
+    embeddings: [K, E], normalised.
+  """
+  inputs = embeddings * layers.scale[:, None] + layers.shift[:, None]  # [L, K, E]
+  latents = jnp.einsum('lke,lez->lkz', inputs, layers.kernel) + layers.bias[:, None]
+  so_far = jnp.cumsum(jax.nn.one_hot(labels, embeddings.shape[0], dtype=jnp.int32), axis=0)
+  turn = jnp.take_along_axis(so_far, labels[:, None], axis=1)[:, 0] - 1
+  return latents[turn, labels]
+
+
+@passes_on(
+    meta_learning.loop,
+    without=('ask', 'modulate', 'companion_terms', 'sample_latents', 'read', 'carry_latents', 'restart_every'))
+def nayer(
+    *,
+    image_shape: tuple[int, int, int],
+    task: tasks.Task,
+    embeddings: Array | None = None,
+    num_steps: int = 40,
+    latent_dim: int | tuple[int, ...] = 256,
+    generator_lr: float = 4e-3,
+    latent_lr: float | None = None,
+    meta: str = 'reinit',
+    redraw_every: int = 10,
+    adversarial_after: int = 19,
+    capacity: int = 56_320,
+    num_tasks: int = 1,
+    axis: str | None = None,
+    **numbers: Any,
+) -> Synthesizer:
+  """Makes the NAYER synthesizer; defaults are those of the published command line where it names them.
+
+  Args:
+    image_shape: [H, W, C].
+    task: Must have classes to ask for; every class is asked for equally often, up to one, however `task` would.
+    embeddings: [K, E], one for each class. Those of a text are a prior from outside: results are then no longer of the
+      teacher alone. None: one-hot, which holds no such knowledge. (Under a random map without preferred directions,
+      any other orthogonal ones would do the same.)
+    num_steps: Inner steps, 30 to 40 as published.
+    latent_dim: Z, or the shape of one latent, which a noisy layer gives; unknown from the notes.
+    generator_lr: Adam's.
+    latent_lr: Adam's, for the noisy layers; None: `generator_lr`, since nothing else is known.
+    meta: 'reinit' lets a generator live for `redraw_every` calls; FastDFKD's others work too.
+    redraw_every: Published as ten epochs, each of two calls.
+    adversarial_after: Calls before the adversarial term sets in, see `fast_dfkd`.
+    capacity: Images that the buffer holds on this device.
+    num_tasks: M, inversions on this device in one call, each with noisy layers of its own.
+    axis: The mapped axis of devices, if any.
+    **numbers: Of `meta.loop`.
+  """
+  classes = task.num_classes
+  if not task.asks:
+    raise ValueError('The task has no classes to ask for: this method, whose input they are, must have one an image.')
+  if embeddings is None:
+    embeddings = np.eye(classes)
+  if embeddings.ndim != 2 or embeddings.shape[0] != classes:
+    raise ValueError(f'embeddings are {embeddings.shape}, must be ({classes}, E): one for each class.')
+  task = task._replace(sample_labels=tasks.classification(classes, stratified=True).sample_labels)
+
+  def sample_layers(key: PRNGKey, shape: tuple[int, ...]) -> NoisyLayers:
+    return draw_layers(key, -(-shape[0] // classes), embeddings.shape[1], math.prod(shape[1:]))
+
+  def read(layers: NoisyLayers, labels: Array) -> Array:
+    found = latents_of(layers, labels, normalised(jnp.asarray(embeddings, layers.kernel.dtype)))
+    return found if isinstance(latent_dim, int) else found.reshape(-1, *latent_dim)
+
+  loop = meta_learning.loop(
+      image_shape=image_shape, task=task, num_steps=num_steps, latent_dim=latent_dim, generator_lr=generator_lr,
+      latent_lr=generator_lr if latent_lr is None else latent_lr, meta=meta, redraw_every=redraw_every,
+      adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis, sample_latents=sample_layers, read=read,
+      **numbers)
+  share = parallel.even_share(capacity, num_tasks, 'capacity')
+
+  def init(key: PRNGKey, teacher: Network) -> State:
+    return loop.init(key, teacher, replay.create(share, image_shape, classes, num_tasks))
+
+  def synthesize(
+      state: State, key: PRNGKey, teacher: Network, student: Network | None
+  ) -> tuple[State, Metrics]:
+    state, found = loop.invert(state, key, teacher, student)
+    buffer = replay.add(state.buffer, found.kept['images'], found.kept['labels'], axis)
+    return state.replace(buffer=buffer), found.metrics
+
+  def sample(state: State, key: PRNGKey) -> Batch:
+    return loop.sample(state, key, lambda k, number: replay.sample(k, state.buffer, number, axis))
+
+  return Synthesizer(init, synthesize, sample)
