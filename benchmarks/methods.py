@@ -25,7 +25,10 @@ import statistics
 import subprocess
 import sys
 
-METHODS = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq', 'dfad', 'zskt', 'dafl', 'cmi', 'deep_inversion')
+METHODS = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq', 'dfad', 'zskt', 'dafl', 'cmi', 'deep_inversion', 'nayer')
+AVERAGED = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq')  # Also with a moving average of the generator (MAD).
+ROWS = {method: (method, ()) for method in METHODS} | {
+    f'{method} averaged': (method, ('method.ema_decay=0.95',)) for method in AVERAGED}
 ABLATIONS = {
     'SSD-KD': (),
     'without diversity': ('method.diversity=false',),
@@ -104,20 +107,25 @@ def fields_for(seconds: float, method: str, fields: tuple[str, ...], short: dict
   warmup = config.distill.distill_after
   rounds = max(warmup + 1, round((seconds + warmup * student) / (synthesis + student)))
   found = [*fields, f'distill.rounds={rounds}', f'evaluate.every={max(1, rounds // 10)}']
-  if 'adversarial' in config.method:  # A ramp keeps its place in the run.
-    ramp, share = config.method.adversarial, rounds / config.distill.rounds
+  share = rounds / config.distill.rounds
+  if 'adversarial' in config.method:  # A ramp keeps its place in the run, and its height.
+    ramp = config.method.adversarial
     found += [f'method.adversarial.{name}={round(ramp[name] * share)}' for name in ('begin', 'end')]
+    found.append(f'method.adversarial.slope={ramp.slope / share:.6g}')
+  if 'threshold_growth' in config.method:
+    found.append(f'method.threshold_growth={config.method.threshold_growth / share:.6g}')
   return tuple(found)
 
 
 def line(name: str, found: list[dict]) -> str:
-  """A row of the table: mean and spread over the seeds."""
+  """A row of the table: mean and spread over the seeds; of seconds the median, lest one run was disturbed."""
   last = [100 * summary['student']['last']['top1'] for summary in found]
   mean_of = lambda value: statistics.mean(map(value, found))
   spread = f' ± {statistics.stdev(last):.2f}' if len(last) > 1 else ''
-  seconds = ' / '.join(f'{mean_of(lambda summary, part=part: summary["seconds"][part]):.0f}' for part in PARTS)
+  median_of = lambda value: statistics.median(map(value, found))
+  seconds = ' / '.join(f'{median_of(lambda summary, part=part: summary["seconds"][part]):.0f}' for part in PARTS)
   mean, agreement = statistics.mean(last), 100 * mean_of(lambda summary: summary['student']['last']['agreement'])
-  rounds, wall = found[0]['student']['last']['round'], mean_of(lambda summary: summary['wall_seconds'])
+  rounds, wall = found[0]['student']['last']['round'], median_of(lambda summary: summary['wall_seconds'])
   return (f'| {name} | {mean:.2f}{spread} | {mean / found[0]["teacher"]["top1"] / 100:.3f} | {agreement:.2f} | '
           f'{rounds} | {seconds} | {wall:.0f} |')
 
@@ -126,7 +134,8 @@ def run() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--seconds', type=float, default=300.0, help='of synthesis and student steps, for each run')
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-  parser.add_argument('--methods', nargs='+', default=METHODS, choices=METHODS)
+  parser.add_argument('--methods', nargs='+', default=tuple(ROWS), choices=tuple(ROWS), metavar='ROW',
+                      help='of %(choices)s; default: all')
   parser.add_argument('--ablations', action='store_true', help='of SSD-KD, instead of the methods')
   parser.add_argument('--at_once', type=int, default=1, help='runs side by side, each on its share of the cores')
   parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='fields of the config, for all runs')
@@ -135,8 +144,9 @@ def run() -> None:
   if refused := [field for field in options.set if field.partition('=')[0] in PLANNED]:
     raise SystemExit(f'--set {" ".join(refused)}: this program sets {", ".join(PLANNED)} itself.')
   common, seeds = tuple(options.set), list(dict.fromkeys(options.seeds))
-  rows = [(name, 'ssd_kd', (*common, *fields)) for name, fields in ABLATIONS.items()] if options.ablations else [
-      (method, method, common) for method in dict.fromkeys(options.methods)]
+  rows = {name: ('ssd_kd', fields) for name, fields in ABLATIONS.items()} if options.ablations else {
+      name: ROWS[name] for name in options.methods}
+  rows = [(name, method, (*common, *fields)) for name, (method, fields) in rows.items()]
   try:
     for _, method, fields in rows:
       config_of(method, fields)

@@ -12,21 +12,25 @@ PAIRS = ('wrn40_2-wrn16_1', 'resnet34-resnet18', 'vgg11-resnet18', 'wrn40_2-wrn4
 def make(arguments: str, *, dataset: str, num_classes: int, mean: tuple, std: tuple):
   """METHOD or scratch or kd, then PAIR and (for FastDFKD and SSD-KD) fast2 / fast5 / fast10, in any order."""
   picked = common.pick(
-      arguments, job=(*METHODS, 'scratch', 'kd'), pair=PAIRS, variant=tuple(fast_dfkd.VARIANTS))
+      arguments, job=(*METHODS, 'scratch', 'kd'), pair=PAIRS, variant=(None, *fast_dfkd.VARIANTS))
   config = common.base()
   config.dataset.update(name=dataset, num_classes=num_classes)
   config.teacher.name, config.student.name = picked['pair'].split('-')
   for network in (config.teacher, config.student):
     network.update(mean=mean, std=std)
+  if picked['variant'] and not hasattr(METHODS.get(picked['job']), 'VARIANTS'):
+    raise ValueError(f"Config argument {picked['variant']!r} is for FastDFKD and SSD-KD, not for {picked['job']!r}.")
   if picked['job'] in METHODS:
     return apply(config, picked['job'], picked['variant'])
   return supervised(config, kd=picked['job'] == 'kd')
 
 
-def apply(config, method: str, variant: str):
-  """The numbers of a method, and of its variant if it has any."""
+def apply(config, method: str, variant: str | None):
+  """The numbers of a method, and of its variant if it has any; None: the first."""
   module = METHODS[method]
-  return module.apply(config, variant) if hasattr(module, 'VARIANTS') else module.apply(config)
+  if hasattr(module, 'VARIANTS'):
+    return module.apply(config, variant or next(iter(module.VARIANTS)))
+  return module.apply(config)
 
 
 def supervised(config, *, kd: bool):

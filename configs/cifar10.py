@@ -1,8 +1,9 @@
 """CIFAR-10 at the paper's scale: python main.py --config=configs/cifar10.py:fast_dfkd --workdir=...
 
-Arguments, in any order: fast_dfkd (or scratch, kd), a pair such as wrn40_2-wrn16_1, and fast2, fast5 or fast10.
-Published results stand in configs/methods/fast_dfkd.py. Teachers of the paper: 95.70 (ResNet-34), 92.25 (VGG-11),
-94.87 (WRN-40-2); train yours by configs/teacher_cifar10.py, and name it by --config.teacher.source=WEIGHTS.
+Arguments, in any order: a method such as fast_dfkd (or scratch, kd), a pair such as wrn40_2-wrn16_1, and for FastDFKD
+and SSD-KD fast2, fast5 or fast10. Cost and published results stand in configs/methods/METHOD.py. Teachers of the paper:
+95.70 (ResNet-34), 92.25 (VGG-11), 94.87 (WRN-40-2); train yours by configs/teacher_cifar10.py, and name it by
+--config.teacher.source=WEIGHTS.
 """
 
 from configs import cifar

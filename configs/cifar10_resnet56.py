@@ -3,8 +3,8 @@
 
 The teacher is ResNet-56 of github.com/akamaster/pytorch_resnet_cifar10 (93.39 % on the CIFAR-10 test set, 853,018
 parameters): shortcuts without parameters, and the mean and standard deviation of ImageNet. Its file is read as it is.
-Argument: the student, resnet20 (272,474 parameters) or wrn16_1 (175,066). Cost: an hour on two cores, a third of it
-synthesis.
+Arguments: the student, resnet20 (272,474 parameters) or wrn16_1 (175,066), and fast_dfkd or ssd_kd. Cost: an hour on
+two cores, a third of it synthesis.
 
 The numbers are ours, for an hour on a CPU where the published recipe takes a GPU: 300 calls of 128 images, of which the
 newest 120 are kept; as in configs/default.py latents move faster, classes are asked for equally often, and the

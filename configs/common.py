@@ -46,8 +46,8 @@ def _network(**more) -> dict:
 
 
 def averaged() -> dict:
-  """Fields of a method whose generator may have a moving average beside it (MAD's decay is 0.95); None: it has not."""
-  return dict(ema_decay=config_dict.placeholder(float), ema_share=0.5)
+  """Fields of a method whose generator may have a moving average; None: it has not, and a share of a half."""
+  return dict(ema_decay=config_dict.placeholder(float), ema_share=config_dict.placeholder(float))
 
 
 def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
@@ -55,7 +55,7 @@ def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
 
   Args:
     arguments: Such as 'fast_dfkd,fast5,wrn40_2-wrn16_1', in any order; each may be left out.
-    **choices: What is allowed, by group.
+    **choices: What is allowed, by group; None where a group has no default.
 
   Raises:
     ValueError: An argument that no group has, or two of one group.
@@ -63,7 +63,7 @@ def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
   picked = {}
   for argument in filter(None, arguments.split(',')):
     groups = [group for group, allowed in choices.items() if argument in allowed]
-    known = [choice for allowed in choices.values() for choice in allowed]
+    known = [choice for allowed in choices.values() for choice in allowed if choice]
     if not groups:
       names.known(argument, known, 'config argument')
     if groups[0] in picked:

@@ -25,6 +25,7 @@ steps or batch_norm at 10 not: 0.773, 0.769, 0.797. DeepInversion 0.798, adversa
 from ml_collections import config_dict
 
 from configs import common, teacher_fashion_mnist
+from configs.methods import ssd_kd
 
 
 def get_config(arguments: str = ''):
@@ -65,13 +66,13 @@ def _fast_dfkd(config):
 
 def _ssd_kd(config):
   _fast_dfkd(config)
-  config.method.update(name='ssd_kd', capacity=5_000, gamma=2.0, beta=0.5, draw='priority', new_priority='max')
+  config.method.update(name='ssd_kd', capacity=5_000, **ssd_kd.NUMBERS)
 
 
 def _nayer(config):
   _fast_dfkd(config)
   config.method.update(
-      name='nayer', num_steps=10, latent_lr=3e-3, meta='reinit', redraw_every=20,
+      name='nayer', num_steps=10, latent_lr=3e-3, meta='reinit', redraw_every=20, adversarial_after=10,
       embeddings=config_dict.placeholder(str))
 
 

@@ -47,7 +47,7 @@ _RANGES = {
         'teacher.std', 'student.std', 'distill.temperature', 'train.temperature', 'optimizer.learning_rate',
         'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
         'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
-        'method.adversary.temperature', 'method.init_std'),
+        'method.adversary.temperature', 'method.init_std', 'method.redraw_std'),
     '[0, 1)': (
         'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum',
         'method.ema_decay'),
@@ -196,7 +196,7 @@ def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synt
     if of_all in numbers:
       numbers[of_all] = parallel.even_share(numbers[of_all], num_tasks, f'method.{of_all}') * local_tasks
   if 'embeddings' in numbers:
-    numbers['embeddings'] = embeddings.load(numbers['embeddings'], config.dataset.num_classes)
+    numbers['embeddings'] = embeddings.load(numbers['embeddings'])
   for section, make in _SECTIONS.items():
     if section in numbers:
       numbers[section] = _made(section, make, numbers[section])

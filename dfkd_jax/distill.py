@@ -119,7 +119,8 @@ def distill(
     axis: The mapped axis of devices, if any.
 
   Returns:
-    Student, state, and metrics {'loss', 'agreement'}, each [] and a mean over the round.
+    Student, state, and metrics, each [] and a mean over the round: the 'loss', 'agreement' on these images, the mean
+    'weight' of an image, and the 'weighed_loss', the sum of weights times losses over that of weights.
   """
   augment = parallel.by_task(augment, num_tasks, axis)
 
@@ -136,12 +137,14 @@ def distill(
         per_sample += attention_factor * attention.attention_transfer(outputs.maps, wanted.maps)
       new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(per_sample))
       same = divergences.agreement(outputs.logits, wanted.logits).mean()
-      return (lax.stop_gradient(weights) * per_sample).mean(), (new_state, same)
+      further = {'agreement': same, 'weight': weights.mean()}
+      return (lax.stop_gradient(weights) * per_sample).mean(), (new_state, further)
 
-    student, loss, (state, same) = train_step(student, images, loss_fn, tx, axis)
-    return (student, state), {'loss': loss, 'agreement': parallel.pmean(same, axis)}
+    student, loss, (state, further) = train_step(student, images, loss_fn, tx, axis)
+    return (student, state), {'loss': loss, **parallel.pmean(further, axis)}
 
   (student, state), metrics = lax.scan(step, (student, state), jax.random.split(key, num_steps))
+  metrics['weighed_loss'] = metrics['loss'] / jnp.maximum(metrics['weight'], jnp.finfo(metrics['weight'].dtype).tiny)
   return student, state, jax.tree.map(jnp.mean, metrics)
 
 

@@ -193,7 +193,8 @@ def _round(experiment, programs: Programs, run_key: PRNGKey, teacher: Network, s
     state = State(synthesis, student)
   if learnt:  # `agreement` is that on real images.
     means = {name: float(np.mean([found[name] for found in learnt])) for name in learnt[0]}
-    numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement']}
+    numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement'],
+                **{name: means[name] for name in ('weight', 'weighed_loss')}}
   return state, numbers
 
 

@@ -192,10 +192,12 @@ def test_a_teacher_without_batch_norm_has_no_features():
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
+    (dict(bank_size=4), 'bank_size is 4, must be above 4, the images of one call'),
+    (dict(bank_size=8, num_tasks=2, capacity=8), 'bank_size is 8, must be above 8, the images of one call'),
     (dict(num_negatives=10), r'num_negatives is 10, must be in 1..9, the bank of a task'),
     (dict(num_negatives=0), 'num_negatives is 0'),
     (dict(bank_size=9, num_tasks=2, capacity=8), r'bank_size is 9, must be a positive multiple of 2'),
-    (dict(capacity=13, num_tasks=4), r'capacity is 13, must be a positive multiple of 4 .*such as 12'),
+    (dict(capacity=13, num_tasks=4, sample_batch_size=8), 'capacity is 13, must be a positive multiple of 4'),
     (dict(factors=Factors(contrast=-1.0)), 'Factor contrast is -1.0'),
     (dict(meta='anew'), r"meta is 'anew', must be one of \('fomaml', "),
     (dict(banksize=3), "Unknown argument of cmi 'banksize'. Did you mean 'bank_size'")])

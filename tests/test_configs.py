@@ -144,6 +144,17 @@ def test_numbers_of_the_published_pairs(
   assert (config.dataset.name, config.dataset.num_classes) == (dataset, {'cifar10': 10, 'cifar100': 100}[dataset])
 
 
+def test_idle_devices_are_told_of(capsys):
+  config = toy_runs.config()
+  build.tell_unused_devices(config, build.mesh(config).size)
+  assert '1 of 4 devices are used, since method.num_tasks is 1: a multiple of 4 uses all' in capsys.readouterr().err
+  config.num_devices = 1  # As was asked for.
+  build.tell_unused_devices(config, build.mesh(config).size)
+  config.num_devices, config.method.num_tasks = None, 8
+  build.tell_unused_devices(config, build.mesh(config).size)
+  assert capsys.readouterr().err == ''
+
+
 def test_every_method_has_a_config_at_every_scale():
   methods = set(build.synth.names()) - {'noise'}
   for name in ('cifar10', 'cifar100', 'default'):
@@ -185,6 +196,37 @@ def test_numbers_of_cu_dfkd(dataset, pair, batch, rounds, temperature, divergenc
   assert float(factor(rounds * section.calls_per_round)) == pytest.approx(last, abs=0.06)  # As rounded there.
 
 
+@pytest.mark.parametrize(('method', 'numbers', 'factors', 'student'), [
+    ('cmi', dict(num_steps=200, generator_lr=1e-3, latent_lr=1e-3, latent_dim=256, adam_b1=0.5, adam_b2=0.999,
+                 meta='reinit', contrast_temperature=0.2, bank_size=40_960, num_negatives=4_096, projection_size=256),
+     dict(batch_norm=1.0, one_hot=1.0, adversarial=0.5, contrast=0.8), dict(temperature=20.0, steps_per_round=400)),
+    ('deep_inversion', dict(num_steps=1000, learning_rate=0.1, adam_b1=0.5, adam_b2=0.99, keep='best'),
+     dict(batch_norm=10.0, one_hot=1.0, adversarial=1.0, total_variation=1e-3), dict(temperature=20.0, rounds=200)),
+    ('cu_dfkd', dict(latent_dim=512, generator_lr=1e-3, adam_b1=0.9, adam_b2=0.99, init_std=0.02, sample_by='running',
+                     curriculum_kind='log', per='sample', num_steps=1),
+     dict(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0), dict(distill_after=0)),
+    ('ssd_kd', dict(gamma=2.0, beta=0.5, draw='priority', label_source='random', counted='seen', new_priority='max',
+                    normalised_diversity=False, stop_modulation=False, num_steps=5),
+     dict(batch_norm=10.0, one_hot=0.4, adversarial=1.1), dict(temperature=20.0, rounds=220)),
+    *((name, dict(adam_b1=0.5, adam_b2=0.999, sample_by='running', batch_size=256, num_steps=1), None,
+       dict(temperature=1.0)) for name in ('dafl', 'zskt', 'dfq', 'dfad'))])
+def test_numbers_of_the_methods(method, numbers, factors, student):
+  """Of the specification's tables; SSD-KD's are partly guesses, which its file names."""
+  for dataset in ('cifar10', 'cifar100'):
+    config = CONFIGS[dataset](method)
+    assert {name: config.method[name] for name in numbers} == numbers
+    assert {name: config.distill[name] for name in student} == student
+    if factors:
+      assert {name: factor for name, factor in config.factors.items() if factor} == factors
+    if method in ('dafl', 'zskt', 'dfq', 'dfad', 'cu_dfkd'):  # The large generator.
+      assert config.generator.options.to_dict() == dict(width=64, stem_width=256)
+    if method in ('deep_inversion', 'cu_dfkd'):
+      divergence, temperature, masked = dict(deep_inversion=('js', 3.0, False), cu_dfkd=('kl', 3.0, True))[method]
+      assert config.method.adversary.to_dict() == dict(divergence=divergence, temperature=temperature, masked=masked)
+  assert CONFIGS['cifar100']('dfq,resnet34-resnet18').optimizer.learning_rate == 0.05
+  assert CONFIGS['cifar100']('dfq').optimizer.learning_rate == CONFIGS['cifar10']('dfq').optimizer.learning_rate == 0.1
+
+
 def test_ssd_kd_is_fast_dfkd_with_a_small_buffer_and_fewer_steps():
   ours, base = CONFIGS['cifar10']('ssd_kd'), CONFIGS['cifar10']('fast_dfkd')
   assert (ours.method.capacity, ours.distill.steps_per_round) == (5_000, 100)
@@ -199,7 +241,8 @@ def test_numbers_of_nayer(dataset, num_steps):
   config = CONFIGS[dataset]('nayer')
   method, section = config.method, config.distill
   assert (method.num_steps, method.batch_size, method.generator_lr, method.embeddings) == (num_steps, 400, 4e-3, None)
-  assert section.distill_after * section.calls_per_round == 200 == method.adversarial_after + 1
+  assert section.distill_after * section.calls_per_round == 200 == method.adversarial_after
+  assert (method.latent_dim, method.latent_lr, config.labels) == (1_000, 4e-3, 'stratified')
   assert (section.rounds - section.distill_after, section.calls_per_round, method.redraw_every) == (100, 2, 20)
   assert (section.batch_size, config.optimizer.learning_rate) == (512, 0.2)
   assert (config.factors.batch_norm, config.factors.one_hot, config.factors.adversarial) == (10.0, 0.5, 1.33)

@@ -170,13 +170,15 @@ def test_a_round_equals_a_plain_loop():
   assert_close(found.network.batch_stats, batch_stats, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(metrics['loss'], np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics['agreement'], np.mean(agreements), rtol=1e-6)
+  np.testing.assert_allclose(metrics['weight'], 3.5, rtol=1e-6)
+  np.testing.assert_allclose(metrics['weighed_loss'], np.mean(losses) / 3.5, rtol=1e-5)
   assert (int(found.step), int(state.calls)) == (3, 3)
 
 
 def test_samples_of_weight_zero_teach_nothing():
   found, _, metrics = run(fixed(jnp.zeros_like), optax.sgd(0.1))
   assert_close(found.network.params, toys.student().params, rtol=0)
-  assert float(metrics['loss']) == 0
+  assert [float(metrics[name]) for name in ('loss', 'weight', 'weighed_loss')] == [0, 0, 0]
   # The batch norms still see the images.
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found.network.batch_stats, toys.student().batch_stats)
   assert min(jax.tree.leaves(moved)) > 1e-4

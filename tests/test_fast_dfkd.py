@@ -200,7 +200,8 @@ def single_task():
 @pytest.mark.parametrize('task_map', ['vmap', 'map'])
 def test_four_tasks_are_the_average_of_four_calls(task_map):
   """In float32 at one inner step, where the meta-gradient is the gradient; all that is drawn is by `task_keys`."""
-  whole = toys.fast_dfkd(num_steps=1, num_tasks=4, task_map=task_map, augment=augment.flip, capacity=16)
+  whole = toys.fast_dfkd(
+      num_steps=1, num_tasks=4, task_map=task_map, augment=augment.flip, capacity=16, sample_batch_size=8)
   start = toys.jit(whole.init)(jax.random.key(0), toys.teacher())
   alone = start.replace(buffer=replay.create(12, toys.IMAGE, toys.CLASSES))
   with jax.debug_key_reuse(False):  # Which takes the keys of a scan under vmap for used.
@@ -245,7 +246,7 @@ def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
     (dict(moments_momentum=1.0), r'moments_momentum is 1.0, must be in \[0, 1\)'),
     (dict(moments_momentum=-0.1), r'moments_momentum is -0.1'),
     (dict(factors=Factors(one_hot=-1.0)), 'Factor one_hot is -1.0'),
-    (dict(capacity=13, num_tasks=4), r'capacity is 13, must be a positive multiple of 4 .*such as 12'),
+    (dict(capacity=13, num_tasks=4, sample_batch_size=8), 'capacity is 13, must be a positive multiple of 4'),
     (dict(task_map='scan'), "task_map is 'scan'"),
     (dict(num_step=3), r"Unknown argument of fast_dfkd 'num_step'. Did you mean 'num_steps'\?")])
 def test_bad_arguments_are_named(changes, message):

@@ -185,8 +185,14 @@ BAD = {
     'no weights at all': (['--config.teacher.source=notes.txt'], ['notes.txt', 'neither safetensors nor']),
     'no embeddings': (['--config=CONFIGS/default.py:nayer', '--config.method.embeddings=none.npy'], ["'none.npy'"]),
     'embeddings of text': (
-        ['--config=CONFIGS/default.py:nayer', '--config.method.embeddings=notes.txt'], ['notes.txt', '.safetensors']),
+        ['--config=CONFIGS/default.py:nayer', '--config.method.embeddings=notes.txt'],
+        ['notes.txt', 'one array of numbers']),
     'embeddings where there are none': (['--config.method.embeddings=a.npy'], ["'method.embeddings'"]),
+    'beta': (['--config=CONFIGS/default.py:ssd_kd', '--config.method.beta=1'], ['beta is 1.0', 'never settle']),
+    'gamma': (['--config=CONFIGS/default.py:ssd_kd', '--config.method.gamma=-1'], ['method.gamma is -1.0', '[0, inf)']),
+    'ramp': (['--config=CONFIGS/default.py:cu_dfkd', '--config.method.adversarial.end=3'], ['end of a ramp is 3']),
+    'bank': (['--config=CONFIGS/default.py:cmi', '--config.method.bank_size=128'], ['bank_size is 128', 'above 128']),
+    'variant': (['--config=CONFIGS/cifar10.py:dafl,fast10'], ["'fast10'", "'dafl'", 'SSD-KD']),
     'average': (['--config=CONFIGS/default.py:dfq', '--config.method.ema_decay=1'], ['method.ema_decay is 1.0']),
     'share of the average': (
         ['--config=CONFIGS/default.py:dfq', '--config.method.ema_decay=0.9', '--config.method.ema_share=0.001'],

@@ -142,23 +142,25 @@ def call(**changes):
 
 @toys.jit
 @functools.partial(jax.value_and_grad, has_aux=True)
-def written_out(params, stop, asked, gamma, diversity):
+def written_out(params, stop, asked, gamma, diversity, counted):
   """Its mean over the images, and the modulation; `stop` and so on are 0 or 1."""
   logits = toys.teacher()(generative.render(toys.generator(), params, LATENTS)).logits
   seen = logits.argmax(-1)
   targets = jnp.where(asked, ASKED, seen)
   p = jnp.take_along_axis(jax.nn.softmax(logits), targets[:, None], 1)[:, 0]
-  phi = (1 - p)**gamma * (1 - diversity * jnp.asarray(COUNTS)[seen] / COUNTS.sum())
+  classes = jnp.where(counted, ASKED, seen)
+  phi = (1 - p)**gamma * (1 - diversity * jnp.asarray(COUNTS)[classes] / COUNTS.sum())
   phi = stop * jax.lax.stop_gradient(phi) + (1 - stop) * phi
   return -(phi * jnp.log(p)).mean(), phi
 
 
 @pytest.mark.parametrize(('changes', 'expected'), [
-    (dict(), (0, 1, 2.0, 1)),
-    (dict(stop_modulation=True), (1, 1, 2.0, 1)),
-    (dict(label_source='argmax', gamma=0.5), (0, 0, 0.5, 1)),
-    (dict(diversity=False, gamma=1.0), (0, 1, 1.0, 0)),
-    (dict(difficulty=False), (0, 1, 0.0, 1))])
+    (dict(), (0, 1, 2.0, 1, 0)),
+    (dict(stop_modulation=True), (1, 1, 2.0, 1, 0)),
+    (dict(label_source='argmax', gamma=0.5), (0, 0, 0.5, 1, 0)),
+    (dict(counted='asked'), (0, 1, 2.0, 1, 1)),
+    (dict(diversity=False, gamma=1.0), (0, 1, 1.0, 0, 0)),
+    (dict(difficulty=False), (0, 1, 0.0, 1, 0))])
 def test_the_one_hot_term_counts_by_the_modulation(changes, expected):
   """Its value, what is kept of it, and the gradient that the generator gets."""
   grads, one_hot, kept = call(**changes)
@@ -170,6 +172,16 @@ def test_the_one_hot_term_counts_by_the_modulation(changes, expected):
   if not changes:  # The gradient through the modulation is no trifle.
     _, without = written_out(start().meta_params, 1.0, *map(float, expected[1:]))
     assert min(toys.distances(without, wanted).values()) > 5e-3
+
+
+def test_what_the_diversity_counts_is_what_the_buffer_holds():
+  """The classes asked for, or those that the teacher saw in the images."""
+  for counted in ('seen', 'asked'):
+    state, _ = toys.jit(method(counted=counted).synthesize)(start(), jax.random.key(1), toys.teacher(), None)
+    seen = toys.teacher()(replay.to_float(state.buffer.images[0, :4])).logits.argmax(-1)
+    assert not np.array_equal(seen, ASKED)
+    np.testing.assert_array_equal(state.buffer.labels[0, :4], ASKED if counted == 'asked' else seen)
+    np.testing.assert_array_equal(state.buffer.histogram - COUNTS, np.bincount(state.buffer.labels[0, :4], minlength=5))
 
 
 # Dense predictions.
@@ -195,6 +207,7 @@ def test_of_pixels_the_modulation_is_averaged_over_each_image():
   loop = meta.loop(
       generator=toys.generator(), image_shape=toys.IMAGE, task=tasks.segmentation(toys.CLASSES),
       factors=synth.Factors(one_hot=1.0), num_steps=1, latent_dim=7, batch_size=4, num_tasks=num_tasks,
+      sample_batch_size=num_tasks,
       augment=augment.identity, modulate=modulate)
   buffer = replay.create(12, toys.IMAGE, toys.CLASSES, num_tasks).replace(histogram=jnp.asarray(COUNTS))
   state = toys.jit(loop.init)(jax.random.key(0), teacher, buffer)

@@ -11,11 +11,12 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfkd_jax import augment, synth, tasks
+from dfkd_jax import augment, parallel, synth, tasks
 from dfkd_jax.synth import Factors
 from dfkd_jax.synth.methods import nayer
 
 EMBEDDINGS = np.random.default_rng(3).normal(size=(toys.CLASSES, 4)).astype(np.float32)
+ONE = parallel.REPLICATED
 STRATIFIED = tasks.classification(toys.CLASSES, stratified=True)
 
 
@@ -46,14 +47,12 @@ def same(tree, other):
 def test_latents_equal_a_loop_over_images():
   labels = jnp.array([2, 0, 2, 4, 2, 0])
   layers = nayer.draw_layers(jax.random.key(0), 3, 4, 7)
-  draw = lambda leaf, seed: leaf + jax.random.normal(jax.random.key(seed), leaf.shape)
-  layers = layers.replace(scale=draw(layers.scale, 1), shift=draw(layers.shift, 2), bias=draw(layers.bias, 3))
+  layers = layers.replace(bias=jax.random.normal(jax.random.key(3), layers.bias.shape))
   found, seen = nayer.latents_of(layers, labels, EMBEDDINGS), dict.fromkeys(range(toys.CLASSES), -1)
   for row, label in zip(found, labels.tolist(), strict=True):
     seen[label] += 1
-    scale, shift, kernel, bias = (np.asarray(leaf[seen[label]]) for leaf in (
-        layers.scale, layers.shift, layers.kernel, layers.bias))
-    np.testing.assert_allclose(row, (EMBEDDINGS[label] * scale + shift) @ kernel + bias, rtol=1e-5, atol=1e-6)
+    kernel, bias = (np.asarray(leaf[seen[label]]) for leaf in (layers.kernel, layers.bias))
+    np.testing.assert_allclose(row, EMBEDDINGS[label] @ kernel + bias, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -77,12 +76,11 @@ def test_embeddings_are_normalised_as_by_a_batch_norm():
   np.testing.assert_allclose(np.corrcoef(found[:, 1], given[:, 1])[0, 1], 1, rtol=1e-5)
 
 
-def test_latents_have_variance_one_whatever_the_embedding():
-  for embeddings in (np.eye(10), np.random.default_rng(0).normal(3, 9, (10, 50))):
-    layers = nayer.draw_layers(jax.random.key(1), 40, embeddings.shape[1], 30)
-    labels = jnp.tile(jnp.arange(10), 40)
-    latents = nayer.latents_of(layers, labels, nayer.normalised(jnp.asarray(embeddings)))
-    np.testing.assert_allclose(latents.std(), 1, rtol=0.03)
+def test_noisy_layers_are_standard_normal():
+  layers = nayer.draw_layers(jax.random.key(1), 4, 30, 50)
+  assert (layers.kernel.shape, layers.bias.shape) == ((4, 30, 50), (4, 50))
+  np.testing.assert_allclose([layers.kernel.mean(), layers.kernel.std()], [0, 1], atol=0.03)
+  assert not np.asarray(layers.bias).any()
 
 
 # Calls.
@@ -116,9 +114,40 @@ def test_it_is_the_loop_of_fast_dfkd_with_other_latents():
       'fast_dfkd', task=STRATIFIED, meta='sequential', latent_lr=4e-3, generator_lr=4e-3,
       sample_latents=lambda key, shape: nayer.draw_layers(key, 2, toys.CLASSES, shape[1]),
       read=lambda layers, labels: nayer.latents_of(layers, labels, nayer.normalised(one_hot)))
-  found, expected = called(created(meta='sequential'), 3)[-1], called(lent, 3)[-1]
+  found, expected = called(created(meta='sequential', redraw_every=None), 3)[-1], called(lent, 3)[-1]
   assert same(found, expected)
   assert float(found.buffer.images[:, :24].std()) > 1
+
+
+@pytest.mark.parametrize('std', [None, 0.3])
+def test_a_generator_is_drawn_as_it_draws_itself_or_narrowly(std):
+  (first,) = called(created(generator=toys.generator(width=8), redraw_std=std, generator_lr=0.0), 1)[1:]
+  kernel = first.meta_params['l1_0']['kernel']
+  np.testing.assert_allclose(kernel.std(), 0.3 if std else 1 / np.sqrt(3 * kernel.shape[0]), rtol=0.05)
+
+
+def test_four_devices_equal_four_tasks(x64):
+  """Each task has noisy layers of its own, and the generator goes on from their average."""
+  networks = toys.float64(toys.teacher())
+  create = lambda num_tasks, axis: created(
+      num_tasks=num_tasks, capacity=10 * num_tasks, sample_batch_size=2 * num_tasks, task_map='map', axis=axis,
+      ema_decay=0.5)
+  state = toys.jit(create(4, None).init)(jax.random.key(0), networks)
+  found = []
+  for size in (1, 4):
+    def call(state, key, teacher, *, axis, size=size):
+      return create(4 // size, axis).synthesize(state, key, teacher, None)
+
+    mesh, spread = parallel.make_mesh(size), parallel.specs(state)
+    program = toys.jit(parallel.each_device(call, mesh, (spread, ONE, ONE), (spread, ONE)))
+    placed = parallel.place(mesh, state)
+    for index in range(2):
+      placed, _ = program(placed, jax.random.key(index), parallel.place(mesh, networks))
+    found.append(jax.device_get(placed))
+  for name in ('meta_params', 'ema', 'past'):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10),
+                 getattr(found[1], name), getattr(found[0], name))
+  assert np.abs(found[0].buffer.images.astype(int) - found[1].buffer.images).max() <= 1
 
 
 def test_layers_move_with_the_generator():
@@ -127,8 +156,8 @@ def test_layers_move_with_the_generator():
 
 
 def test_embeddings_matter():
-  one_hot, given = (called(created(embeddings=found), 1)[-1] for found in (None, EMBEDDINGS))
-  assert not np.array_equal(one_hot.buffer.images, given.buffer.images)
+  one, other = (called(created(embeddings=found), 1)[-1] for found in (EMBEDDINGS, EMBEDDINGS[::-1]))
+  assert not np.array_equal(one.buffer.images, other.buffer.images)
 
 
 def test_latents_may_be_maps():
@@ -142,8 +171,13 @@ def test_latents_may_be_maps():
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(embeddings=np.ones((4, 3))), r'embeddings are \(4, 3\), must be \(5, E\): one for each class'),
     (dict(embeddings=np.ones(5)), r'embeddings are \(5,\), must be \(5, E\)'),
+    (dict(embeddings=np.ones((5, 0))), r'embeddings are \(5, 0\), must be \(5, E\)'),
+    (dict(embeddings=np.where(EMBEDDINGS > 1, np.nan, EMBEDDINGS)), 'embeddings are not all finite'),
+    (dict(embeddings=EMBEDDINGS[[0, 1, 2, 3, 1]].tolist()), 'embeddings of two classes are the same'),
     (dict(task=tasks.segmentation(toys.CLASSES)), 'The task has no classes to ask for'),
-    (dict(redraw_every=0), 'redraw_every is 0, must be at least 1')])
+    (dict(redraw_every=0), 'redraw_every is 0, must be at least 1'),
+    (dict(redraw_std=0.0), 'redraw_std is 0.0, must be above 0, or None'),
+    (dict(reset_after=3), "reset_after is 3, must be None where meta is 'reinit'")])
 def test_what_does_not_fit_is_refused(changes, message):
   with pytest.raises(ValueError, match=message):
     created(**changes)

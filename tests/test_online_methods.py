@@ -88,6 +88,17 @@ def test_the_student_is_the_adversary():
   assert synthesize._cache_size() == 1
 
 
+@pytest.mark.parametrize('name', ['zskt', 'dfad'])
+def test_the_generator_seeks_disagreement(name):
+  """The adversary alone: from call to call student and teacher, which stay as they are, come further apart."""
+  state, losses = start(), []
+  synthesize = toys.jit(created(name, generator_lr=1e-2, batch_size=16).synthesize)
+  for index in range(30):
+    state, metrics = synthesize(state, jax.random.key(index), toys.teacher(), toys.student())
+    losses.append(float(metrics['loss'][0]))
+  assert np.mean(losses[-5:]) < 1.3 * np.mean(losses[:5]) < 0
+
+
 # What is refused.
 
 

@@ -10,6 +10,8 @@ from configs.methods import online
 
 
 def apply(config):
-  """Sets the method's numbers."""
-  return online.apply(
-      config, 'dfq', calls=40, batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0)
+  """Sets the method's numbers, with the student's rate of the one script for CIFAR-100 that differs."""
+  online.apply(config, 'dfq', calls=40, batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0)
+  if config.dataset.num_classes == 100 and config.teacher.name == 'resnet34':
+    config.optimizer.learning_rate = 0.05
+  return config

@@ -91,13 +91,13 @@ def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.
   return traverse_util.unflatten_dict(flat)
 
 
-def averaged_share(ema_decay: float | None, ema_share: float, number: int) -> int:
+def num_averaged(ema_decay: float | None, ema_share: float, number: int) -> int:
   """How many of the student's `number` images the moving average of a generator makes; 0 if there is none.
 
   The average follows the generator as theta' <- ema_decay theta' + (1 - ema_decay) theta, and the student learns from
   the images of both, so that it does not forget what the generator made before (MAD: Do et al., Momentum Adversarial
   Distillation, NeurIPS 2022, https://arxiv.org/abs/2209.10359, with a decay of 0.95, second hand). There each has a
-  batch of its own; here they share one, so that a step costs what it did.
+  batch of its own; here they share one, so that the student's step costs what it did.
 
   Raises:
     ValueError: The decay is not in [0, 1), or the share leaves no image to one of the two.
@@ -120,7 +120,7 @@ def beside(batch: Batch, images: Array) -> Batch:
 
   def joined(own: Array, further: Array) -> Array:
     by_task = own.reshape(num_tasks, -1, *own.shape[1:])
-    return jnp.concatenate([by_task, further], axis=1).reshape(-1, *own.shape[1:])
+    return jnp.concatenate([by_task, further.astype(own.dtype)], axis=1).reshape(-1, *own.shape[1:])
 
   nowhere = jnp.full((num_tasks, number), -1, jnp.int32)
   return Batch(joined(batch.images, images), joined(batch.labels, nowhere), joined(batch.slots, nowhere))

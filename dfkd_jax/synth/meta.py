@@ -1,4 +1,4 @@
-"""Inversions from a meta-learned generator, the loop that FastDFKD, SSD-KD and CMI share.
+"""Inversions from a meta-learned generator, the loop that FastDFKD, SSD-KD, CMI and NAYER share.
 
 Inner loop (an inversion, or task): from a copy of the meta-generator, `num_steps`
 of Adam on that copy and on one latent per image. Outer loop: the meta-generator
@@ -50,7 +50,7 @@ class Companion(NamedTuple):
 class Found(NamedTuple):
   """What one call found; kept are those of each task's best (or last) step."""
 
-  kept: dict[str, PyTree]  # images [M, B, H, W, C], labels [M, B]; 'modulation' [M, B], 'companion' if there is one
+  kept: dict[str, PyTree]  # images [M, B, H, W, C], labels [M, B]; with a modulation that and asked [M, B]; companion
   metrics: Metrics  # each [num_steps], averaged over tasks and devices
   companion: tuple[PyTree, PyTree] | None  # its params and opt_state, averaged over tasks and devices
 
@@ -58,14 +58,9 @@ class Found(NamedTuple):
 class Loop(NamedTuple):
   """What methods take from the loop."""
 
-  init: Callable[[PRNGKey, Network, replay.ReplayBuffer], State]
-  """(key, teacher, buffer) -> State."""
-
-  invert: Callable[..., tuple[State, Found]]
-  """(state, key, teacher, student, companion=None) -> (State, Found)."""
-
-  sample: Callable[[State, PRNGKey, Callable[[PRNGKey, int], Batch]], Batch]
-  """(state, key, draw: (key, number) -> Batch from the buffer) -> Batch of the student."""
+  init: Callable[..., State]  # (key, teacher, buffer) -> State
+  invert: Callable[..., tuple[State, Found]]  # (state, key, teacher, student, companion=None) -> (State, Found)
+  sample: Callable[..., Batch]  # (state, key, draw: (key, number) -> Batch of the buffer) -> Batch of the student
 
 
 def loop(
@@ -83,7 +78,8 @@ def loop(
     meta: str = 'fomaml',
     meta_lr: float | None = None,
     reptile_scale: float = 67.0,
-    redraw_every: int = 1,
+    redraw_every: int | None = None,
+    redraw_std: float | None = 0.02,
     moments_momentum: float = 0.9,
     adversarial_after: int = 0,
     reset_after: int | None = None,
@@ -120,10 +116,11 @@ def loop(
     adam_b1: Decay of Adam's first moment, inner and outer.
     adam_b2: Decay of Adam's second moment, inner and outer.
     meta: 'fomaml'; 'reptile'; 'sequential' (the copy becomes the generator; no outer loop); or 'reinit' (the same
-      with a generator that is drawn anew, `generative.redraw`, before every call or every few).
+      with a generator that is drawn anew before every call or every few).
     meta_lr: Of the outer Adam; None: `generator_lr * num_steps`, as published.
     reptile_scale: Factor of Reptile's gradient. Adam makes it matter through epsilon only.
-    redraw_every: With meta='reinit': calls for which a generator lasts; with 1, nothing is learnt from call to call.
+    redraw_every: With meta='reinit': calls for which a generator lasts; None: one, and nothing is learnt between calls.
+    redraw_std: With meta='reinit': deviation of `generative.redraw`; None: as the generator draws itself.
     moments_momentum: Share of former calls in the moments that are matched, in [0, 1); 0 turns it off.
     adversarial_after: Calls before the adversarial term sets in.
     reset_after: Calls before the generator's first layers are drawn anew, once; None: never.
@@ -139,8 +136,8 @@ def loop(
     sample_latents: (key, shape) -> latents, or whatever `read` takes; `latent_lr` is its rate.
     read: (what was sampled and moved by the inner steps, labels [B]) -> latents.
     ema_decay: Of a moving average of the generator as it stands after a call's inner steps, from which the student
-      learns too, see `generative.averaged_share`; None: there is none.
-    ema_share: Of the student's images, those that the moving average makes.
+      learns too, see `generative.num_averaged`; None: there is none. It begins anew with each generator drawn anew.
+    ema_share: Of the student's images, those that the moving average makes, of fresh latents that no step has moved.
     ask: Whether classes are asked for; else the target is the class that the teacher sees.
     modulate: (buffer, logits [B, ..., K], labels [B, ...]) -> [B, ...], by which each image's one_hot counts.
     adversary: The measure of the adversarial term.
@@ -152,14 +149,20 @@ def loop(
     raise ValueError(f'moments_momentum is {moments_momentum}, must be in [0, 1).')
   if restart_every is not None and not carry_latents:
     raise ValueError(f'restart_every is {restart_every}, must be None where carry_latents is False.')
-  if redraw_every < 1:
-    raise ValueError(f'redraw_every is {redraw_every}, must be at least 1.')
-  if ema_decay is not None and meta == 'reinit' and redraw_every == 1:
+  if meta == 'reinit' and reset_after is not None:
+    raise ValueError(f"reset_after is {reset_after}, must be None where meta is 'reinit'.")
+  if redraw_every is not None and (meta != 'reinit' or redraw_every < 1):
+    raise ValueError(f"redraw_every is {redraw_every}, must be at least 1, and None where meta is not 'reinit'.")
+  if redraw_std is not None and redraw_std <= 0:
+    raise ValueError(f'redraw_std is {redraw_std}, must be above 0, or None.')
+  if ema_decay is not None and meta == 'reinit' and redraw_every in (None, 1):
     raise ValueError(f'ema_decay is {ema_decay}, must be None where each call has a generator of its own.')
   factors = factors.checked(companion_terms)
   latent_shape = (latent_dim,) if isinstance(latent_dim, int) else tuple(latent_dim)
   share = parallel.even_share(sample_batch_size, num_tasks, 'sample_batch_size')
-  averaged = generative.averaged_share(ema_decay, ema_share, share)
+  num_averaged = generative.num_averaged(ema_decay, ema_share, share)
+  drawn = lambda key, params: generative.redraw(key, params, redraw_std) if redraw_std else generative.init(
+      generator, key, (batch_size, *latent_shape))
   map_tasks = optimize.task_mapper(task_map)
   adam = lambda lr: optax.adam(lr, b1=adam_b1, b2=adam_b2)
   meta_tx = adam(generator_lr * num_steps if meta_lr is None else meta_lr)
@@ -173,7 +176,7 @@ def loop(
         latents=draw_latents(key_latents) if carry_latents else None,
         step=jnp.int32(0), meta_params=params, meta_opt_state=meta_tx.init(params),
         past=jax.tree.map(jnp.zeros_like, shapes.moments), buffer=buffer,
-        ema=jax.tree.map(jnp.copy, params) if averaged else None)  # A copy, since states are donated.
+        ema=jax.tree.map(jnp.copy, params) if num_averaged else None)  # A copy, since states are donated.
 
   def draw_latents(key: PRNGKey, number: int = batch_size) -> PyTree:
     keys = parallel.task_keys(key, num_tasks, axis)
@@ -201,7 +204,7 @@ def loop(
       modulation = None
       if modulate is not None:
         modulation = modulate(state.buffer, outputs.logits, targets)
-        kept['modulation'] = task.reduce(modulation)
+        kept |= {'modulation': task.reduce(modulation), 'asked': labels}
       found = objective.terms(
           now, outputs, seen, targets, teacher=teacher, student=student, past=state.past, momentum=momentum,
           modulation=modulation, adversary=adversary, reduce=task.reduce)
@@ -239,7 +242,7 @@ def loop(
       meta_grads, found = inversion(state, inputs, teacher, student, companion)
       trained = None if companion is None else (found.variables['companion'], found.opt_state['companion'])
       latents = found.variables['latents'] if carry_latents else None
-      moved = found.variables['params'] if averaged else None
+      moved = found.variables['params'] if num_averaged else None
       return (meta_grads, found.aux, found.metrics, trained, moved), found.kept, latents
 
     inputs = (latents, labels, parallel.task_keys(key_steps, num_tasks, axis), memory)
@@ -251,17 +254,19 @@ def loop(
     else:
       updates, meta_opt_state = meta_tx.update(meta_grads, state.meta_opt_state, state.meta_params)
       meta_params = optax.apply_updates(state.meta_params, updates)
-    ema = optax.incremental_update(moved, state.ema, 1 - ema_decay) if averaged else None
+    if num_averaged:
+      new = jnp.where(is_new(state.step), 1, 1 - ema_decay)  # What was never trained has no share in it.
+      state = state.replace(ema=optax.incremental_update(moved, state.ema, new))
     new = jnp.where(state.step == 0, 1, 1 - moments_momentum)
     return state.replace(
-        ema=ema, latents=latents, step=state.step + 1, meta_params=meta_params, meta_opt_state=meta_opt_state,
+        latents=latents, step=state.step + 1, meta_params=meta_params, meta_opt_state=meta_opt_state,
         past=optax.incremental_update(moments, state.past, new)), Found(kept, metrics, trained)
 
   def restarted(state: State, key_latents: PRNGKey, key_reset: PRNGKey) -> State:
     """What is drawn anew before a call, where that is asked for."""
     if meta == 'reinit':
-      state = redrawn(state, key_reset) if redraw_every == 1 else jax.lax.cond(
-          state.step % redraw_every == 0, lambda: redrawn(state, key_reset), lambda: state)
+      state = state.replace(meta_params=jax.lax.cond(
+          is_new(state.step), lambda p: drawn(key_reset, p), lambda p: p, state.meta_params))
     if reset_after is not None:
       state = state.replace(meta_params=jax.lax.cond(
           state.step == reset_after, lambda p: generative.reset(key_reset, p, generator.first_layers),
@@ -274,17 +279,19 @@ def loop(
       state = state.replace(latents=latents, meta_opt_state=meta_opt_state)
     return state
 
-  def redrawn(state: State, key: PRNGKey) -> State:
-    params = generative.redraw(key, state.meta_params)
-    return state.replace(meta_params=params, ema=params if averaged else None)
+  def is_new(step: Array) -> Array:
+    """Whether the generator of a call does not go on from that of the call before."""
+    if meta == 'reinit':
+      return step % (redraw_every or 1) == 0
+    return (step == 0) | (False if reset_after is None else step == reset_after)
 
   def sample(state: State, key: PRNGKey, draw: Callable[[PRNGKey, int], Batch]) -> Batch:
-    if not averaged:
+    if not num_averaged:
       return draw(key, sample_batch_size)
     key_buffer, key_latents, key_labels = jax.random.split(key, 3)
     images = optimize.over_tasks(
         map_tasks, lambda inputs: generative.render(generator, state.ema, read(*inputs)),
-        (draw_latents(key_latents, averaged), draw_labels(key_labels, averaged, state.buffer.histogram)))
-    return generative.beside(draw(key_buffer, sample_batch_size - num_tasks * averaged), images)
+        (draw_latents(key_latents, num_averaged), draw_labels(key_labels, num_averaged, state.buffer.histogram)))
+    return generative.beside(draw(key_buffer, sample_batch_size - num_tasks * num_averaged), images)
 
   return Loop(init, invert, sample)

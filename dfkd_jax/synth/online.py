@@ -58,8 +58,8 @@ def synthesizer(
     task_map: str = 'auto',
     axis: str | None = None,
     sample_latents: Callable[[PRNGKey, tuple[int, ...]], Array] = jax.random.normal,
-  ema_decay: float | None = None,
-  ema_share: float = 0.5,
+    ema_decay: float | None = None,
+    ema_share: float = 0.5,
 ) -> Synthesizer:
   """Makes a synthesizer with such a generator.
 
@@ -85,7 +85,7 @@ def synthesizer(
     axis: The mapped axis of devices, if any.
     sample_latents: (key, shape) -> latents.
     ema_decay: Of a moving average of the generator (after each of its steps), from which the student learns too, see
-      `generative.averaged_share`; None: there is none.
+      `generative.num_averaged`; None: there is none.
     ema_share: Of the student's images, those that the moving average makes.
   """
   if sample_by not in SAMPLE_BY:
@@ -98,7 +98,7 @@ def synthesizer(
   latent_shape = (latent_dim,) if isinstance(latent_dim, int) else tuple(latent_dim)
   map_tasks = optimize.task_mapper(task_map)
   share = parallel.even_share(sample_batch_size, num_tasks, 'sample_batch_size')
-  averaged = generative.averaged_share(ema_decay, ema_share, share)
+  num_averaged = generative.num_averaged(ema_decay, ema_share, share)
   # The gradients that Adam sees are those of all devices.
   tx = optax.chain(
       optax.stateless(lambda grads, _: parallel.pmean(grads, axis)), optax.adam(generator_lr, b1=adam_b1, b2=adam_b2))
@@ -114,7 +114,7 @@ def synthesizer(
     state = State(
         step=jnp.int32(0), params=params, batch_stats=variables.get('batch_stats', {}), opt_state=tx.init(params))
     # A copy, since states are donated.
-    return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if averaged else state
+    return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if num_averaged else state
 
   def draw_latents(key: PRNGKey, number: int) -> Array:
     keys = parallel.task_keys(key, num_tasks, axis)
@@ -145,7 +145,7 @@ def synthesizer(
       found = optimize.minimize(step_key, loss_fn, state.params, state.opt_state, tx=tx, num_steps=1)
       moved, metrics = parallel.pmean((found.aux, found.metrics), axis)
       state = state.replace(params=found.variables, opt_state=found.opt_state, batch_stats=moved)
-      if averaged:
+      if num_averaged:
         state = state.replace(ema=optax.incremental_update(state.variables, state.ema, 1 - ema_decay))
       return state, {name: values[0] for name, values in metrics.items()}
 
@@ -163,11 +163,11 @@ def synthesizer(
     return optimize.over_tasks(map_tasks, images_of, draw_latents(key, number))
 
   def sample(state: State, key: PRNGKey) -> Batch:
-    if averaged:
+    if num_averaged:
       key, key_averaged = jax.random.split(key)
-    images = rendered(state.variables, key, share - averaged)
+    images = rendered(state.variables, key, share - num_averaged)
     nowhere = jnp.full(images.shape[:2], -1, jnp.int32).reshape(-1)
     batch = Batch(images.reshape(-1, *image_shape), nowhere, nowhere)
-    return generative.beside(batch, rendered(state.ema, key_averaged, averaged)) if averaged else batch
+    return generative.beside(batch, rendered(state.ema, key_averaged, num_averaged)) if num_averaged else batch
 
   return Synthesizer(init, synthesize, sample)

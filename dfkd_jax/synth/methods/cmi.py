@@ -81,6 +81,7 @@ def cmi(
     head_lr: float | None = None,
     local_view: Callable[[PRNGKey, Array], Array] | None = None,
     sample_rows: Callable[[PRNGKey, Array, int, int], tuple[Array, Array]] = random_rows,
+    batch_size: int = 256,
     capacity: int = 51_200,
     num_tasks: int = 1,
     axis: str | None = None,
@@ -98,13 +99,15 @@ def cmi(
     meta: 'reinit' draws the generator anew before each call; FastDFKD's others work too.
     moments_momentum: Share of former calls in the moments that are matched.
     contrast_temperature: T of the contrast, 0.2 or 0.1.
-    bank_size: Former images on this device whose features are kept: 2 D numbers each, with D 2,704 for all of WRN-40-2.
+    bank_size: Former images on this device whose features are kept: 2 D numbers each, with D 2,704 for all of WRN-40-2;
+      more for each task than its batch, else only the last call's would be left.
     num_negatives: Of these, how many a task's inner step draws; at most the bank of a task.
     projection_size: Of the head's output.
     feature_layers: Batch norms whose input's mean over pixels makes up the features; None: all, by path.
     head_lr: Adam's, for the head, whose state lasts; None: `generator_lr`.
     local_view: (key, images) -> images; None: crops of a quarter up to all of the image, and flips.
     sample_rows: (key, live rows, rows of the bank, number) -> (slots [number], which are live [number]).
+    batch_size: B, images of one task in one call.
     capacity: Images that the buffer holds on this device.
     num_tasks: M, inversions on this device in one call, each with a bank of its own; the head is their average.
     axis: The mapped axis of devices, if any.
@@ -112,12 +115,14 @@ def cmi(
   """
   loop = meta_learning.loop(
       image_shape=image_shape, task=task, factors=factors, num_steps=num_steps, generator_lr=generator_lr,
-      latent_lr=latent_lr, meta=meta, moments_momentum=moments_momentum, num_tasks=num_tasks, axis=axis,
-      companion_terms=('contrast',), **numbers)
+      latent_lr=latent_lr, meta=meta, moments_momentum=moments_momentum, batch_size=batch_size, num_tasks=num_tasks,
+      axis=axis, companion_terms=('contrast',), **numbers)
   local_view = local_view or (lambda key, images: augmentations.resized_crop_and_flip(key, images, scale=(0.25, 1.0)))
   share = parallel.even_share(capacity, num_tasks, 'capacity')
   rows = parallel.even_share(bank_size, num_tasks, 'bank_size')
-  if not 1 <= num_negatives <= rows:
+  if factors.active('contrast') and rows <= batch_size:
+    raise ValueError(f'bank_size is {bank_size}, must be above {num_tasks * batch_size}, the images of one call.')
+  if factors.active('contrast') and not 1 <= num_negatives <= rows:
     raise ValueError(f'num_negatives is {num_negatives}, must be in 1..{rows}, the bank of a task.')
   head, tx = Head(projection_size), optax.adam(generator_lr if head_lr is None else head_lr)
 
@@ -170,11 +175,10 @@ def cmi(
 
   def remember(state: State, views: Array) -> State:
     """Writes features [M, B, 2, D] over the oldest rows of the banks."""
-    number = min(views.shape[1], rows)
-    slots = (state.next + jnp.arange(number)) % rows
+    slots = (state.next + jnp.arange(batch_size)) % rows
     return state.replace(
-        bank=state.bank.at[:, slots].set(views[:, :number]), next=(state.next + number) % rows,
-        size=jnp.minimum(state.size + number, rows))
+        bank=state.bank.at[:, slots].set(views), next=(state.next + batch_size) % rows,
+        size=jnp.minimum(state.size + batch_size, rows))
 
   def sample(state: State, key: PRNGKey) -> Batch:
     return loop.sample(state.inversion, key, lambda k, number: replay.sample(k, state.inversion.buffer, number, axis))

@@ -54,7 +54,10 @@ def cu_dfkd(
     axis: str | None = None,
     **numbers: Any,
 ) -> Synthesizer:
-  """Makes the CuDFKD synthesizer; defaults are those of the published CIFAR-10 script, but for `init_std`.
+  """Makes the CuDFKD synthesizer; defaults are those of the published CIFAR-10 script, but for these.
+
+  `per` is the paper's; `init_std`, see there; there is no default for the ramp `adversarial`, whose dials are shares of
+  a run; and batches are of 256 images (`online.synthesizer`), not of 512 or 1,024.
 
   Args:
     factors: Of batch_norm, one_hot, balance and adversarial.

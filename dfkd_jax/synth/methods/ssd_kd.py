@@ -10,7 +10,9 @@ References:
   Liu et al., Small Scale Data-Free Knowledge Distillation, CVPR 2024,
   https://arxiv.org/abs/2406.07876. Neither its full text nor code was at hand when this was written: the two
   factors of the modulation and the recursion of priorities follow a recollection of its equations that agrees with
-  its abstract, its figure and a public summary. What is known from nowhere is a keyword here, named in `ssd_kd`.
+  its abstract, its figure and a public summary. What is known from nowhere is a keyword here, named in `ssd_kd`, but
+  for three things: batch_norm is FastDFKD's norm, which its factors were found with, where the paper is recalled to
+  square it; the oldest images are the first to go; and priorities are taken to the power of 1.
   Schaul et al., Prioritized Experience Replay, 2016, https://arxiv.org/abs/1511.05952.
 """
 
@@ -28,6 +30,7 @@ from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
 
 State = meta.State
 ASK = ('random', 'argmax')
+COUNTED = ('seen', 'asked')
 DRAWS = ('priority', 'uniform')
 NEW_PRIORITY = ('max', 'modulation', 'one')
 NORMALISE = ('none', 'max')
@@ -43,7 +46,8 @@ def ssd_kd(
     gamma: float = 2.0,
     normalised_diversity: bool = False,
     stop_modulation: bool = False,
-    label_source: str = 'random',
+    counted: str = 'seen',
+    label_source: str | None = None,
     draw: str = 'priority',
     beta: float = 0.5,
     epsilon: float = 1e-6,
@@ -61,13 +65,15 @@ def ssd_kd(
   Args:
     image_shape: [H, W, C].
     task: What the teacher was trained for. Where it is dense, both factors are per pixel.
-    diversity: Whether one_hot counts by 1 - h[c] / |B|, with c the teacher's class.
+    diversity: Whether one_hot counts by 1 - h[c] / |B|, with c an image's class and h the buffer's histogram of it.
     difficulty: Whether it counts by (1 - p)^gamma, with p the probability of the target.
     gamma: Exponent of the difficulty, unknown from the paper; 2 is the focal loss's.
     normalised_diversity: Whether to take `losses.curriculum.diversity`'s variant, which is ours.
     stop_modulation: Whether the modulation is a constant; unknown from the paper; by default the gradient flows
       through the difficulty, as in the focal loss.
+    counted: The class c that the diversity counts: 'seen' by the teacher, or 'asked' for; unknown from the paper.
     label_source: Targets are classes at 'random', as FastDFKD's, or the teacher's 'argmax'; unknown from the paper.
+      None: 'random' where the task has classes to ask for.
     draw: By 'priority' or 'uniform' (then every sample's loss counts 1).
     beta: Exponent of the importance weights, unknown from the paper; below 1, else the priorities never settle.
     epsilon: Added to every priority, so that no image is out of reach.
@@ -75,18 +81,24 @@ def ssd_kd(
     normalise_weights: 'none', or 'max' to divide a batch's weights by their largest, as in the second reference.
     new_priority: Of an image until it is drawn: the stripe's 'max', that times its 'modulation', or 'one' on the
       scale of the student's loss; unknown from the paper.
-    adversarial_after: Calls before the adversarial term sets in, see `fast_dfkd`.
+    adversarial_after: Calls before the adversarial term sets in, see `fast_dfkd`. Its mask is FastDFKD's as well.
     capacity: Images that the buffer holds on this device; 5,000 for CIFAR.
     num_tasks: M, inversions on this device in one call. Each has a stripe of the buffer, within which priorities count.
     axis: The mapped axis of devices, if any.
     **numbers: Of `meta.loop`.
   """
-  for name, value, known in (('label_source', label_source, ASK), ('draw', draw, DRAWS),
+  if label_source is None:
+    label_source = 'random' if task.asks else 'argmax'
+  for name, value, known in (('label_source', label_source, ASK), ('counted', counted, COUNTED), ('draw', draw, DRAWS),
                              ('new_priority', new_priority, NEW_PRIORITY),
                              ('normalise_weights', normalise_weights, NORMALISE)):
     if value not in known:
       raise ValueError(f'{name} is {value!r}, must be one of {known}.')
-  if gamma < 0:
+  if label_source == 'random' and not task.asks:
+    raise ValueError("label_source is 'random', must be 'argmax' or None: the task has no classes to ask for.")
+  if counted == 'asked' and label_source != 'random':
+    raise ValueError("counted is 'asked', must be 'seen' where no class is asked for.")
+  if not gamma >= 0:
     raise ValueError(f'gamma is {gamma}, must be at least 0.')
   if not 0 <= beta < 1:
     raise ValueError(f'beta is {beta}, must be in [0, 1): at 1 and above the priorities never settle.')
@@ -98,10 +110,11 @@ def ssd_kd(
     raise ValueError("new_priority is 'modulation', must be 'max' or 'one' where there is no modulation.")
 
   def modulate(buffer: replay.ReplayBuffer, logits: Array, targets: Array) -> Array:
-    """Phi [...]: diversity of the class that the teacher sees, times difficulty of the target."""
+    """Phi [...]: diversity of the class that is counted, times difficulty of the target."""
     found = jnp.ones_like(logits[..., 0])
     if diversity:
-      found *= curriculum.diversity(jnp.argmax(logits, -1), buffer.histogram, normalised=normalised_diversity)
+      classes = targets if counted == 'asked' else jnp.argmax(logits, -1)
+      found *= curriculum.diversity(classes, buffer.histogram, normalised=normalised_diversity)
     if difficulty:
       found *= curriculum.difficulty(logits, targets, gamma)
     return jax.lax.stop_gradient(found) if stop_modulation else found
@@ -121,7 +134,7 @@ def ssd_kd(
       state: State, key: PRNGKey, teacher: Network, student: Network | None
   ) -> tuple[State, Metrics]:
     state, found = loop.invert(state, key, teacher, student)
-    labels, priorities = found.kept['labels'], None
+    labels, priorities = found.kept['asked' if counted == 'asked' and diversity else 'labels'], None
     if new_priority != 'max':
       priorities = -found.kept['modulation'] if new_priority == 'modulation' else jnp.ones(labels.shape)
     buffer = replay.add(state.buffer, found.kept['images'], labels, axis, priorities)
