@@ -145,7 +145,7 @@ def test_numbers_of_the_published_pairs(
 
 
 def test_idle_devices_are_told_of(capsys):
-  config = toy_runs.config()
+  config = toy_runs.config(num_devices=None)
   build.tell_unused_devices(config, build.mesh(config).size)
   assert '1 of 4 devices are used, since method.num_tasks is 1: a multiple of 4 uses all' in capsys.readouterr().err
   config.num_devices = 1  # As was asked for.
