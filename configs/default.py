@@ -79,8 +79,8 @@ def _nayer(config):
 def _online(config, name: str, calls: int, **factors: float):
   """A lasting generator: `calls` steps of it in a round of 40 student steps."""
   config.method.update(
-      name=name, num_steps=1, latent_dim=64, generator_lr=3e-3, sample_by='running', batch_size=128, num_tasks=1,
-      **common.averaged())
+      name=name, num_steps=1, latent_dim=64, generator_lr=3e-3, generator_schedule='constant', sample_by='running',
+      batch_size=128, num_tasks=1, **common.averaged())
   config.factors.update(**factors)
   config.distill.update(calls_per_round=calls, distill_after=0)
 

@@ -14,7 +14,7 @@ from flax import struct
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from dfkd_jax import build, distill, parallel, report, supervised, synth
+from dfkd_jax import build, checks, distill, parallel, report, supervised, synth
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import Batch, PRNGKey, PyTree
@@ -49,7 +49,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   Raises:
     ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
   """
-  build.check(config)
+  checks.check(config)
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:

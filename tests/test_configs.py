@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy_runs
 
-from dfkd_jax import build, train
+from dfkd_jax import build, checks, train
 
 FILES = {path.stem: path for path in sorted((toy_runs.ROOT / 'configs').glob('*.py'))}
 
@@ -83,7 +83,7 @@ def test_has_no_stray_fields(each):
 
 @pytest.mark.parametrize('each', EACH)
 def test_passes_its_own_checks(each):
-  build.check(get(each))
+  checks.check(get(each))
 
 
 @pytest.mark.parametrize('each', EACH)
@@ -142,6 +142,18 @@ def test_numbers_of_the_published_pairs(
   assert (factors.adversarial, factors.one_hot, factors.batch_norm) == (adversarial, one_hot, 10.0)
   assert factors.balance == factors.activation == factors.total_variation == factors.l2 == 0
   assert (config.dataset.name, config.dataset.num_classes) == (dataset, {'cifar10': 10, 'cifar100': 100}[dataset])
+
+
+def test_a_rate_that_falls_over_the_run(monkeypatch):
+  """By the steps of the generator: rounds times calls times steps of a call."""
+  made = {}
+  monkeypatch.setattr(build.synth, 'create', lambda name, **numbers: made.update(numbers))
+  config = CONFIGS['default']('dfq')
+  config.method.update(generator_schedule='cosine', num_steps=3)
+  config.distill.update(rounds=7, calls_per_round=4)
+  build.synthesizer(config, 1)(None)
+  rates = [float(made['generator_lr'](step)) for step in (0, 42, 84)]
+  assert rates == pytest.approx([3e-3, 1.5e-3, 0], abs=1e-9)
 
 
 def test_idle_devices_are_told_of(capsys):

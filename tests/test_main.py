@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dfkd_jax import build, models, synth, train
+from dfkd_jax import checks, models, synth, train
 from dfkd_jax.models import pretrained
 
 spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
@@ -164,6 +164,8 @@ BAD = {
     'devices': (['--config.num_devices=5'], ['num_devices is 5', '1..4']),
     'labels': (['--config.labels=balance'], ["'balance'", "'balanced'", 'stratified']),
     'augmentation': (['--config.augment.student.name=shuft'], ["'shuft'", "'shift'"]),
+    'generator schedule': (
+        ['--config=CONFIGS/default.py:dfq', '--config.method.generator_schedule=cosinus'], ["'cosinus'", "'cosine'"]),
     'generator': (['--config.generator.name=generater'], ["'generater'", "'generator'"]),
     'schedule': (['--config.optimizer.schedule=cosinus'], ["'cosinus'", 'cosine_by_step']),
     'channels': (['--config.dataset.image_shape=(12,8,3)'], ['(12, 8, 1)', '(12, 8, 3)']),
@@ -226,12 +228,12 @@ def test_bad_input_costs_one_line_and_writes_nothing(name, call, tmp_path):
   assert not (tmp_path / 'runs').exists()
 
 
-NUMBERS = {name: interval for interval, names in build._RANGES.items() for name in names}
+NUMBERS = {name: interval for interval, names in checks.RANGES.items() for name in names}
 
 
 def complaint(config):
   try:
-    build.check(config)
+    checks.check(config)
   except ValueError as error:
     return str(error)
   return ''

@@ -132,6 +132,14 @@ def test_adam_goes_on_from_call_to_call():
   assert_close(jax.tree.map(jnp.subtract, second.params, first.params), step, atol=1e-6)
 
 
+def test_the_rate_may_follow_a_schedule():
+  """Of the generator's steps, two in a call: the second call has the rate 0."""
+  made = method(generator_lr=lambda step: jnp.where(step < 2, 1e-3, 0.0), num_steps=2)
+  (begin, first, second), _ = called(made, 2, toys.jit(made.init)(jax.random.key(0), toys.teacher()))
+  assert apart(begin.params, first.params) > 1e-4
+  assert_close(first.params, second.params, rtol=0)
+
+
 # What the student is given.
 
 

@@ -31,9 +31,9 @@ def apply(config):
   script = SCRIPTS[config.dataset.num_classes, config.teacher.name.startswith('wrn')]
   batch_size, rounds, temperature, divergence, threshold, growth, first, slope, begin, end = script
   config.method.update(
-      name='cu_dfkd', num_steps=1, latent_dim=512, generator_lr=1e-3, adam_b1=0.9, adam_b2=0.99, sample_by='running',
-      init_std=0.02, batch_size=batch_size, num_tasks=1, curriculum_kind='log', threshold_start=threshold,
-      threshold_growth=growth, per='sample', balance_temperature=temperature,
+      name='cu_dfkd', num_steps=1, latent_dim=512, generator_lr=1e-3, generator_schedule='constant', adam_b1=0.9,
+      adam_b2=0.99, sample_by='running', init_std=0.02, batch_size=batch_size, num_tasks=1, curriculum_kind='log',
+      threshold_start=threshold, threshold_growth=growth, per='sample', balance_temperature=temperature,
       adversary=dict(divergence='kl', temperature=3.0, masked=True),
       adversarial=dict(
           init_value=first, slope=slope, begin=int(begin * rounds), end=int(end * rounds), every=CALLS),

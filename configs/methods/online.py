@@ -12,8 +12,8 @@ from configs import common
 def apply(config, name: str, *, calls: int, latent_dim: int = 256, divergence: str = 'kl', **factors: float):
   """Sets the numbers; `calls` is how often a round goes back to the generator."""
   config.method.update(
-      name=name, num_steps=1, latent_dim=latent_dim, generator_lr=1e-3, adam_b1=0.5, adam_b2=0.999,
-      sample_by='running', batch_size=256, num_tasks=1, **common.averaged())
+      name=name, num_steps=1, latent_dim=latent_dim, generator_lr=1e-3, generator_schedule='constant', adam_b1=0.5,
+      adam_b2=0.999, sample_by='running', batch_size=256, num_tasks=1, **common.averaged())
   config.generator.update(name='generator', options=dict(width=64, stem_width=256))
   config.factors.update(**factors)
   config.augment.student.name = 'none'

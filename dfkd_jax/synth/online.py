@@ -48,7 +48,7 @@ def synthesizer(
     balance_temperature: float = 1.0,
     num_steps: int = 1,
     latent_dim: int | tuple[int, ...] = 256,
-    generator_lr: float = 1e-3,
+    generator_lr: optax.ScalarOrSchedule = 1e-3,
     adam_b1: float = 0.5,
     adam_b2: float = 0.999,
     sample_by: str = 'running',
@@ -74,7 +74,7 @@ def synthesizer(
     balance_temperature: T of the balance term, above 0.
     num_steps: Steps of the generator in a call.
     latent_dim: Z, or the shape of one latent.
-    generator_lr: Adam's, whose state lasts.
+    generator_lr: Adam's, whose state lasts; a number, or a schedule by its steps.
     adam_b1: Decay of Adam's first moment.
     adam_b2: Decay of Adam's second moment.
     sample_by: The student's images are normalised by 'running' moments, or by those of their 'batch'.
