@@ -7,9 +7,9 @@ Each run is `python main.py --config=configs/default.py:METHOD` in a process of 
 rounds fill the time is measured first, by a short run of the same config; so the schedule of the learning rate fits.
 Time is synthesis and student steps; evaluation and compilation come on top and are the same for all but a few seconds.
 With --at_once=2 two runs go side by side, each on its half of the cores (Linux). Runs that are in the workdir already
-are not done again, if their config is the same, so a table may be stopped and gone on with. Accuracy is that of the
-last round. Settings are compared with --set on images other than the test's: here those that the TEACHER of
-configs/teacher_fashion_mnist.py:validate has not seen.
+are not done again, if their config is the same, so a table may be stopped and gone on with. Accuracy and agreement are
+those of the last round; the best is picked on the test images. Settings are compared with --set on other images than
+the test's: here those that the TEACHER of configs/teacher_fashion_mnist.py:validate has not seen.
 
 python benchmarks/methods.py --workdir=runs/validation \
     --set teacher.source=TEACHER dataset.data_dir=DATA 'dataset.test_split=train[55000:]'
@@ -119,15 +119,15 @@ def fields_for(seconds: float, method: str, fields: tuple[str, ...], short: dict
 
 def line(name: str, found: list[dict]) -> str:
   """A row of the table: mean and spread over the seeds; of seconds the median, lest one run was disturbed."""
-  last = [100 * summary['student']['last']['top1'] for summary in found]
+  last, best = ([100 * summary['student'][which]['top1'] for summary in found] for which in ('last', 'best'))
   mean_of = lambda value: statistics.mean(map(value, found))
   spread = f' ± {statistics.stdev(last):.2f}' if len(last) > 1 else ''
   median_of = lambda value: statistics.median(map(value, found))
   seconds = ' / '.join(f'{median_of(lambda summary, part=part: summary["seconds"][part]):.0f}' for part in PARTS)
   mean, agreement = statistics.mean(last), 100 * mean_of(lambda summary: summary['student']['last']['agreement'])
   rounds, wall = found[0]['student']['last']['round'], median_of(lambda summary: summary['wall_seconds'])
-  return (f'| {name} | {mean:.2f}{spread} | {mean / found[0]["teacher"]["top1"] / 100:.3f} | {agreement:.2f} | '
-          f'{rounds} | {seconds} | {wall:.0f} |')
+  return (f'| {name} | {mean:.2f}{spread} | {mean / found[0]["teacher"]["top1"] / 100:.3f} | '
+          f'{statistics.mean(best):.2f} | {agreement:.2f} | {rounds} | {seconds} | {wall:.0f} |')
 
 
 def run() -> None:
@@ -167,8 +167,8 @@ def run() -> None:
   with Pool(options.at_once) as pool:
     plans = list(pool.map(planned, rows))
     found = pool.map(done, [(row, plan, seed) for row, plan in zip(rows, plans, strict=True) for seed in seeds])
-    print(f'| method | student, % | student / teacher | agreement, % | rounds | {" / ".join(PARTS)}, s | wall, s |')
-    print('|---|---|---|---|---|---|---|')
+    print(f'| method | last round, % | of the teacher | best round, % | agreement, % | rounds | {" / ".join(PARTS)}, s '
+          '| wall, s |\n|---|---|---|---|---|---|---|---|')
     for name, _, _ in rows:
       print(line(name, [next(found) for _ in seeds]), flush=True)
 
