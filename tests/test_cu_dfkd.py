@@ -215,6 +215,13 @@ def test_without_dials_it_is_dfq():
   np.testing.assert_array_equal(draw(method(), state), draw(of_dfq(), other))
 
 
+def test_a_ramp_that_stays_where_it_is_changes_nothing():
+  """The factor 1 throughout, as `factors` has it."""
+  call = lambda made: toys.jit(made.synthesize)(start(), jax.random.key(1), toys.teacher(), toys.student())
+  found, expected = call(method(adversarial=ramp(1.0, 0.0, 0, 1))), call(method())
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
+
+
 def test_the_dials_are_independent():
   schedule = ramp(0.0, 0.5, 0, 3)
   with_ramp, without = program(method(adversarial=schedule)), program(method())

@@ -24,7 +24,6 @@ NUMBERS = dict(
 def apply(config, variant: str):
   """Sets the method's numbers for the teacher that the config names."""
   fast_dfkd.apply(config, variant)
-  config.method.update(
-      name='ssd_kd', capacity=5_000, **NUMBERS)
+  config.method.update(name='ssd_kd', capacity=5_000, **NUMBERS)
   config.distill.steps_per_round = 100
   return config

@@ -14,11 +14,9 @@ References:
 
 from typing import Any
 
-from dfkd_jax import parallel, tasks
-from dfkd_jax.models.network import Network
-from dfkd_jax.synth import meta, replay
+from dfkd_jax import tasks
+from dfkd_jax.synth import buffered, meta
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
-from dfkd_jax.types import Batch, Metrics, PRNGKey
 
 State = meta.State
 
@@ -50,19 +48,5 @@ def fast_dfkd(
   loop = meta.loop(
       image_shape=image_shape, task=task, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,
       companion_terms=(), **numbers)
-  share = parallel.even_share(capacity, num_tasks, 'capacity')
-
-  def init(key: PRNGKey, teacher: Network) -> State:
-    return loop.init(key, teacher, replay.create(share, image_shape, task.num_classes, num_tasks))
-
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
-    state, found = loop.invert(state, key, teacher, student)
-    buffer = replay.add(state.buffer, found.kept['images'], found.kept['labels'], axis)
-    return state.replace(buffer=buffer), found.metrics
-
-  def sample(state: State, key: PRNGKey) -> Batch:
-    return loop.sample(state, key, lambda k, number: replay.sample(k, state.buffer, number, axis))
-
-  return Synthesizer(init, synthesize, sample)
+  return buffered.synthesizer(
+      loop, image_shape=image_shape, task=task, capacity=capacity, num_tasks=num_tasks, axis=axis)

@@ -21,12 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dfkd_jax import parallel, tasks
-from dfkd_jax.models.network import Network
+from dfkd_jax import tasks
+from dfkd_jax.synth import buffered
 from dfkd_jax.synth import meta as meta_learning
-from dfkd_jax.synth import replay
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
+from dfkd_jax.types import Array, PRNGKey
 
 State = meta_learning.State
 
@@ -138,19 +137,5 @@ def nayer(
       latent_lr=generator_lr if latent_lr is None else latent_lr, meta=meta, redraw_every=redraw_every,
       redraw_std=redraw_std, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,
       sample_latents=sample_layers, read=read, **numbers)
-  share = parallel.even_share(capacity, num_tasks, 'capacity')
-
-  def init(key: PRNGKey, teacher: Network) -> State:
-    return loop.init(key, teacher, replay.create(share, image_shape, classes, num_tasks))
-
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
-    state, found = loop.invert(state, key, teacher, student)
-    buffer = replay.add(state.buffer, found.kept['images'], found.kept['labels'], axis)
-    return state.replace(buffer=buffer), found.metrics
-
-  def sample(state: State, key: PRNGKey) -> Batch:
-    return loop.sample(state, key, lambda k, number: replay.sample(k, state.buffer, number, axis))
-
-  return Synthesizer(init, synthesize, sample)
+  return buffered.synthesizer(
+      loop, image_shape=image_shape, task=task, capacity=capacity, num_tasks=num_tasks, axis=axis)
