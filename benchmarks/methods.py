@@ -1,7 +1,7 @@
 r"""All methods on the embedded data set at equal wall-clock, and the ablations of SSD-KD: a table each.
 
 python benchmarks/methods.py --seconds=300 --seeds 0 1 2 --workdir=runs/methods
-python benchmarks/methods.py --ablations --seconds=300 --seeds 0 --workdir=runs/ablations
+python benchmarks/methods.py --ablations --seconds=300 --seeds 0 1 2 --workdir=runs/ablations
 
 Each run is `python main.py --config=configs/default.py:METHOD` in a process of its own, without the control. How many
 rounds fill the time is measured first, by a short run of the same config; so the schedule of the learning rate fits.
