@@ -12,16 +12,22 @@ def base() -> config_dict.ConfigDict:
       seed=0,
       num_devices=config_dict.placeholder(int),  # None: as many as method.num_tasks can be spread over
       precision=config_dict.placeholder(str),  # of matrix products, 'highest' against TF32; None: JAX's default
+      compute_dtype=config_dict.placeholder(str),  # of networks and generator, 'bfloat16'; what is kept is float32
+      remat=False,  # compute maps within blocks again in the backward pass, instead of keeping them
       dataset=dict(  # for evaluation, and for training teachers; never seen by a distillation
-          name=config_dict.placeholder(str),
+          name=config_dict.placeholder(str),  # None: no real images; held-out synthetic ones take their place
           data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS
           image_shape=(32, 32, 3), num_classes=10, train_split='train', test_split='test'),
-      teacher=_network(source=config_dict.placeholder(str)),  # a file of weights, or 'embedded:NAME'
+      teacher=_network(source=config_dict.placeholder(str)),  # weights: file, folder, hf:..., embedded:...
       student=_network(),
+      judge=_network(source=config_dict.placeholder(str)),  # looks at the images, if it is named
       generator=dict(name='generator', options={}),
       method=dict(name=config_dict.placeholder(str)),  # and the numbers of that method
-      factors=dict(one_hot=0.0, batch_norm=0.0, adversarial=0.0, balance=0.0, activation=0.0,
+      factors=dict(one_hot=0.0, batch_norm=0.0, relative_batch_norm=0.0, adversarial=0.0, balance=0.0, activation=0.0,
                    total_variation=0.0, l2=0.0, student_batch_norm=0.0, contrast=0.0),
+      preflight=dict(  # looks at the teacher before anything is spent on it
+          enabled=True, batch_size=32,
+          fallback=False),  # whether to go on by priors of images where the teacher has no moments to match
       labels='uniform',  # the classes asked for: 'uniform', 'stratified' or 'balanced'
       augment=dict(synthesis=dict(name='crop_and_flip', pad=config_dict.placeholder(int)),
                    student=dict(name='crop_and_flip', pad=config_dict.placeholder(int))),
@@ -42,7 +48,10 @@ def base() -> config_dict.ConfigDict:
 
 
 def _network(**more) -> dict:
-  return dict(name=config_dict.placeholder(str), options={}, mean=(0.0,), std=(1.0,), **more)
+  """A network; images in [0, 1] are resized to `resize`, normalised, and with `bgr` their channels turned around."""
+  return dict(
+      name=config_dict.placeholder(str), options={}, mean=(0.0,), std=(1.0,), bgr=False,
+      resize=config_dict.placeholder(tuple), **more)
 
 
 def averaged() -> dict:

@@ -21,6 +21,8 @@ from dfkd_jax.types import PRNGKey
 TEACHERS = pathlib.Path(__file__).resolve().parent / 'assets' / 'teachers'
 LABELS = ('uniform', 'stratified', 'balanced')
 GENERATOR_SCHEDULES = ('constant', 'cosine')  # Of one that lasts, over the run.
+_DTYPES = ('float32', 'bfloat16')
+_GENERATORS = {'generator': models.Generator, 'spatial_generator': models.SpatialGenerator}
 _SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 # What a config says in a section of its own, and a method takes as one argument.
@@ -38,56 +40,85 @@ def task(config: Config) -> tasks.Task:
 
 def network(config: Config, which: str, key: PRNGKey) -> Network:
   """The 'teacher' or the 'student' with fresh variables."""
-  section = config[which]
   return models.create_network(
-      module(config, which), key, tuple(config.dataset.image_shape), mean=section.mean, std=section.std)
+      module(config, which), key, tuple(config.dataset.image_shape), **_preprocessing(config[which]))
 
 
 def teacher(config: Config) -> Network:
   """The teacher with its weights."""
-  section = config.teacher
-  if section.source is None:
+  if config.teacher.source is None:
     raise ValueError(
-        'teacher.source is None, must be a file of weights (.safetensors, .pth, .th) or embedded:NAME; '
-        'configs/teacher_*.py train one.')
-  path, found = weights_path(section.source), module(config, 'teacher')
+        'teacher.source is None, must be a file of weights (.safetensors, .pth, .h5, ...), a folder, hf:OWNER/REPO or '
+        'embedded:NAME; configs/teacher_*.py train one.')
+  return pretrained_network(config, 'teacher')
+
+
+def judge(config: Config) -> Network | None:
+  """The network that looks at the images without having a part in them, with its weights; None if none is named."""
+  if config.judge.name is None:
+    return None
+  if config.judge.source is None:
+    raise ValueError(f'judge.source is None, must name the weights of judge.name, {config.judge.name!r}.')
+  return pretrained_network(config, 'judge')
+
+
+def pretrained_network(config: Config, which: str) -> Network:
+  """The network of a section with the weights that its `source` names."""
+  section = config[which]
+  path, found = weights_path(section.source, which), module(config, which)
   try:
-    variables = pretrained.load(path, found, tuple(config.dataset.image_shape))
+    variables = pretrained.load(path, found, _input_shape(config, section))
   except OSError as error:
-    raise ValueError(f'teacher.source is {section.source!r}, which cannot be read: {error.strerror}.') from error
-  bound = models.bind(found, variables, mean=section.mean, std=section.std)
-  if config.factors.batch_norm and not bound.running():
-    raise ValueError(
-        f'factors.batch_norm is {config.factors.batch_norm}, must be 0: the teacher {section.name!r} has no batch '
-        'norm whose moments could be matched.')
-  return bound
+    raise ValueError(f'{which}.source is {section.source!r}, which cannot be read: {error.strerror}.') from error
+  return models.bind(found, variables, **_preprocessing(section))
 
 
-def weights_path(source: str) -> pathlib.Path:
-  """The file that `teacher.source` names."""
+def weights_path(source: str, which: str = 'teacher') -> pathlib.Path:
+  """The file or folder that `teacher.source` names."""
   if source.startswith('embedded:'):
     names = tuple(sorted(path.stem for path in TEACHERS.glob('*.safetensors')))
     return TEACHERS / f"{known(source.removeprefix('embedded:'), names, 'embedded teacher')}.safetensors"
   path = pathlib.Path(source).expanduser()
   if not path.is_file():
-    raise ValueError(f'teacher.source is {source!r}: there is no such file.')
+    raise ValueError(f'{which}.source is {source!r}: there is no such file.')
   return path
 
 
+def _preprocessing(section: Config) -> dict:
+  """What turns images in [0, 1] into what a network was trained on."""
+  return dict(mean=section.mean, std=section.std, bgr=section.bgr, resize=section.resize)
+
+
+def _input_shape(config: Config, section: Config) -> tuple[int, int, int]:
+  """[H, W, C] of what the module itself is given."""
+  height, width, channels = config.dataset.image_shape
+  return (*(section.resize or (height, width)), channels)
+
+
 def module(config: Config, which: str):
-  """The 'teacher' or the 'student' without variables, made sure to take the images of the data set."""
+  """The 'teacher', 'student' or 'judge' without variables, made sure to take the images of the data set."""
   section, options = config[which], _plain(config[which].options)
   if section.name is None:
     raise ValueError(f'{which}.name is None, must be one of {", ".join(models.names())}.')
-  models.create(section.name, config.dataset.num_classes)  # An unknown name is no matter of options.
-  images = jax.ShapeDtypeStruct((1, *config.dataset.image_shape), jnp.float32)
+  plain = models.create(section.name, config.dataset.num_classes)  # An unknown name is no matter of options.
+  images = jax.ShapeDtypeStruct((1, *_input_shape(config, section)), jnp.float32)
   try:
-    found = models.create(section.name, config.dataset.num_classes, **options)
+    found = models.create(section.name, config.dataset.num_classes, **options, **_computed(config, plain))
     jax.eval_shape(found.init, jax.random.key(0), images)
   except Exception as error:  # Whatever a value of another type, or a width of 0, leads to.
     raise ValueError(
         f'{which}.options is {options}, with which model {section.name!r} takes no images '
-        f'{tuple(config.dataset.image_shape)}: {error}') from error
+        f'{images.shape[1:]}: {error}') from error
+  return found
+
+
+def _computed(config: Config, plain) -> dict:
+  """How a module computes, as far as the config speaks of all: its type, and what it keeps for the backward pass."""
+  found = {}
+  if config.compute_dtype is not None:
+    found['dtype'] = jnp.dtype(known(config.compute_dtype, _DTYPES, 'compute_dtype'))
+  if config.remat and hasattr(plain, 'remat'):  # Small networks have no such switch, nor need it.
+    found['remat'] = True
   return found
 
 
@@ -97,11 +128,18 @@ def augmentation(section: Config) -> Callable:
   return augment.create(options.pop('name'), **options)
 
 
-def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synthesizer]:
+def synthesizer(
+    config: Config, num_devices: int, factors: objective.Factors | None = None
+) -> Callable[[str | None], Synthesizer]:
   """The method, waiting for the name of the mapped axis.
 
   A config speaks of all devices together: tasks, batches and capacity are shared out here, so that
   a run is the same on any number of devices that divides its tasks.
+
+  Args:
+    config: Its sections `method` and `generator` and what they stand on.
+    num_devices: Over which tasks are spread.
+    factors: Of the terms; None: those of the config.
   """
   numbers = _plain(config.method)
   name = numbers.pop('name', None)
@@ -122,6 +160,8 @@ def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synt
     section = config.distill
     steps = section.rounds * section.calls_per_round * config.method.num_steps
     numbers['generator_lr'] = optax.cosine_decay_schedule(numbers['generator_lr'], steps)
+  if 'latent_dim' in numbers:
+    numbers['latent_dim'] = latent_dim(config)
   if 'embeddings' in numbers:
     numbers['embeddings'] = embeddings.load(numbers['embeddings'])
   for section, make in _SECTIONS.items():
@@ -129,7 +169,7 @@ def synthesizer(config: Config, num_devices: int) -> Callable[[str | None], Synt
       numbers[section] = _made(section, make, numbers[section])
   at_hand = dict(
       generator=generator(config), image_shape=tuple(config.dataset.image_shape), task=task(config),
-      factors=objective.Factors(**config.factors.to_dict()), augment=augmentation(config.augment.synthesis),
+      factors=factors or objective.Factors(**config.factors.to_dict()), augment=augmentation(config.augment.synthesis),
       sample_batch_size=share)
   at_hand = {key: value for key, value in at_hand.items() if key in taken}
   return lambda axis: synth.create(name, **at_hand, **numbers, axis=axis)
@@ -153,14 +193,21 @@ def local_tasks_of(config: Config, num_devices: int) -> int:
 
 
 def generator(config: Config):
-  """The generator, by the name of its class in lower case."""
-  kinds = {'generator': models.Generator}
-  kind = kinds[known(config.generator.name, tuple(kinds), 'generator')]
+  """The generator, by the name of its class in lower case with underscores."""
+  kind = _GENERATORS[known(config.generator.name, tuple(_GENERATORS), 'generator')]
+  height, width, channels = config.dataset.image_shape
+  shape = dict(channels=channels) if kind is models.SpatialGenerator else dict(image_shape=(height, width, channels))
   options = _plain(config.generator.options)
   try:
-    return kind(image_shape=tuple(config.dataset.image_shape), **options)
+    return kind(**shape, **options, **_computed(config, kind()))
   except TypeError as error:
     raise ValueError(f'generator.options is {options}: {error}.') from error
+
+
+def latent_dim(config: Config) -> int | tuple[int, int, int]:
+  """Z, or (h, w, Z) of a generator whose latents have the shape of an image."""
+  made, number = generator(config), config.method.latent_dim
+  return made.latent_shape(tuple(config.dataset.image_shape), number) if hasattr(made, 'latent_shape') else number
 
 
 def optimizer(config: Config, rounds: int, steps_per_round: int) -> optax.GradientTransformation:

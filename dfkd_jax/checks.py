@@ -6,7 +6,7 @@ import numpy as np
 from dfkd_jax.names import known
 from dfkd_jax.synth import objective
 
-JOBS = ('distill', 'train')
+JOBS = ('distill', 'train', 'check')
 
 # Where a number must lie; fields that a config does not have, or leaves open, are passed over.
 RANGES = {
@@ -18,14 +18,16 @@ RANGES = {
         'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
         'checkpoint.max_to_keep', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
         'method.capacity', 'method.num_tasks', 'method.latent_dim', 'method.bank_size', 'method.num_negatives',
-        'method.projection_size', 'method.redraw_every'),
+        'method.projection_size', 'method.redraw_every', 'method.restart_every', 'preflight.batch_size',
+        'teacher.resize', 'student.resize', 'judge.resize'),
     '[0, inf)': (
         'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
         'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
         'method.reset_after', 'method.gamma', 'method.beta', 'method.threshold_growth', 'distill.attention_factor',
         *(f'factors.{name}' for name in objective.Factors._fields)),
     '(0, inf)': (
-        'teacher.std', 'student.std', 'distill.temperature', 'train.temperature', 'optimizer.learning_rate',
+        'teacher.std', 'student.std', 'judge.std', 'distill.temperature', 'train.temperature',
+        'optimizer.learning_rate',
         'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
         'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
         'method.adversary.temperature', 'method.init_std', 'method.redraw_std', 'method.clip_weights'),
@@ -50,15 +52,20 @@ def check(config: ml_collections.ConfigDict) -> None:
   if wrong:
     raise ValueError(f'{"; ".join(wrong)}.')
   known(config.job, JOBS, 'job')
-  if config.dataset.name is None:
-    raise ValueError('dataset.name is None, must be the name of a prepared data set.')
+  if config.dataset.name is None and config.job == 'train':
+    raise ValueError("dataset.name is None, must be the name of a prepared data set where job is 'train'.")
+  if config.dataset.name is None and config.control:
+    raise ValueError('control is True, must be False where dataset.name is None: it is judged on real images.')
   if len(config.dataset.image_shape) != 3:
     raise ValueError(f'dataset.image_shape is {config.dataset.image_shape}, must be (height, width, channels).')
   channels = config.dataset.image_shape[-1]
-  for name in ('teacher.mean', 'teacher.std', 'student.mean', 'student.std'):
+  for name in (f'{which}.{what}' for which in ('teacher', 'student', 'judge') for what in ('mean', 'std')):
     value = _get(config, name)
     if len(value) not in (1, channels):
       raise ValueError(f'{name} is {value}, must have one number for each of the {channels} channels.')
+  for name in ('teacher.resize', 'student.resize', 'judge.resize'):
+    if (value := _get(config, name)) is not None and len(value) != 2:
+      raise ValueError(f'{name} is {value}, must be (height, width), or None for images as they are.')
   if config.job == 'distill' and config.distill.distill_after >= config.distill.rounds:
     raise ValueError(
         f'distill.distill_after is {config.distill.distill_after}, must be below distill.rounds, '

@@ -20,7 +20,9 @@ Advance = Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
 
 # Where things lie and run is no part of what a run computes: it may go on with them elsewhere.
 _PLACES = ('compilation_cache', 'dataset.data_dir', 'num_devices')
+_SHOWN = ('loss', 'top1', 'agreement', 'synthetic_agreement', 'judge_top1')  # While a run goes on.
 _BEST = 'student.best is picked on the test images; student.last is not.'
+_BEST_WITHOUT = 'No real image was seen: student.best is picked by synthetic_agreement, on fresh synthetic images.'
 
 
 class Experiment:
@@ -47,13 +49,22 @@ class Experiment:
       _check_place(self.workdir)
       _same_config(_stored_config(self.workdir), plain, self.workdir)
       self.task = build.task(config)
-      self.test = self.load(config.dataset.test_split)
+      self.test = self.load(config.dataset.test_split) if config.dataset.name is not None else None
     self.best: dict[str, Any] = {}
     self.last: dict[str, Any] = {}
     self._wall = 0.0  # Seconds of the processes that this one goes on from.
     self._answers: np.ndarray | None = None  # The teacher's, on the test images.
     self._compiled: set = set()  # Modules whose evaluation is.
     self._checkpoints: Checkpoints | None = None
+
+  @property
+  def selection(self) -> str:
+    """The metric by which the best round is picked."""
+    return 'synthetic_agreement' if self.test is None else 'top1'
+
+  def class_name(self, label: int) -> str:
+    """What a class is called: its number, where no data set names it."""
+    return str(label) if self.test is None else self.test.class_names[label]
 
   def load(self, split: str) -> data.Dataset:
     """A split of the data set, which must be as the config says."""
@@ -115,7 +126,8 @@ class Experiment:
     return state, meta['done']
 
   def loop(
-      self, state: PyTree, done: int, total: int, advance: Advance, network_of: Callable[[PyTree], Network]
+      self, state: PyTree, done: int, total: int, advance: Advance,
+      evaluate: Callable[[PyTree, int], dict[str, float]]
   ) -> PyTree:
     """Rounds `done` to `total`: advance, evaluate, write metrics, save.
 
@@ -124,7 +136,7 @@ class Experiment:
       done: Rounds so far.
       total: Rounds of the whole run.
       advance: (state, round) -> (state, numbers to log).
-      network_of: The network in a state.
+      evaluate: (state, rounds done) -> metrics, among them `selection`.
 
     Returns:
       The state at the end.
@@ -136,17 +148,17 @@ class Experiment:
         state, numbers = advance(state, index)
         done = index + 1
         if done % every == 0 or done == total:
-          self._judge(network_of(state), done)
+          self._judge(evaluate(state, done), done)
           numbers = numbers | {name: value for name, value in self.last.items() if name != 'round'}
         writer.write(done, **numbers, **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
-        progress.update(**{name: numbers[name] for name in ('loss', 'top1', 'agreement') if name in numbers})
+        progress.update(**{name: numbers[name] for name in _SHOWN if name in numbers})
         if done == total or done % save_every == 0:
           self._save(done, state)
     return state
 
-  def _judge(self, network: Network, done: int) -> None:
-    self.last = self.evaluate(network) | {'round': done}
-    if self.last['top1'] > self.best.get('top1', -1.0):
+  def _judge(self, metrics: dict[str, float], done: int) -> None:
+    self.last = metrics | {'round': done}
+    if self.last[self.selection] > self.best.get(self.selection, -1.0):
       self.best = self.last
 
   def _save(self, done: int, state: PyTree) -> None:
@@ -169,7 +181,7 @@ class Experiment:
     with self.ledger.part('checkpoint'):
       self._checkpoints.wait()
     found = results | {
-        'student': {'last': self.last, 'best': self.best}, 'note': _BEST,
+        'student': {'last': self.last, 'best': self.best}, 'note': _BEST if self.test is not None else _BEST_WITHOUT,
         'seconds': self.ledger.seconds(), 'wall_seconds': self._wall_seconds(), 'seed': self.config.seed,
         'config': self.meta['config'], 'config_hash': self.meta['hash'], 'versions': report.versions(),
         'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),

@@ -59,7 +59,8 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
         student, metrics = program(student, images, labels, order_of(key_order), key_augment, teacher)
         return student, {name: float(value) for name, value in metrics.items()}
 
-    student = experiment.loop(student, done, section.epochs, advance, lambda state: state.network)
+    student = experiment.loop(
+        student, done, section.epochs, advance, lambda state, _: experiment.evaluate(state.network))
     write_weights(experiment.workdir / 'weights.safetensors', student.network, config[which].name)
     return experiment.summary(
         num_devices=mesh.size, files=('weights.safetensors',), network=which, synthetic=False,

@@ -14,12 +14,15 @@ from flax import struct
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from dfkd_jax import build, checks, distill, parallel, report, supervised, synth
+from dfkd_jax import build, checks, distill, held_out, parallel, preflight, report, supervised, synth
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import Batch, PRNGKey, PyTree
 
 Make = Callable[[str | None], synth.Synthesizer]  # From the name of the mapped axis.
+
+
+_FOR_LOOKING = 1 << 31  # Rounds are counted below it.
 
 
 class State(struct.PyTreeNode):
@@ -55,7 +58,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
-  job = {'distill': run_distillation, 'train': supervised.run}[config.job]
+  job = {'distill': run_distillation, 'train': supervised.run, 'check': preflight.run}[config.job]
   return job(config, workdir, command)
 
 
@@ -76,23 +79,33 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
   with experiment.ledger.part('setup'):
     keys = jax.random.split(jax.random.key(config.seed), 5)
     student_key, init_key, run_key, control_key, picture_key = keys
-    teacher = parallel.place(mesh, build.teacher(config))
+    teacher, judge = (
+        found and parallel.place(mesh, found) for found in (build.teacher(config), build.judge(config)))
     # On the host, since what is placed will be donated, and the control starts from the same.
     network = jax.tree.map(np.array, build.network(config, 'student', student_key))
+  factors = found = None
+  if config.preflight.enabled:
+    with experiment.ledger.part('preflight'):
+      factors, found = preflight.report(config, teacher, network)
+    make = build.synthesizer(config, mesh.size, factors)
+  with experiment.ledger.part('setup'):
     state = State(_init(make, mesh, init_key, teacher), parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
     programs = compiled(config, mesh, make, tx, state, teacher)
+    look = _held_out(experiment, mesh, factors, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
     state, done = experiment.resume(state)
-    metrics_of_teacher = experiment.follow(teacher)
+    metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
     advance = functools.partial(_round, experiment, programs, run_key, teacher)
-    state = experiment.loop(state, done, section.rounds, advance, lambda state: state.student.network)
+    evaluate = functools.partial(_evaluate, experiment, look, run_key)
+    state = experiment.loop(state, done, section.rounds, advance, evaluate)
     supervised.write_weights(experiment.workdir / 'student.safetensors', state.student.network, config.student.name)
     _write_images(experiment, mesh, make, state.synthesis, teacher, picture_key)
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
         num_devices=mesh.size, files=('student.safetensors', 'images.png'), teacher=metrics_of_teacher, control=control,
+        preflight=found, selection=experiment.selection,
         rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
 
@@ -101,6 +114,29 @@ def steps_per_call(config: build.Config) -> int:
   """The student's steps after each call of the method: a round has one call, or several and as many runs of steps."""
   section = config.distill
   return parallel.even_share(section.steps_per_round, section.calls_per_round, 'distill.steps_per_round')
+
+
+def _held_out(experiment, mesh: Mesh, factors, state: State, teacher: Network, judge: Network | None):
+  """(synthesis, key, student) -> metrics on fresh synthetic images; None where real ones do, and nobody else looks."""
+  if experiment.test is not None and judge is None:
+    return None
+  small = build.Config(experiment.config.to_dict())
+  if 'capacity' in small.method:
+    small.method.capacity = build.tasks_of(small) * small.method.batch_size
+  make = build.synthesizer(small, mesh.size, factors)
+  program = held_out.compiled(mesh, make, state.synthesis, teacher, state.student.network, judge)
+  return lambda synthesis, key, student: program(synthesis, key, teacher, student, judge)
+
+
+def _evaluate(experiment, look, run_key: PRNGKey, state: State, done: int) -> dict[str, float]:
+  """The student on real images if there are any, and what `look` finds."""
+  found = experiment.evaluate(state.student.network) if experiment.test is not None else {}
+  if look is not None:
+    with experiment.ledger.part('evaluation'):
+      key = jax.random.fold_in(run_key, _FOR_LOOKING + done)
+      found |= {name: float(np.asarray(value)) for name, value in look(
+          state.synthesis, key, state.student.network).items()}
+  return found
 
 
 def _rates(config: build.Config, seconds: dict[str, float]) -> dict[str, float]:
@@ -236,5 +272,5 @@ def _write_images(experiment, mesh: Mesh, make: Make, synthesis: PyTree, teacher
   for label in np.unique(drawn.labels):
     turn[drawn.labels == label] = np.arange((drawn.labels == label).sum())
   order = np.lexsort((drawn.labels, turn))[:wanted]
-  names = [experiment.test.class_names[label] for label in drawn.labels[order]]
+  names = [experiment.class_name(label) for label in drawn.labels[order]]
   report.image_grid(experiment.workdir / 'images.png', drawn.images[order], names, section.columns)

@@ -366,6 +366,7 @@ def shrunk(each):
     config.distill.update(rounds=1, distill_after=0, steps_per_round=2, calls_per_round=calls, batch_size=4)
   config.train.update(epochs=1, batch_size=4)
   config.evaluate.batch_size = 23
+  config.preflight.batch_size = 4
   config.compilation_cache = str(toy_runs.folder() / 'programs')
   return config
 
@@ -373,7 +374,7 @@ def shrunk(each):
 def with_teacher(config, tmp_path):
   network = build.network(config, 'teacher', jax.random.key(3))
   build.pretrained.save_safetensors(
-      tmp_path / 'weights.safetensors', {'params': network.params, 'batch_stats': network.batch_stats})
+      tmp_path / 'weights.safetensors', {'params': network.params, 'batch_stats': toy_runs.moved(network.batch_stats)})
   config.teacher.source = str(tmp_path / 'weights.safetensors')
   return config
 

@@ -263,6 +263,35 @@ def test_batch_norm_doubles_with_the_deviation_and_has_unit_gradients():
     np.testing.assert_allclose(np.linalg.norm(leaf), 1, rtol=1e-5)
 
 
+def test_relative_batch_norm_by_hand():
+  running = {'bn': Moments(jnp.array([1.0, -2.0, 0.5]), jnp.array([4.0, 9.0, 12.0]))}
+  moments = {'bn': Moments(jnp.array([1.0, 1.0, 4.5]), jnp.array([4.0, 12.0, 8.0]))}
+  # Means are off by (0, 3, 4) in units of sqrt(4 + 9 + 12), variances by (0, 3, -4) in units of |(4, 9, 12)|.
+  np.testing.assert_allclose(inversion.relative_batch_norm(moments, running), 5 / 5 + 5 / np.sqrt(241), rtol=1e-6)
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=2), st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_relative_batch_norm_does_not_depend_on_the_scale_of_a_layer(scales, seed):
+  draw = np.random.default_rng(seed)
+  make = lambda: {name: Moments(draw.normal(size=size), draw.uniform(0.1, 2, size))
+                  for name, size in (('stem', 3), ('block/bn', 5))}
+  moments, running = make(), make()
+  scaled = lambda found: {name: Moments(s * found[name].mean, s * s * found[name].var)
+                          for name, s in zip(found, scales, strict=True)}
+  np.testing.assert_allclose(
+      inversion.relative_batch_norm(scaled(moments), scaled(running)), inversion.relative_batch_norm(moments, running),
+      rtol=1e-4)
+
+
+def test_relative_batch_norm_is_smooth_where_the_moments_are_equal_or_all_zero():
+  for size in (0.0, 1.0):
+    running = {'bn': Moments(jnp.full(3, size), jnp.full(3, size))}
+    value, grad = jax.jit(jax.value_and_grad(inversion.relative_batch_norm))(running, running)
+    assert value == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad))
+
+
 def test_batch_norm_by_layer_sums_to_the_whole():
   running, moments = layers(0), layers(1)
   parts = inversion.batch_norm_by_layer(moments, running)

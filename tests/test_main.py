@@ -255,7 +255,8 @@ def test_numbers_out_of_range_are_named(name, drawn):
       inner[section] = inner.get(section) or {}
       inner = inner[section]
     with inner.ignore_type():
-      inner[field] = {'image_shape': (number,) * 3, 'std': (number,), 'milestones': (number,)}.get(field, number)
+      lengths = {'image_shape': 3, 'resize': 2, 'std': 1, 'milestones': 1}  # Of those that are tuples.
+      inner[field] = (number,) * lengths[field] if field in lengths else number
     inside = (low < number or (low == number and interval[0] == '[')) and (
         number < high or (number == high and interval[-1] == ']'))
     message = complaint(config)

@@ -12,7 +12,7 @@ from dfkd_jax.losses import inversion
 from dfkd_jax.synth import Factors, objective, optimize
 from dfkd_jax.types import Moments, Outputs
 
-TERMS = Factors._fields[:-1]  # All but the contrast, which is CMI's own.
+TERMS = tuple(name for name in Factors._fields if name != 'contrast')  # Which is CMI's own.
 
 
 def seen(x, **metrics):
@@ -163,7 +163,7 @@ def terms(scene, factors, **changes):
 
 
 def test_total_is_the_weighted_sum_of_means(scene):
-  factors = Factors(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+  factors = Factors(**{name: (i + 1) / 10 for i, name in enumerate(TERMS)})
   found = terms(scene, factors)
   teacher, student, images, labels, outputs = scene
   by_hand = {
@@ -174,7 +174,8 @@ def test_total_is_the_weighted_sum_of_means(scene):
       'activation': inversion.activation(outputs.features).mean(),
       'total_variation': inversion.total_variation(images).mean(),
       'l2': inversion.l2(images),
-      'student_batch_norm': -inversion.batch_norm(student(images).moments, student.running())}
+      'student_batch_norm': -inversion.batch_norm(student(images).moments, student.running()),
+      'relative_batch_norm': inversion.relative_batch_norm(outputs.moments, teacher.running())}
   total, means = objective.total(found, factors)
   assert found.keys() == means.keys() == by_hand.keys() == set(TERMS)
   for name in by_hand:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from dfkd_jax.names import known
 
-PARTS = ('setup', 'compile', 'synthesis', 'student', 'control', 'evaluation', 'checkpoint')
+PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'evaluation', 'checkpoint')
 
 
 class Ledger:

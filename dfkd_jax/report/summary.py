@@ -47,6 +47,8 @@ def format_summary(summary: dict) -> str:
   """The lines at the end of a run: results, ratio, sizes, time by part, where the files are."""
   student, teacher = summary['student'], summary.get('teacher')
   lines = ['', *_table(summary), '']
+  if student['last'].get('synthetic_agreement') is not None:
+    lines += _synthetic(student)
   if teacher and teacher['top1']:
     ratios = [f'{student[kind]["top1"] / teacher["top1"]:.3f} {kind}' for kind in ('last', 'best') if student.get(kind)]
     lines.append(f'student / teacher   {", ".join(ratios)}')
@@ -76,8 +78,20 @@ def _table(summary: dict) -> list[str]:
     (f'{trained}, best', student.get('best'), 'best is picked on the test set'),
     ('control', summary.get('control'), 'same student and steps, on noise images labelled by the teacher'),
   ]
+  if student['last'].get('top1') is None:  # Nothing real to be measured on.
+    return ['no real test images']
   head = f'{"on real test images":19}' + ''.join(f'{title:>11}' for title in SHARES.values()) + f'{"cross-entropy":>15}'
   return [head] + [_row(name, result, note) for name, result, note in rows if result]
+
+
+def _synthetic(student: dict) -> list[str]:
+  """What fresh synthetic images say: of the student, and of themselves, if a judge looked at them."""
+  last, best = student['last'], student.get('best') or {}
+  best_round = f', best {_text(best.get("synthetic_agreement"), "{:.2%}")} at round {best.get("round", 0):.0f}'
+  found = [f'fresh synthetic images  agreement with the teacher {last["synthetic_agreement"]:.2%} last{best_round}']
+  if last.get('judge_top1') is not None:
+    found.append(f'their class by the judge  top-1 {last["judge_top1"]:.2%}, top-5 {last["judge_top5"]:.2%}')
+  return found
 
 
 def _row(name: str, result: dict, note: str) -> str:

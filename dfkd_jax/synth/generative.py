@@ -54,9 +54,10 @@ def check_classes(teacher: Network, images: Array, num_classes: int) -> Outputs:
 
 
 def check_batch_norm(factors: Factors, teacher: Network) -> None:
-  """Raises a ValueError if the moments term is wanted and the teacher has none to match."""
-  if factors.active('batch_norm') and not teacher.running():
-    raise ValueError('The teacher has no BatchNorm: the term batch_norm has nothing to match, its factor must be 0.')
+  """Raises a ValueError if a term of moments is wanted and the teacher has none to match."""
+  for term in ('batch_norm', 'relative_batch_norm'):
+    if factors.active(term) and not teacher.running():
+      raise ValueError(f'The teacher has no BatchNorm: the term {term} has nothing to match, its factor must be 0.')
 
 
 def redraw(key: PRNGKey, params: PyTree, std: float = 0.02) -> PyTree:

@@ -34,6 +34,7 @@ class Factors(NamedTuple):
   l2: float | Array = 0.0
   student_batch_norm: float | Array = 0.0
   contrast: float | Array = 0.0
+  relative_batch_norm: float | Array = 0.0
 
   def active(self, name: str) -> bool:
     """Whether the term is to be computed at all."""
@@ -96,9 +97,12 @@ def terms(
   if factors.active('one_hot'):
     one_hot = inversion.one_hot(outputs.logits, labels)
     found['one_hot'] = reduce(one_hot if modulation is None else modulation * one_hot)
-  if factors.active('batch_norm'):
+  if factors.active('batch_norm') or factors.active('relative_batch_norm'):
     moments = outputs.moments if past is None else inversion.mix(outputs.moments, past, momentum)
+  if factors.active('batch_norm'):
     found['batch_norm'] = inversion.batch_norm(moments, teacher.running())
+  if factors.active('relative_batch_norm'):
+    found['relative_batch_norm'] = inversion.relative_batch_norm(moments, teacher.running())
   if factors.active('adversarial') or factors.active('student_batch_norm'):
     if student is None:
       raise ValueError(
