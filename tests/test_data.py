@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dfkd_jax import data, prepare
-from dfkd_jax.prepare import writer
+from dfkd_jax.prepare import pictures
 from dfkd_jax.prepare.__main__ import main
 
 
@@ -228,7 +228,7 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
   def break_off(image):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(writer, '_png', break_off)
+  monkeypatch.setattr(pictures, 'png', break_off)
   with pytest.raises(KeyboardInterrupt):
     prepare.write('other', {'test': first}, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['tiny']
