@@ -16,7 +16,7 @@ def base() -> config_dict.ConfigDict:
           name=config_dict.placeholder(str),
           data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS
           image_shape=(32, 32, 3), num_classes=10, train_split='train', test_split='test',
-          crop=config_dict.placeholder(float)),  # share of the short side that is kept of photos, 0.875; None: of one size
+          crop=config_dict.placeholder(float)),  # share of the short side that is kept, as 0.875; None: all of one size
       teacher=_network(source=config_dict.placeholder(str)),  # a file of weights, or 'embedded:NAME'
       student=_network(),
       generator=dict(name='generator', options={}),

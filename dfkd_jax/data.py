@@ -224,7 +224,7 @@ def _resize_and_crop(image: Any, height: int, width: int, crop: float) -> Any:
   short = round(max(height, width) / crop)
   sides = tuple(int(short * side / min(image.size)) for side in image.size)
   image = image.resize(sides, Image.Resampling.BILINEAR)
-  left, top = int(round((sides[0] - width) / 2)), int(round((sides[1] - height) / 2))
+  left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
   return image.crop((left, top, left + width, top + height))
 
 

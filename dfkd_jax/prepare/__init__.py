@@ -1,4 +1,4 @@
-"""Writes data sets that TFDS reads, without TensorFlow.
+r"""Writes data sets that TFDS reads, without TensorFlow.
 
   python -m dfkd_jax.prepare fashion_mnist --source DIRECTORY_OF_IDX_FILES
   python -m dfkd_jax.prepare cifar10 --source cifar-10-binary.tar.gz
@@ -6,7 +6,7 @@
   python -m dfkd_jax.prepare my_images --source train_and_test.npz
   python -m dfkd_jax.prepare arrays --source images_and_labels.npz --name my_images --split test
   python -m dfkd_jax.prepare folder --source FOLDER_OF_CLASSES --name my_photos --split test
-  python -m dfkd_jax.prepare folder --source val --name imagenet2012 --split validation --labels val.txt \\
+  python -m dfkd_jax.prepare folder --source val --name imagenet2012 --split validation --labels val.txt \
       --classes wnids.txt
 
 TFDS itself can read array_record files without TensorFlow, but not write them.
