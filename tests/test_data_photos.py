@@ -1,6 +1,7 @@
 """Images that differ in size: what `data.load` makes of them."""
 
 import io
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfkd_jax import data, prepare
+from configs import common
+from dfkd_jax import checks, data, experiment, prepare
 
 
 def photo(width, height, mode='RGB', seed=0):
@@ -175,3 +177,15 @@ def test_a_damaged_image_is_counted_out(tmp_path):
   prepare.write('tiny', {'test': (Damaged(range(4)), np.arange(4))}, tmp_path)
   with fails_in_one_line("Image 2 of data set 'tiny' cannot be read: .*truncated"):
     data.load('tiny', 'test', tmp_path, image_shape=(8, 8, 3), crop=0.5)
+
+
+def test_a_run_crops_as_its_config_says(tmp_path):
+  folder = written(tmp_path, [photo(30, 20), photo(17, 23)])
+  config = common.base()
+  config.dataset.update(name='tiny', data_dir=str(folder), image_shape=(8, 8, 3), num_classes=2, crop=0.5)
+  read = experiment.Experiment.load(types.SimpleNamespace(config=config), 'test')
+  wanted = photo(30, 20).resize((24, 16), Image.Resampling.BILINEAR).crop((8, 4, 16, 12))
+  np.testing.assert_array_equal(read.images[0], np.asarray(wanted))
+  config.dataset.crop = 1.25
+  with fails_in_one_line(r'dataset.crop is 1.25, must be in \(0, 1\]'):
+    checks.check(config)
