@@ -248,6 +248,28 @@ def test_an_error_while_a_split_is_added_leaves_what_is_there(tmp_path):
   assert [path.name for path in (tmp_path / 'd').iterdir()] == ['tiny']
 
 
+@pytest.mark.parametrize('moved', [0, 1, 2, 3])
+def test_broken_off_while_files_are_moved_the_split_is_not_there_and_can_be_added_again(tmp_path, monkeypatch, moved):
+  test, train = ((np.full((2, 3, 3, 1), value, np.uint8), np.arange(2)) for value in (7, 8))
+  prepare.write('tiny', {'test': test}, tmp_path)
+  done = []
+
+  def replace(path, target, real=pathlib.Path.replace):
+    if len(done) == moved:
+      raise KeyboardInterrupt
+    done.append(real(path, target))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, 'replace', replace)
+    with pytest.raises(KeyboardInterrupt):
+      prepare.write('tiny', {'train': train}, tmp_path)
+  np.testing.assert_array_equal(data.load('tiny', 'test', tmp_path).images, test[0])
+  with pytest.raises(ValueError, match="has no split 'train'"):
+    data.load('tiny', 'train', tmp_path)
+  prepare.write('tiny', {'train': train}, tmp_path)
+  np.testing.assert_array_equal(data.load('tiny', 'train', tmp_path).images, train[0])
+
+
 def test_what_cannot_be_added_to(tmp_path):
   folder = prepare.write('tiny', {'test': (np.zeros((2, 3, 3, 1), np.uint8), np.arange(2))}, tmp_path)
   info = folder / 'dataset_info.json'
