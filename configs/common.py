@@ -17,7 +17,8 @@ def base() -> config_dict.ConfigDict:
       dataset=dict(  # for evaluation, and for training teachers; never seen by a distillation
           name=config_dict.placeholder(str),  # None: no real images; held-out synthetic ones take their place
           data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS
-          image_shape=(32, 32, 3), num_classes=10, train_split='train', test_split='test'),
+          image_shape=(32, 32, 3), num_classes=10, train_split='train', test_split='test',
+          crop=config_dict.placeholder(float)),  # share of the short side of photos of any size, ImageNet's 0.875
       teacher=_network(source=config_dict.placeholder(str)),  # weights: file, folder, hf:..., embedded:...
       student=_network(),
       judge=_network(source=config_dict.placeholder(str)),  # looks at the images, if it is named

@@ -34,7 +34,7 @@ RANGES = {
     '[0, 1)': (
         'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum',
         'method.ema_decay'),
-    '(0, 1]': ('optimizer.gamma',),
+    '(0, 1]': ('optimizer.gamma', 'dataset.crop'),
     '(0, 1)': ('method.ema_share',),
 }
 

@@ -1,12 +1,14 @@
 """Real images, for evaluation and for training teachers: TFDS, without TensorFlow unless a set needs it.
 
-Distillation itself never reads any. Sets are small enough to be decoded once into
-memory; `dfkd_jax.prepare` writes them in the form that is read here.
+Distillation itself never reads any. Sets are decoded once into memory, photos of
+many sizes to one size; `dfkd_jax.prepare` writes them in the form that is read here.
 """
 
+import concurrent.futures
 import contextlib
 import difflib
 import importlib.util
+import io
 import itertools
 import os
 import pathlib
@@ -19,7 +21,8 @@ from absl import logging
 
 EMBEDDED = pathlib.Path(__file__).resolve().parent / 'assets' / 'tensorflow_datasets'
 _WELL_KNOWN = ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist')
-_DECODED_AT_ONCE = 1000
+_DECODED_AT_ONCE = 256
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Of PIL, by channels.
 
 
 class Dataset(NamedTuple):
@@ -36,8 +39,13 @@ def load(
     data_dir: str | os.PathLike | None = None,
     *,
     image_shape: tuple[int, int, int] | None = None,
+    crop: float | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> Dataset:
   """Decodes a prepared data set into memory; never downloads.
+
+  What stays there are the images as they are returned: 50,000 of 224 x 224 x 3 are
+  7.5 GB. Photos are decoded a few at a time, one a thread.
 
   Args:
     name: Of the data set, as TFDS writes it: `cifar10`, `cifar10:3.0.2`,
@@ -47,20 +55,45 @@ def load(
     data_dir: Where it was prepared. None looks at what the package embeds (the
       test set of Fashion-MNIST), then where TFDS keeps its data: the environment's
       TFDS_DATA_DIR, or else ~/tensorflow_datasets.
-    image_shape: (H, W, C) that the images must have.
+    image_shape: (H, W, C) that the images must have, or with `crop` are brought to.
+    crop: The share of the short side that is kept, in (0, 1]: ImageNet's 0.875
+      resizes it to 256 pixels for images of 224, as torchvision's Resize (bilinear)
+      and CenterCrop do with photos of any size. The short side becomes
+      round(max(H, W) / crop); grey, palette and CMYK become RGB, and alpha is
+      dropped, where C is 3. None: images are taken as they are.
+    shard: (index, count): of the split's records only number index, index + count,
+      and so on, for one of `count` processes.
 
   Raises:
     ValueError: If the data set or its split is not there, is stored as tfrecord
-      where TensorFlow is not installed, or has images of other or of several shapes.
+      where TensorFlow is not installed, has images of other or of several shapes, or
+      one that cannot be decoded; or if crop or shard are not as said above.
   """
+  _check_arguments(image_shape, crop, shard)
   with _quiet():
     builder = _builder(name, split, _roots(data_dir))
     features = builder.info.features
     if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
       raise ValueError(f'Data set {name!r} must have an image and a class label, got features {sorted(features)}.')
-    size, records = _attempt(lambda: _records(builder, split), f'Split {split!r} of {name!r}')
-    images, labels = _decode(name, size, records, image_shape)
+    if features['image'].np_dtype != np.uint8:
+      raise ValueError(f'Images of data set {name!r} must be uint8, got {np.dtype(features["image"].np_dtype)}.')
+    size, records = _attempt(lambda: _records(builder, split, shard), f'Split {split!r} of {name!r}')
+    if not size:
+      raise ValueError(f'There is no image in split {split!r} of data set {name!r}, shard {shard[0]} of {shard[1]}.')
+    channels = features['image'].shape[-1] if crop is None else image_shape[-1]
+    images, labels = _decode(name, size, records, image_shape, lambda raw: _image(raw, channels, image_shape, crop))
     return Dataset(images, labels, tuple(features['label'].names))
+
+
+def _check_arguments(
+    image_shape: tuple[int, int, int] | None, crop: float | None, shard: tuple[int, int]
+) -> None:
+  if crop is not None and not 0 < crop <= 1:
+    raise ValueError(f'crop is {crop}, must be in (0, 1].')
+  if crop is not None and (image_shape is None or image_shape[-1] not in _MODES):
+    raise ValueError(f'image_shape is {image_shape}, must be (H, W, 1, 3 or 4) where images are cropped.')
+  if not 0 <= shard[0] < shard[1]:
+    raise ValueError(f'shard is {shard}, must be (index, count) with 0 <= index < count.')
 
 
 def _roots(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
@@ -112,18 +145,21 @@ def _has_tensorflow() -> bool:
   return importlib.util.find_spec('tensorflow') is not None
 
 
-def _records(builder: Any, split: str) -> tuple[int, Iterator[dict[str, Any]]]:
-  """How many records a split has, and these in order, read as they are asked for."""
-  if _stored_as(builder) == 'tfrecord':
-    import tensorflow_datasets as tfds
+def _records(builder: Any, split: str, shard: tuple[int, int]) -> tuple[int, Iterator[dict[str, Any]]]:
+  """How many records a shard of a split has, and these in order, read as they are asked for, images still encoded."""
+  import tensorflow_datasets as tfds
 
+  encoded = {'image': tfds.decode.SkipDecoding()}
+  if _stored_as(builder) == 'tfrecord':
     in_order = tfds.ReadConfig(interleave_cycle_length=1)
-    records = tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False, read_config=in_order))
-    return builder.info.splits[split].num_examples, iter(records)
-  source = builder.as_data_source(split=split)
-  size = len(source)
-  parts = (range(size)[start:start + _DECODED_AT_ONCE] for start in range(0, size, _DECODED_AT_ONCE))
-  return size, itertools.chain.from_iterable(source.__getitems__(list(rows)) for rows in parts)
+    records = tfds.as_numpy(builder.as_dataset(
+        split=split, shuffle_files=False, read_config=in_order, decoders=encoded))
+    rows = range(builder.info.splits[split].num_examples)[shard[0]::shard[1]]
+    return len(rows), itertools.islice(records, shard[0], None, shard[1])
+  source = builder.as_data_source(split=split, decoders=encoded)
+  rows = range(len(source))[shard[0]::shard[1]]
+  parts = (rows[start:start + _DECODED_AT_ONCE] for start in range(0, len(rows), _DECODED_AT_ONCE))
+  return len(rows), itertools.chain.from_iterable(source.__getitems__(list(part)) for part in parts)
 
 
 def _newest(root: pathlib.Path, name: str) -> pathlib.Path | None:
@@ -140,26 +176,56 @@ def _prepared(roots: list[pathlib.Path]) -> set[str]:
 
 
 def _decode(
-    name: str, size: int, records: Iterator[dict[str, Any]], image_shape: tuple[int, int, int] | None
+    name: str, size: int, records: Iterator[dict[str, Any]], image_shape: tuple[int, int, int] | None,
+    decode: Callable[[bytes], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
   """All images and labels."""
-  if not size:
-    raise ValueError(f'There is no image in this split of data set {name!r}.')
   shape = None if image_shape is None else tuple(image_shape)
   images, labels = None, np.empty(size, np.int32)
-  for row in range(size):
-    record = _attempt(lambda: next(records), f'Data set {name!r}')
-    image = record['image']
-    if shape is None:
-      shape = image.shape
-    if image.shape != shape or image.dtype != np.uint8:
-      wanted = 'asked for' if image_shape else 'what others of it have'
-      raise ValueError(
-          f'Data set {name!r} has an image of {image.dtype} {image.shape}, but uint8 {shape} is {wanted}.')
-    if images is None:
-      images = np.empty((size, *shape), np.uint8)
-    images[row], labels[row] = image, record['label']
+  attempt = lambda row, record: _attempt(lambda: decode(record['image']), f'Image {row} of data set {name!r}')
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for start in range(0, size, _DECODED_AT_ONCE):  # Since the pool's map takes all that it is given at once.
+      part = _attempt(lambda: list(itertools.islice(records, _DECODED_AT_ONCE)), f'Data set {name!r}')
+      labels[start:start + len(part)] = [record['label'] for record in part]
+      for row, image in enumerate(pool.map(attempt, itertools.count(start), part), start):
+        shape = shape or image.shape
+        if image.shape != shape:
+          wanted = 'asked for' if image_shape else 'what others of it have'
+          raise ValueError(
+              f'Data set {name!r} has an image of {image.dtype} {image.shape}, but uint8 {shape} is {wanted}.')
+        if images is None:
+          images = np.empty((size, *shape), np.uint8)
+        images[row] = image
   return images, labels
+
+
+def _image(
+    raw: bytes, channels: int | None, image_shape: tuple[int, int, int] | None, crop: float | None
+) -> np.ndarray:
+  """One image [H, W, C] out of a JPEG or PNG file."""
+  from PIL import Image
+
+  with Image.open(io.BytesIO(raw)) as image:
+    mode = _MODES.get(channels, image.mode)
+    if image.mode != mode and (mode != 'RGB' or image.mode[0] in 'IF'):
+      raise ValueError(f'It is {image.mode}, which is not turned into {mode}.')
+    if image.mode != mode:
+      image = image.convert('RGBA' if 'transparency' in image.info else mode).convert(mode)
+    if crop is not None:
+      image = _resize_and_crop(image, image_shape[0], image_shape[1], crop)
+    pixels = np.asarray(image)
+  return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _resize_and_crop(image: Any, height: int, width: int, crop: float) -> Any:
+  """The middle of a PIL image, with the roundings of torchvision's Resize and CenterCrop."""
+  from PIL import Image
+
+  short = round(max(height, width) / crop)
+  sides = tuple(int(short * side / min(image.size)) for side in image.size)
+  image = image.resize(sides, Image.Resampling.BILINEAR)
+  left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
+  return image.crop((left, top, left + width, top + height))
 
 
 def _attempt(read: Callable[[], Any], what: str) -> Any:

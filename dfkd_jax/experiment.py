@@ -69,7 +69,8 @@ class Experiment:
   def load(self, split: str) -> data.Dataset:
     """A split of the data set, which must be as the config says."""
     section = self.config.dataset
-    found = data.load(section.name, split, section.data_dir, image_shape=tuple(section.image_shape))
+    found = data.load(
+        section.name, split, section.data_dir, image_shape=tuple(section.image_shape), crop=section.crop)
     classes = len(found.class_names)
     if classes != section.num_classes:
       raise ValueError(f'dataset.num_classes is {section.num_classes}, must be {classes}, as {section.name!r} has.')

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dfkd_jax import data, prepare
-from dfkd_jax.prepare import writer
+from dfkd_jax.prepare import pictures
 from dfkd_jax.prepare.__main__ import main
 
 
@@ -228,7 +228,7 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
   def break_off(image):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(writer, '_png', break_off)
+  monkeypatch.setattr(pictures, 'png', break_off)
   with pytest.raises(KeyboardInterrupt):
     prepare.write('other', {'test': first}, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['tiny']
@@ -278,19 +278,21 @@ def test_records_of_tensorflow_without_it_are_refused_in_one_line(tmp_path, monk
 def test_records_of_tensorflow_are_read_by_it(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
-  def as_dataset(builder, *, split, shuffle_files, read_config):
+  def as_dataset(builder, *, split, shuffle_files, read_config, decoders):
     assert (split, shuffle_files, read_config.interleave_cycle_length) == ('test[1:]', False, 1)
-    return [{'image': image, 'label': label} for image, label in zip(images[1:], labels[1:], strict=True)]
+    assert isinstance(decoders['image'], tfds.decode.SkipDecoding)
+    return [{'image': pictures.png(images[i]), 'label': labels[i]} for i in range(1, 6)]
 
   monkeypatch.setattr(data, '_has_tensorflow', lambda: True)
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_dataset', as_dataset)
   monkeypatch.setattr(tfds, 'as_numpy', lambda records: records)
   monkeypatch.setattr(tfds, 'ReadConfig', types.SimpleNamespace)
-  images, labels = arrays(3, (4, 5, 3), 2)
+  images, labels = arrays(6, (4, 5, 3), 2)
   stored_as('tfrecord', images, labels, tmp_path)
-  read = data.load('tiny', 'test[1:]', tmp_path)
-  np.testing.assert_array_equal(read.images, images[1:])
-  np.testing.assert_array_equal(read.labels, labels[1:])
+  for shard, rows in {(0, 1): (1, 2, 3, 4, 5), (0, 2): (1, 3, 5), (1, 2): (2, 4)}.items():
+    read = data.load('tiny', 'test[1:]', tmp_path, shard=shard)
+    np.testing.assert_array_equal(read.images, images[list(rows)])
+    np.testing.assert_array_equal(read.labels, labels[list(rows)])
 
 
 def test_the_users_directory_serves_what_is_not_embedded(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pathlib
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,15 +86,20 @@ def _cifar_split(split: str, raw: bytes, name: str) -> Split:
 
 def _from_npz(name: str, source: pathlib.Path, splits: Iterable[str]) -> tuple[dict[str, Split], list[str] | None]:
   """`<split>_images` and `<split>_labels`, and if there `class_names`."""
-  found = {}
-  if not zipfile.is_zipfile(source):
+  return _npz_arrays(name, source, {split: (f'{split}_images', f'{split}_labels') for split in splits})
+
+
+def _npz_arrays(
+    name: str, source: pathlib.Path, keys: Mapping[str, tuple[str, str]]
+) -> tuple[dict[str, Split], list[str] | None]:
+  """Splits of the arrays with these names, and if there `class_names`."""
+  if source.exists() and not zipfile.is_zipfile(source):
     raise ValueError(f'{str(source)!r} is not an .npz file.')
   with np.load(source) as arrays:
-    for split in splits:
-      for key in (f'{split}_images', f'{split}_labels'):
-        if key not in arrays:
-          raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {list(arrays)}.')
-      found[split] = arrays[f'{split}_images'], arrays[f'{split}_labels']
+    for key in (key for of_split in keys.values() for key in of_split):
+      if key not in arrays:
+        raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {list(arrays)}.')
+    found = {split: (arrays[images], arrays[labels]) for split, (images, labels) in keys.items()}
     return found, arrays['class_names'].tolist() if 'class_names' in arrays else None
 
 
@@ -108,7 +114,26 @@ def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> tuple[d
   """
   source = pathlib.Path(source).expanduser()
   reader = _from_idx if source.is_dir() else _from_npz if source.suffix == '.npz' else _from_cifar
+  return _read(lambda: reader(name, source, tuple(splits)), source)
+
+
+def read_arrays(
+    name: str, source: str | os.PathLike, split: str = 'test'
+) -> tuple[dict[str, Split], Sequence[str] | None]:
+  """A split and class names, as `write` takes them, from arrays of one's own.
+
+  Args:
+    name: Of the data set.
+    source: An .npz file with `images` uint8 [N, H, W, C], `labels` int [N] and maybe
+      `class_names`; ValueError if it has not, or cannot be read.
+    split: What the images are.
+  """
+  source = pathlib.Path(source).expanduser()
+  return _read(lambda: _npz_arrays(name, source, {split: ('images', 'labels')}), source)
+
+
+def _read(read: Callable[[], Any], source: pathlib.Path) -> Any:
   try:
-    return reader(name, source, tuple(splits))
+    return read()
   except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
     raise ValueError(f'{str(source)!r} cannot be read: {error}') from error

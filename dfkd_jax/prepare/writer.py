@@ -1,24 +1,25 @@
 """Records and metadata of a data set as TFDS has them."""
 
-import io
 import os
 import pathlib
 import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Split = tuple  # Images uint8 [N, H, W, C], labels int [N] and maybe {column: [N] ints or strings}.
+from dfkd_jax.prepare import pictures, present
+
+Split = tuple  # Images uint8 [N, H, W, C] or Files, labels int [N] and maybe {column: [N] ints or strings}.
 
 
 class _Known(NamedTuple):
   """How TFDS itself defines a data set: what is written must match."""
 
   version: str
-  image_shape: tuple[int, int, int] | None = None
+  image_shape: tuple[int | None, int | None, int] | None = None
   class_names: tuple[str, ...] | None = None
 
 
@@ -30,62 +31,81 @@ _KNOWN = {
     'cifar10': _Known('3.0.2', (32, 32, 3), (
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')),
     'cifar100': _Known('3.0.2', (32, 32, 3), tuple(map(str, range(100)))),
+    'imagenet2012': _Known('5.1.0', (None, None, 3)),
 }
 
 
 def write(
     name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *, class_names: Sequence[str] | None = None
 ) -> pathlib.Path:
-  """Writes `<data_dir>/<name>/<version>/` in one step: whole, or not at all.
+  """Writes `<data_dir>/<name>/<version>/`, or adds splits to it, in one step: whole, or not at all.
 
   Args:
     name: In snake_case. A data set that TFDS knows gets TFDS' version; any
       other 1.0.0.
     splits: By name of the split (`train`, `test`): images uint8 [N, H, W, C]
-      with C of 1, 3 or 4, labels int [N] from 0, and if wanted a third item: a
-      mapping of further columns, each [N] of integers or strings.
+      with C of 1, 3 or 4, or `Files` of photos, which are read one after the other;
+      labels int [N] from 0; and if wanted a third item: a mapping of further
+      columns, each [N] of integers or strings.
     data_dir: Where TFDS looks for data sets; made if it is not there.
-    class_names: K names in the order of the labels; None takes those that TFDS
-      has for this name, or else numbers.
+    class_names: K names in the order of the labels; None takes those that are
+      there already, or that TFDS has for this name, or else numbers.
 
   Returns:
     The directory written.
 
   Raises:
     ValueError: If an array is not as said above, differs from what TFDS
-      expects of a data set of this name, or the data set is already there.
+      expects of a data set of this name or from splits that are there, a split is
+      there already, or a file is no image.
   """
-  version, image_shape, known_names = _KNOWN.get(name, _Known('1.0.0'))
-  class_names = known_names if class_names is None else class_names
-  if known_names and len(class_names) != len(known_names):
-    raise ValueError(f'{name!r} has {len(known_names)} classes, got {len(class_names)} class names.')
-  if class_names is None:
-    class_names = range(1 + max(int(np.max(labels, initial=0)) for _, labels, *_ in splits.values()))
-  _check(name, splits, image_shape, len(class_names))
+  known = _KNOWN.get(name, _Known('1.0.0'))
   data_dir = pathlib.Path(data_dir).expanduser().absolute()
-  target = data_dir / name / version
-  if target.exists():
-    raise ValueError(f'Data set {name!r} is already in {str(target)!r}: remove that directory to write it anew.')
+  target = data_dir / name / known.version
+  there = present.find(target, name, splits)
+  class_names = _class_names(name, splits, class_names, known.class_names, there)
+  _check(name, splits, known.image_shape, len(class_names), there)
   data_dir.mkdir(parents=True, exist_ok=True)
-  unfinished = data_dir / f'.{name}-{version}.incomplete-{uuid.uuid4().hex[:8]}'
+  unfinished = data_dir / f'.{name}-{known.version}.incomplete-{uuid.uuid4().hex[:8]}'
   unfinished.mkdir()
   try:
-    _write_files(unfinished, name, version, splits, class_names)
-    target.parent.mkdir(exist_ok=True)
-    unfinished.rename(target)
+    _write_files(unfinished, name, known.version, splits, class_names, there)
+    if there:
+      present.merge(unfinished, target, there)
+    else:
+      target.parent.mkdir(exist_ok=True)
+      unfinished.rename(target)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
   return target
 
 
-def _check(name: str, splits: Mapping[str, Split], image_shape: Sequence[int] | None, num_classes: int) -> None:
+def _class_names(
+    name: str, splits: Mapping[str, Split], class_names: Sequence[str] | None, known: Sequence[str] | None, there: Any
+) -> Sequence[str]:
+  """Those given, there, known to TFDS, or numbers."""
+  if class_names is None:
+    class_names = there.features['label'].names if there else known
+  if class_names is None:
+    return [str(i) for i in range(1 + max(int(np.max(labels, initial=0)) for _, labels, *_ in splits.values()))]
+  if known and len(class_names) != len(known):
+    raise ValueError(f'{name!r} has {len(known)} classes, got {len(class_names)} class names.')
+  if there:
+    present.check_names(there, name, class_names)
+  return class_names
+
+
+def _check(
+    name: str, splits: Mapping[str, Split], image_shape: Sequence[int | None] | None, num_classes: int, there: Any
+) -> None:
   """Raises ValueError unless `write` can write these and TFDS can read them."""
   for each in (name, *splits):
     if not re.fullmatch(r'[a-z][a-z0-9_]*', each):
       raise ValueError(f'Names of data sets and splits must be in snake_case, got {each!r}.')
-  kinds = []  # Of the columns: whether they are text.
+  kinds = [present.is_text(there)] if there else []  # Of the columns: whether they are text.
+  image_shape = image_shape or (there and there.features['image'].shape)
   for split, (images, labels, *further) in splits.items():
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = images if isinstance(images, pictures.Files) else np.asarray(images), np.asarray(labels)
     what = f'split {split!r} of {name!r}'
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
       raise ValueError(f'Images of {what} must be uint8 [N, H, W, 1, 3 or 4], got {images.dtype} {images.shape}.')
@@ -105,24 +125,32 @@ def _check(name: str, splits: Mapping[str, Split], image_shape: Sequence[int] | 
 
 
 def _write_files(
-    folder: pathlib.Path, name: str, version: str, splits: Mapping[str, Split], class_names: Sequence
+    folder: pathlib.Path, name: str, version: str, splits: Mapping[str, Split], class_names: Sequence, there: Any
 ) -> None:
-  """Records and metadata of a whole data set."""
+  """Records of these splits, and metadata of a whole data set."""
   import tensorflow_datasets as tfds  # Here: seconds to import.
 
-  infos, columns = [], {split: _columns(of_split) for split, of_split in splits.items()}
+  infos = list(there.splits.values()) if there else []
+  all_jpeg = not there or there.features['image'].encoding_format == 'jpeg'
+  columns = {split: _columns(of_split) for split, of_split in splits.items()}
   for split, (images, *_) in splits.items():
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=name, split=split, filetype_suffix='array_record')
     path = template.sharded_filepath(shard_index=0, num_shards=1)
-    num_bytes = _write_records(os.fspath(path), np.asarray(images), columns[split])
+    num_bytes, jpeg = _write_records(os.fspath(path), images, columns[split])
     infos.append(tfds.core.SplitInfo(
         name=split, shard_lengths=[len(images)], num_bytes=num_bytes, filename_template=template))
-  features = {'image': tfds.features.Image(shape=np.shape(images)[1:], dtype=np.uint8, encoding_format='png')}
+    all_jpeg &= jpeg
+  for file in present.records(there) if there else []:
+    (folder / file).touch()  # Stands in for one that stays where it is: its name is looked for.
+  features = {'image': tfds.features.Image(
+      shape=np.shape(images)[1:], dtype=np.uint8, encoding_format='jpeg' if all_jpeg else 'png')}
   for key in columns[split]:
     column = np.concatenate([of_split[key] for of_split in columns.values()])
+    before = getattr(there.features[key], 'num_classes', 0) if there else 0
     is_text = column.dtype.kind == 'U'
-    features[key] = tfds.features.Text() if is_text else tfds.features.ClassLabel(num_classes=int(column.max()) + 1)
+    features[key] = tfds.features.Text() if is_text else tfds.features.ClassLabel(
+        num_classes=max(before, int(column.max()) + 1))
   features['label'] = tfds.features.ClassLabel(names=[str(name) for name in class_names])
   tfds.folder_dataset.write_metadata(
       data_dir=folder, features=features, split_infos=infos, version=version, check_data=False,
@@ -135,18 +163,22 @@ def _columns(of_split: Split) -> dict[str, np.ndarray]:
   return {key: np.asarray(column) for key, column in {'label': labels, **(further[0] if further else {})}.items()}
 
 
-def _write_records(path: str, images: np.ndarray, columns: Mapping[str, np.ndarray]) -> int:
-  """Writes one array_record file of `tf.train.Example`s; returns the bytes in them."""
+def _write_records(
+    path: str, images: np.ndarray | pictures.Files, columns: Mapping[str, np.ndarray]
+) -> tuple[int, bool]:
+  """Writes one array_record file of `tf.train.Example`s; returns the bytes in them, and whether all images are JPEG."""
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
 
-  # One record a group: TFDS reads at random. PNG is compressed already.
+  # One record a group: TFDS reads at random. Images are compressed already.
   writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
-  num_bytes = 0
+  num_bytes, all_jpeg = 0, True
+  encoded = images if isinstance(images, pictures.Files) else map(pictures.png, np.asarray(images))
   try:
-    for i, image in enumerate(images):
+    for i, image in enumerate(encoded):
+      all_jpeg &= pictures.is_jpeg(image)
       example = tf_example_pb2.Example()
-      example.features.feature['image'].bytes_list.value.append(_png(image))
+      example.features.feature['image'].bytes_list.value.append(image)
       for key, column in columns.items():
         feature = example.features.feature[key]
         if column.dtype.kind == 'U':
@@ -158,13 +190,4 @@ def _write_records(path: str, images: np.ndarray, columns: Mapping[str, np.ndarr
       writer.write(record)
   finally:
     writer.close()
-  return num_bytes
-
-
-def _png(image: np.ndarray) -> bytes:
-  """One image [H, W, C] as PNG."""
-  from PIL import Image
-
-  stream = io.BytesIO()
-  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, 'png', compress_level=9)
-  return stream.getvalue()
+  return num_bytes, all_jpeg
