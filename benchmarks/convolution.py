@@ -2,8 +2,8 @@
 
 python benchmarks/convolution.py
 
-On CPU the stock form pays 10 to 150 times for being in a loop body, and its
-depthwise form everywhere; elsewhere both columns are the same program.
+On CPU the stock form pays 10 to 150 times for being in a loop body, and its depthwise form even
+outside; elsewhere both columns are the same program.
 """
 
 import json
@@ -84,7 +84,8 @@ def main() -> None:
     images = jax.random.normal(jax.random.key(0), shape)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, *channels))
     looped, unrolled, mine = (
-        1e3 * seconds_per_step(convolve, images, kernel, stride, loop=loopXX convolve, loop in ((plain, True), (plain, False), (fast, True)))
+        1e3 * seconds_per_step(convolve, images, kernel, stride, loop=loop)
+        for convolve, loop in ((plain, True), (plain, False), (fast, True)))
     print(f'| {name} | {looped:.1f} | {unrolled:.1f} | {mine:.1f} | {looped / mine:.1f} |', flush=True)
   print(json.dumps(report.device()))
 
