@@ -30,8 +30,7 @@ def base() -> config_dict.ConfigDict:
           enabled=True, batch_size=32,
           fallback=False),  # whether to go on by priors of images where the teacher has no moments to match
       labels='uniform',  # the classes asked for: 'uniform', 'stratified' or 'balanced'
-      augment=dict(synthesis=dict(name='crop_and_flip', pad=config_dict.placeholder(int)),
-                   student=dict(name='crop_and_flip', pad=config_dict.placeholder(int))),
+      augment=dict(synthesis=_augmentation(), student=_augmentation()),
       distill=dict(  # a round: calls of the method, each followed by its share of the student's steps
           rounds=220, calls_per_round=1, steps_per_round=400, distill_after=20, batch_size=256, temperature=20.0,
           divergence='kl', attention_factor=0.0),
@@ -53,6 +52,13 @@ def _network(**more) -> dict:
   return dict(
       name=config_dict.placeholder(str), options={}, mean=(0.0,), std=(1.0,), bgr=False,
       resize=config_dict.placeholder(tuple), **more)
+
+
+def _augmentation() -> dict:
+  """A function of dfkd_jax/augment.py and its arguments; None: as that has them, and where it has them."""
+  return dict(
+      name='crop_and_flip', pad=config_dict.placeholder(int), scale=config_dict.placeholder(tuple),
+      align_corners=config_dict.placeholder(bool))
 
 
 def averaged() -> dict:

@@ -1,0 +1,76 @@
+r"""FastDFKD on ImageNet, from a teacher that nobody here trained:
+
+  python main.py --config=configs/imagenet.py --config.teacher.source=hf:timm/resnet50.tv_in1k --workdir=runs/imagenet
+  python main.py --config=configs/imagenet.py --config.teacher.source=resnet50.safetensors --config.job=check
+
+The second only looks at the teacher. Arguments: a pair TEACHER-STUDENT of TEACHERS and STUDENTS below, and a size.
+
+  full     224x224 pixels and the numbers of the published logs (configs/methods/fast_dfkd.py)
+  px128    images of 128x128 pixels, a third of the cost; the networks take them as they are
+  small    px128 in bfloat16 with maps computed again in the backward pass, a generator with a cheap last stage, half
+           the batch and the newest 100,000 images: for one device of 8 to 16 GB
+  cpu      a demonstration for two CPU cores: a quarter of an hour of synthesis, a few student steps
+
+Published (arXiv:2112.06253, table 3, torchvision ResNet-50, validation top-1, the best epoch): to ResNet-50 68.61, to
+ResNet-18 53.45, to MobileNetV2 43.02 %. Cost (R50-R18, full): 40.4 GFLOP an image and inner step, 19.1 an image and
+student step, 1.9 EFLOP in all; 540,000 images, 81 GB, kept in host memory where a device has no room.
+
+There are no real images in this unless you have them: the student is then judged by its agreement with the teacher on
+fresh synthetic images. With a prepared set (README), --config.dataset.name=imagenet2012 gives its top-1.
+
+The moments term of the published teacher is torchvision's ResNet-50's. Other teachers get relative_batch_norm, which
+needs no tuning to the scale of a network; the preflight says how terms weigh, for any teacher.
+"""
+
+from configs import common
+from configs.methods import fast_dfkd
+
+_TORCHVISION = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+_TENSORFLOW = dict(mean=(127 / 255,), std=(128 / 255,))
+_CAFFE = dict(mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,), bgr=True)
+TEACHERS = {  # The name of the model, and what its published weights expect.
+    'resnet50': ('resnet50_imagenet', _TORCHVISION),
+    'resnet34': ('resnet34_imagenet', _TORCHVISION),
+    'resnet50_keras': ('resnet50_keras', _CAFFE),
+    'efficientnet_lite0': ('efficientnet_lite0', _TENSORFLOW),
+    'vgg16_bn': ('vgg16_bn', _TORCHVISION),
+}
+STUDENTS = {'resnet18': 'resnet18_imagenet', 'resnet50': 'resnet50_imagenet', 'mobilenetv2': 'mobilenetv2_imagenet'}
+PAIRS = tuple(f'{teacher}-{student}' for teacher in TEACHERS for student in STUDENTS)  # The first is the default.
+SIZES = ('full', 'px128', 'small', 'cpu')
+_ADVERSARIAL = {'resnet18': 1.0}  # By student; 0.1 for all others, as logged.
+
+
+def get_config(arguments: str = ''):
+  """PAIR and SIZE, in any order."""
+  picked = common.pick(arguments, pair=PAIRS, size=SIZES)
+  teacher, student = picked['pair'].split('-')
+  config = common.base()
+  config.dataset.update(image_shape=(224, 224, 3), num_classes=1000, test_split='validation', crop=0.875)
+  config.teacher.update(name=TEACHERS[teacher][0], **TEACHERS[teacher][1])
+  config.student.update(name=STUDENTS[student], **_TORCHVISION)
+  fast_dfkd.imagenet(config, _ADVERSARIAL.get(student, 0.1))
+  if teacher != 'resnet50':
+    config.factors.update(batch_norm=0.0, relative_batch_norm=1.0, one_hot=1.0)
+  config.evaluate.update(every=10, batch_size=100)
+  config.checkpoint.every = 10
+  if picked['size'] != 'full':
+    config.dataset.image_shape = (128, 128, 3)
+  if picked['size'] == 'small':
+    _small(config)
+  if picked['size'] == 'cpu':
+    _cpu(config)
+  return config
+
+
+def _small(config):
+  config.update(compute_dtype='bfloat16', remat=True)
+  config.generator.options = dict(widths=(128, 128, 64, 64, 64), last='subpixel')
+  config.method.update(batch_size=50, capacity=100_000)
+  config.distill.batch_size = 50
+
+
+def _cpu(config):
+  """Ours."""
+  config.generator.options = dict(widths=(64, 64, 32, 32, 32), last='subpixel')
+  config.method.update(batch_size=32, capacity=3_200)
