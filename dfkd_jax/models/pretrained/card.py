@@ -34,13 +34,13 @@ class Card(NamedTuple):
 
   def lines(self) -> list[str]:
     """For a reader."""
-    order = 'BGR' if self.bgr else 'RGB'
+    order = 'BGR, ' if self.bgr else ''
     resized = f', resized to {self.resize}' if self.resize else ''
     return [
         f'weights     {self.source} (SHA-256 {self.sha256[:16]})',
         f'network     {self.num_params:,} parameters in {self.dtype}, {self.num_classes or "unknown"} classes',
         f'batch norm  {self.batch_norms} layers with {self.channels:,} channels',
-        f'images      {order}, mean {_short(self.mean)}, std {_short(self.std)}{resized}']
+        f'images      {order}mean {_short(self.mean)}, std {_short(self.std)}{resized}']
 
 
 class Probe(NamedTuple):
