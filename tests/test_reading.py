@@ -1,6 +1,7 @@
 """Which format a file or folder is of, and what of a checkpoint is taken."""
 
 import io
+import re
 import shutil
 import zipfile
 
@@ -40,7 +41,7 @@ def assert_arrays(read, wanted):
 
 
 def test_numpy_archives(read_bytes):
-  arrays = ARRAYS | {'layer/b': np.float16([1, 2, 3]), 'scalar': np.array(3), 'fortran': np.asfortranarray(np.eye(2, 3))}
+  arrays = ARRAYS | {'layer/b': np.float16([1, 2, 3]), 'scalar': np.array(3), 'f': np.asfortranarray(np.eye(2, 3))}
   assert_arrays(read_bytes(npz(**arrays)), arrays)
   stream = io.BytesIO()
   np.savez_compressed(stream, **arrays)
@@ -50,7 +51,7 @@ def test_numpy_archives(read_bytes):
 @pytest.mark.parametrize(('array', 'dtype'), [
     (np.array([print, 1], dtype=object), 'object'), (np.array(['a', 'bc']), '<U2'), (np.zeros(2, 'V2'), r'\|V2')])
 def test_numpy_archives_hold_numbers_alone(array, dtype, read_bytes):
-  with pytest.raises(ValueError, match=rf'Refused to read .*: it holds x of dtype {dtype}, which is not one of numbers'):
+  with pytest.raises(ValueError, match=rf'Refused to read .*: it holds x of dtype {dtype}, which is not'):
     read_bytes(npz(a=np.ones(3), x=array))
 
 
@@ -67,7 +68,7 @@ def test_numpy_arrays_that_announce_more_than_they_hold_give_one_clear_error(sha
   np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
   with zipfile.ZipFile(stream, 'w') as archive:
     archive.writestr('a.npy', header.getvalue() + bytes(16))
-  with pytest.raises(ValueError, match='Could not read .*truncated or damaged'):
+  with pytest.raises(ValueError, match=r'Could not read .*truncated or damaged'):
     read_bytes(stream.getvalue())
 
 
@@ -127,9 +128,9 @@ def test_prefixes_go_if_all_names_have_them(names, wanted, read_bytes):
 
 
 VARIABLES = {
-    'params': {'conv1': {'kernel': np.arange(12, dtype=np.float32).reshape(3, 4)}, 'fc': [{'bias': np.float16([1, 2])}]},
+    'params': {'conv1': {'kernel': np.arange(12, dtype=np.float32).reshape(3, 4)}, 'fc': [{'bias': np.ones(2, 'f2')}]},
     'batch_stats': {'bn1': {'mean': np.arange(3, dtype=np.float32)}}}
-FLAT = {'params.conv1.kernel': VARIABLES['params']['conv1']['kernel'], 'params.fc.0.bias': np.float16([1, 2]),
+FLAT = {'params.conv1.kernel': VARIABLES['params']['conv1']['kernel'], 'params.fc.0.bias': np.ones(2, 'f2'),
         'batch_stats.bn1.mean': VARIABLES['batch_stats']['bn1']['mean']}
 SGD = {'trace': {'params': np.ones(3, np.float32)}}
 
@@ -174,7 +175,7 @@ def test_own_checkpoints_give_the_latest_student(within, tmp_path, caplog):
 def test_truncated_folders_of_orbax_give_one_clear_error(tmp_path):
   save(tmp_path / 'whole', VARIABLES)
   files = [path.relative_to(tmp_path / 'whole') for path in (tmp_path / 'whole').rglob('*')
-           if path.is_file() and path.parent.name == 'd' or path.name in ('_METADATA', 'manifest.ocdbt')]
+           if path.parent.name == 'd' or path.name in ('_METADATA', 'manifest.ocdbt')]
   assert len(files) >= 4
   failed = 0
   for name in files:
@@ -182,12 +183,13 @@ def test_truncated_folders_of_orbax_give_one_clear_error(tmp_path):
       folder = shutil.copytree(tmp_path / 'whole', tmp_path / f'{failed}_{share}')
       data = (folder / name).read_bytes()
       (folder / name).write_bytes(data[:int(share * len(data))])
+      message = None
       try:
         assert_arrays(pretrained.read(folder), FLAT)  # Some files are not needed.
       except ValueError as error:
-        assert str(error).startswith((f'Could not read {folder}: it is', f'Refused to read {folder}: it '))
-        assert '\n' not in str(error)
+        message = str(error)
         failed += 1
+      assert message is None or re.fullmatch(rf'(Could not|Refused to) read {folder}: it [^\n]*', message)
       shutil.rmtree(folder)
   assert failed >= 30
 
@@ -200,7 +202,7 @@ def test_folders_of_the_hub(name, tmp_path):
 
 def test_other_folders_are_refused(tmp_path):
   (tmp_path / 'saved_model.pb').write_bytes(b'x')
-  with pytest.raises(ValueError, match=r"^Refused to read [^\n]*: it is a folder without [^\n]*\['saved_model.pb'\]\.$"):
+  with pytest.raises(ValueError, match=r"^Refused to read [^\n]*: it is a folder [^\n]*\['saved_model.pb'\]\.$"):
     pretrained.read(tmp_path)
 
 
@@ -232,7 +234,8 @@ def test_another_number_of_classes_is_said_plainly(tmp_path):
   (tmp_path / 'w').write_bytes(safetensors_numpy.save(state_dict(7)))
   with pytest.raises(ValueError, match=r'w does not fit: the weights have 7 classes, the network is built for 5 '):
     pretrained.load(tmp_path / 'w', MODULE, IMAGE)
-  pretrained.save_safetensors(tmp_path / 'w', pretrained.to_variables(state_dict(7), MODULE.clone(num_classes=7), IMAGE))
+  variables = pretrained.to_variables(state_dict(7), MODULE.clone(num_classes=7), IMAGE)
+  pretrained.save_safetensors(tmp_path / 'w', variables)
   with pytest.raises(ValueError, match=r'w does not fit: the weights have 7 classes, the network is built for 5 '):
     pretrained.load(tmp_path / 'w', MODULE, IMAGE)
 
@@ -241,5 +244,5 @@ def test_another_number_of_classes_is_said_plainly(tmp_path):
     {'fc.weight': np.zeros((7, 4), np.float32)}, {'conv1.weight': np.zeros((5, 3, 3, 3), np.float32)}])
 def test_other_shapes_are_named_as_they_are(changes, tmp_path):
   (tmp_path / 'w').write_bytes(safetensors_numpy.save(state_dict(7) | changes))
-  with pytest.raises(ValueError, match='w does not fit: Parameter .* has the shape .* where .* is wanted'):
+  with pytest.raises(ValueError, match=r'w does not fit: Parameter .* has the shape .* where .* is wanted'):
     pretrained.load(tmp_path / 'w', MODULE, IMAGE)
