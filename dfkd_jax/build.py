@@ -70,7 +70,9 @@ def pretrained_network(config: Config, which: str) -> Network:
     variables = pretrained.load(path, found, _input_shape(config, section))
   except OSError as error:
     raise ValueError(f'{which}.source is {section.source!r}, which cannot be read: {error.strerror}.') from error
-  return models.bind(found, variables, **_preprocessing(section))
+  bound = models.bind(found, variables, **_preprocessing(section))
+  pretrained.check(bound, tuple(config.dataset.image_shape), expected=None)
+  return bound
 
 
 def weights_path(source: str, which: str = 'teacher') -> pathlib.Path:
@@ -78,10 +80,10 @@ def weights_path(source: str, which: str = 'teacher') -> pathlib.Path:
   if source.startswith('embedded:'):
     names = tuple(sorted(path.stem for path in TEACHERS.glob('*.safetensors')))
     return TEACHERS / f"{known(source.removeprefix('embedded:'), names, 'embedded teacher')}.safetensors"
-  path = pathlib.Path(source).expanduser()
-  if not path.is_file():
-    raise ValueError(f'{which}.source is {source!r}: there is no such file.')
-  return path
+  try:
+    return pretrained.resolve(source)
+  except ValueError as error:
+    raise ValueError(f'{which}.source is {error}') from None
 
 
 def _preprocessing(section: Config) -> dict:

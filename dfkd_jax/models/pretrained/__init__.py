@@ -1,6 +1,9 @@
-"""Published weights: files of safetensors or PyTorch to variables, and back."""
+"""Published weights: files of PyTorch, Keras, TensorFlow.js, NumPy, Orbax or safetensors to variables, and back."""
 
+import json
 import os
+import pathlib
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,39 +12,67 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
-from dfkd_jax.models.pretrained.conversion import from_flat, from_variables, to_variables
+from dfkd_jax.models.pretrained.card import Card, Probe, check, describe, make_probe, stored_probe
+from dfkd_jax.models.pretrained.conversion import ShapeError, from_flat, from_variables, to_variables
 from dfkd_jax.models.pretrained.naming import translate
 from dfkd_jax.models.pretrained.reading import read, read_metadata
+from dfkd_jax.models.pretrained.sources import resolve
 from dfkd_jax.types import PyTree
 
 __all__ = [
-    'from_flat', 'from_variables', 'load', 'read', 'read_metadata', 'save_safetensors', 'to_variables', 'translate']
+    'Card', 'Probe', 'check', 'describe', 'from_flat', 'from_variables', 'load', 'make_probe', 'read', 'read_metadata',
+    'resolve', 'save_safetensors', 'stored_probe', 'to_variables',
+    'translate',
+]
 
 _COLLECTIONS = ('params.', 'batch_stats.')
 
 
 def load(path: str | os.PathLike[str], module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
-  """Variables of a module from a file that PyTorch, safetensors or `save_safetensors` wrote.
+  """Variables of a module from published weights, or those that `save_safetensors` wrote.
 
   Args:
-    path: Of the file; its content tells the format.
+    path: As `read` takes it; the content tells the format.
     module: The architecture that the weights are of.
     image_shape: Of its input without the batch, [H, W, C], or [Z] for a generator.
 
   Returns:
-    {'params': ..., 'batch_stats': ...}, of the dtypes of `module.init`.
+    {'params': ..., 'batch_stats': ...}, of the dtypes of `module.init`: half precision is widened to them.
 
   Raises:
     ValueError: If the file cannot be read or does not fit the module; it names
-      the first parameter that does not, and both shapes.
+      the first parameter that does not, and both shapes, or both numbers of
+      classes where all but the last layer fits.
   """
   arrays = read(path)
   try:
-    if all(name.startswith(_COLLECTIONS) for name in arrays):
-      return from_flat(arrays, module, image_shape)
-    return to_variables(translate(arrays), module, image_shape)
+    return _converted(arrays, module, image_shape)
   except ValueError as error:
-    raise ValueError(f'{path} does not fit: {error}') from None
+    raise ValueError(f'{path} does not fit: {_other_classes(arrays, module, image_shape, error) or error}') from None
+
+
+def _converted(arrays: Mapping[str, np.ndarray], module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
+  if all(name.startswith(_COLLECTIONS) for name in arrays):
+    return from_flat(arrays, module, image_shape)
+  return to_variables(translate(arrays), module, image_shape)
+
+
+def _other_classes(
+    arrays: Mapping[str, np.ndarray], module: nn.Module, image_shape: tuple[int, ...], error: ValueError
+) -> str | None:
+  """What to say if the same module with another number of classes fits; else None."""
+  own = getattr(module, 'num_classes', None)
+  if not isinstance(error, ShapeError) or len(error.found) != len(error.wanted):
+    return None
+  differing = [pair for pair in zip(error.found, error.wanted, strict=True) if pair[0] != pair[1]]
+  if len(differing) != 1 or differing[0][1] != own:
+    return None
+  classes = differing[0][0]
+  try:
+    _converted(arrays, module.clone(num_classes=classes), image_shape)
+  except ValueError:
+    return None
+  return f'the weights have {classes} classes, the network is built for {own} (dataset.num_classes).'
 
 
 def save_safetensors(
@@ -49,6 +80,7 @@ def save_safetensors(
     variables: Mapping[str, PyTree],
     metadata: Mapping[str, str] | None = None,
     dtype: Any = None,
+    probe: Probe | None = None,
 ) -> None:
   """Writes variables in Flax's layout, called 'params.conv1.kernel' and so on.
 
@@ -58,6 +90,7 @@ def save_safetensors(
     metadata: Free text, which `read_metadata` gives back.
     dtype: Of kernels, such as 'float16' to halve the file; None as they are.
       Vectors, among them the moments of batch norms, always stay as they are.
+    probe: As `make_probe` gives it; kept in the metadata for `stored_probe`.
 
   Raises:
     ValueError: If a value is not finite, at the latest in that dtype.
@@ -70,4 +103,15 @@ def save_safetensors(
     if not np.isfinite(array).all():
       raise ValueError(f'Parameter {name} holds values that are not finite in {array.dtype}.')
     arrays[name] = array
-  safetensors_numpy.save_file(arrays, os.fspath(path), metadata=dict(metadata or {}))
+  about = dict(metadata or {}) | ({'probe': probe.to_json()} if probe else {})
+  pathlib.Path(path).write_bytes(_ordered(safetensors_numpy.save(arrays, metadata=about)))
+
+
+def _ordered(data: bytes) -> bytes:
+  """The same file with its metadata in alphabetic order, which else is random: the same weights are the same bytes."""
+  end = 8 + struct.unpack('<Q', data[:8])[0]
+  header = json.loads(data[8:end])
+  header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
+  text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+  text += b' ' * (-len(text) % 8)
+  return struct.pack('<Q', len(text)) + text + data[end:]

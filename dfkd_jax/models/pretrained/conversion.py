@@ -22,6 +22,15 @@ _TORCH_LEAVES = {
 _CLASSIFIERS = ('fc', 'linear', 'classifier')  # The last layer's name differs between code bases.
 
 
+class ShapeError(ValueError):
+  """An array has another shape than the module wants; both in the layout of Flax."""
+
+  def __init__(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]):
+    super().__init__(
+        f'Parameter {name} has the shape {found} where {wanted} is wanted (both in the layout of Flax).')
+    self.found, self.wanted = found, wanted
+
+
 def to_variables(
     state_dict: Mapping[str, np.ndarray], module: nn.Module, image_shape: tuple[int, ...]
 ) -> dict[str, PyTree]:
@@ -128,8 +137,7 @@ def _to_torch(array: np.ndarray, leaf: str) -> np.ndarray:
 
 def _fitted(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct) -> jax.Array:
   if array.shape != expected.shape:
-    raise ValueError(f'Parameter {name} has the shape {array.shape} where {expected.shape} is wanted '
-                     '(both in the layout of Flax).')
+    raise ShapeError(name, array.shape, expected.shape)
   if not jnp.issubdtype(array.dtype, jnp.floating):
     raise ValueError(f'Parameter {name} is {array.dtype}, not floating-point.')
   with np.errstate(over='ignore', invalid='ignore'):

@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dfkd_jax.models.pretrained.errors import RefusedError
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
     'Float': np.float32, 'Double': np.float64, 'Half': np.float16, 'BFloat16': ml_dtypes.bfloat16,
     'Long': np.int64, 'Int': np.int32, 'Short': np.int16, 'Char': np.int8, 'Byte': np.uint8,
     'Bool': np.bool_, 'Untyped': np.uint8}
-
-
-class RefusedError(ValueError):
-  """The file is not, or not only, a set of weights that we read."""
 
 
 class _Storage(NamedTuple):

@@ -1,0 +1,118 @@
+"""What Keras saves in HDF5: weights or whole models of Keras 2 and 3, also those within a .keras archive.
+
+Only arrays are read. A model's configuration, which Keras would build layers and functions from, is not looked at.
+"""
+
+import io
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dfkd_jax.models.pretrained.errors import RefusedError
+
+_LARGEST = 1100  # Times the file: more than its compression can make of it.
+_NOT_WEIGHTS = ('optimizer/', 'optimizer_weights/')
+
+# Keras 3 numbers a layer's variables. The names that go with the numbers, by the layer's class and how many there are;
+# those of a batch norm with 3 would not tell whether its scale or its offset is missing.
+_MOMENTS = ('gamma', 'beta', 'moving_mean', 'moving_variance')
+_BY_NUMBER = {
+    **{(kind, count): ('kernel', 'bias')[:count] for kind in ('conv2d', 'depthwise_conv2d', 'dense')
+       for count in (1, 2)},
+    **{('separable_conv2d', count): ('depthwise_kernel', 'pointwise_kernel', 'bias')[:count] for count in (2, 3)},
+    ('batch_normalization', 4): _MOMENTS,
+    ('batch_normalization', 2): _MOMENTS[2:],
+}
+
+
+def read_h5(data: bytes) -> dict[str, np.ndarray]:
+  """The arrays of a file, called '<layer>/<weight>' ('conv1/kernel', 'bn_conv1/gamma').
+
+  Args:
+    data: All bytes of the file.
+
+  Raises:
+    RefusedError: If h5py is not installed, an array does not hold numbers, or its name is not stored.
+    Exception: Of any kind, if the file is damaged.
+  """
+  try:
+    import h5py  # An extra, which no other format needs.
+  except ImportError:
+    raise RefusedError("is an HDF5 file, which h5py reads: pip install 'dfkd_jax[h5]'") from None
+  arrays, labels = {}, {}
+
+  def visit(path: str, item: Any) -> None:  # Nothing that a link leads to, which may be another file.
+    if not path.startswith(_NOT_WEIGHTS):
+      if isinstance(item, h5py.Dataset):
+        arrays[path.removeprefix('model_weights/')] = _array(path, item, len(data))
+      elif 'name' in item.attrs:
+        labels[path] = str(item.attrs['name'])
+
+  with h5py.File(io.BytesIO(data), 'r') as file:
+    file.visititems(visit)
+  if any(re.search(r'(^|/)vars/\d+$', path) for path in arrays):
+    return named(zip(_named_by_class(arrays, labels), arrays.values(), strict=True))
+  return named(arrays.items())
+
+
+def read_keras(data: bytes) -> dict[str, np.ndarray]:
+  """As `read_h5`, of the archive that Keras 3 saves."""
+  with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    return read_h5(archive.read('model.weights.h5'))
+
+
+def named(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Arrays by names without ':0', and without repeated scopes ('conv1/conv1/kernel:0' is 'conv1/kernel').
+
+  Raises:
+    RefusedError: If two arrays have one name.
+  """
+  result = {}
+  for name, array in arrays:
+    parts = re.sub(r':\d+$', '', name).strip('/').split('/')
+    short = '/'.join(part for part, before in zip(parts, [None, *parts], strict=False) if part != before)
+    if short in result:
+      raise RefusedError(f'holds two arrays called {short}')
+    result[short] = array
+  return result
+
+
+def _array(path: str, dataset: Any, num_bytes: int) -> np.ndarray:
+  if dataset.is_virtual or dataset.external is not None:
+    raise RefusedError(f'keeps {path} in another file, which is not looked for')
+  if dataset.nbytes > _LARGEST * num_bytes:
+    raise RefusedError(f'announces {dataset.nbytes} bytes of {path}, and has {num_bytes} bytes itself')
+  if dataset.attrs.get('dtype') == 'bfloat16' and dataset.dtype.itemsize == 2:
+    array = dataset[()].view(ml_dtypes.bfloat16)
+  elif dataset.dtype.kind in 'fiub':
+    array = np.asarray(dataset[()])
+  else:
+    raise RefusedError(f'holds {path} of dtype {dataset.dtype}, which is not one of numbers')
+  array.flags.writeable = False
+  return array
+
+
+def _named_by_class(paths: Iterable[str], labels: Mapping[str, str]) -> list[str]:
+  """Names for paths such as 'layers/conv2d_1/vars/0'; `labels` has the name of a layer by its group."""
+  layers = [path.rpartition('/vars/')[0] for path in paths]
+  return [f'{_layer_name(layer, labels)}/{_weight_name(layer, int(path.rpartition("/")[2]), layers.count(layer))}'
+          for layer, path in zip(layers, paths, strict=True)]
+
+
+def _layer_name(layer: str, labels: Mapping[str, str]) -> str:
+  """'layers/sequential/layers/conv2d_1' as 'block/conv', if the layers are called so."""
+  parts = layer.split('/')
+  groups = ['/'.join(parts[:end]) for end in range(2, len(parts) + 1, 2)]
+  return '/'.join(labels.get(f'{group}/vars', group.rpartition('/')[2]) for group in groups)
+
+
+def _weight_name(layer: str, index: int, count: int) -> str:
+  parts = layer.split('/')
+  kind = re.sub(r'_\d+$', '', parts[-1])
+  if (kind, count) not in _BY_NUMBER or set(parts[::2]) != {'layers'}:
+    raise RefusedError(f'numbers the {count} variables of {layer} instead of naming them: save the model as .h5')
+  return _BY_NUMBER[kind, count][index]
