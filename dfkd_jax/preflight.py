@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dfkd_jax import build, synth, tasks
+from dfkd_jax import build, parallel, synth, tasks
 from dfkd_jax.losses import inversion
+from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import generative, objective
 from dfkd_jax.types import Array, PRNGKey
@@ -86,8 +87,11 @@ def measure(
       return {name: jnp.mean(term) for name, term in found.items()}, outputs
 
     values, pull_back, outputs = jax.vjp(means, images, has_aux=True)
-    only = lambda name: {other: jnp.asarray(other == name, value.dtype) for other, value in values.items()}
-    pulls = {name: jnp.sqrt(jnp.square(pull_back(only(name))[0]).sum()) for name in values}
+    names = sorted(values)
+    basis = {name: jnp.asarray([name == other for other in names], values[name].dtype) for name in names}
+    # In a loop: the backward pass is compiled once, not once a term.
+    norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), basis)
+    pulls = dict(zip(names, norms, strict=True))
     running = teacher.running()
     layers = inversion.batch_norm_by_layer(outputs.moments, running) if running else {}
     return Measured(_sight(teacher(noise).logits), _sight(outputs.logits), values, pulls, layers)
@@ -219,11 +223,18 @@ def report(
   Raises:
     ValueError: The teacher offers nothing to invert.
   """
+  path = build.weights_path(config.teacher.source)
+  card = pretrained.describe(teacher, config.teacher.source, path)
   measured, verdict = look(config, teacher, student)
   if verdict.refusal:
     raise ValueError(f'{verdict.refusal}.')
-  print('\n'.join(lines(measured, verdict, verdict.factors)), file=sys.stderr)
-  return verdict.factors, plain(measured, verdict)
+  checked = None
+  if moments_lack(teacher) is None:  # Else it goes on in spite of them.
+    image_shape = tuple(config.dataset.image_shape)
+    checked = pretrained.check(teacher, image_shape, pretrained.stored_probe(path))
+  if parallel.is_first():
+    print('\n'.join(card.lines() + lines(measured, verdict, verdict.factors)), file=sys.stderr)
+  return verdict.factors, {'card': card._asdict(), 'check': checked, **plain(measured, verdict)}
 
 
 def look(config: build.Config, teacher: Network, student: Network | None) -> tuple[Measured, Verdict]:

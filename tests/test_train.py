@@ -24,7 +24,7 @@ def quick():
 def whole(tmp_path_factory):
   """A run without a stop: workdir, summary, state, programs compiled by round."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
-  return workdir, *toy_runs.observed(toy_runs.config(control=True, preflight__enabled=True), workdir)
+  return workdir, *toy_runs.observed(toy_runs.config(control=True), workdir)
 
 
 def equal(tree, other):
