@@ -15,7 +15,7 @@ import toy_runs
 from dfkd_jax import parallel, processes, train
 from dfkd_jax.checkpoint import Checkpoints
 
-LIMIT = 300  # Seconds, of all that two processes have to do.
+LIMIT = 600  # Seconds, of all that two processes have to do.
 
 
 def config(**changes):
@@ -128,6 +128,7 @@ def check(workdir, wanted):
       assert line[name] == other[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [4, 1])
 def test_a_run_is_that_of_one_process(several, single, number):
   workdir, summary = single[number]
@@ -143,6 +144,7 @@ def test_a_run_is_that_of_one_process(several, single, number):
   assert found[0]['config_hash'] == summary['config_hash']
 
 
+@pytest.mark.slow
 def test_the_student_has_moved(single):
   """What is compared is neither where it began nor always the same."""
   network = toy_runs.build.network(config(), 'student', jax.random.split(jax.random.key(5), 5)[0])
@@ -155,6 +157,7 @@ def test_the_student_has_moved(single):
   assert len({line['agreement'] for line in lines} - {0.0}) > 1
 
 
+@pytest.mark.slow
 def test_all_processes_have_the_result_and_the_first_alone_speaks(several):
   folder, results, streams = several
   assert sorted(path.name for path in (folder / 'whole').iterdir()) == [
@@ -171,6 +174,7 @@ def test_all_processes_have_the_result_and_the_first_alone_speaks(several):
   assert results[0][5] == results[1][5] == results[0][0]  # It had finished: nothing was done again.
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(several, single, capsys):
   folder, results, _ = several
   assert [of_process[1] for of_process in results] == ['KeyboardInterrupt: '] * 2
@@ -181,6 +185,7 @@ def test_a_run_of_two_processes_goes_on_in_one(several, single, capsys):
   assert summary['student']['last'] == pytest.approx(single[1][1]['student']['last'], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_on_real_data_is_that_of_one_process(several, tmp_path):
   folder, results, _ = several
   summary = train.run(teacher_config(), tmp_path)
@@ -191,6 +196,7 @@ def test_training_on_real_data_is_that_of_one_process(several, tmp_path):
   assert results[0][2]['student']['last'] == pytest.approx(summary['student']['last'], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_one_process_is_told_to_all(several):
   folder, results, _ = several
   first, second = (of_process[3] for of_process in results)
