@@ -6,6 +6,10 @@ r"""Runs a config, such as the embedded quick start (without arguments) or CIFAR
 
 What follows the colon are arguments, which each file in configs/ explains. Any field of the config may be set by
 --config.FIELD=VALUE; configs/common.py lists them all. The same command goes on where a run was stopped.
+
+On several machines the same command is started once on each, with a --workdir that all see, and with
+--config.distributed.coordinator=HOST:PORT (of the first) --config.distributed.num_processes=N
+--config.distributed.process_id=0 (to N - 1); under SLURM's srun, Open MPI and TPU pods it needs none of these.
 """
 
 import argparse

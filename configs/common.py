@@ -43,6 +43,11 @@ def base() -> config_dict.ConfigDict:
       checkpoint=dict(every=10, max_to_keep=2),
       grid=dict(columns=10, rows=5),
       compilation_cache=config_dict.placeholder(str),  # a folder for compiled programs
+      distributed=dict(  # several processes; on SLURM, Open MPI and TPU pods on Kubernetes they find each other
+          coordinator=config_dict.placeholder(str),  # 'host:port' of the first process; 'auto': as JAX finds out
+          num_processes=config_dict.placeholder(int),  # 1: by itself, whatever a cluster says
+          process_id=config_dict.placeholder(int),
+          timeout=300),  # seconds to wait for the others
   )
   return config
 

@@ -2,7 +2,6 @@
 
 import inspect
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from dfkd_jax import augment, distill, embeddings, models, parallel, synth, tasks
+from dfkd_jax import augment, distill, embeddings, models, parallel, report, synth, tasks
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.names import known
@@ -249,16 +248,19 @@ def mesh(config: Config) -> jax.sharding.Mesh:
   """The devices of the run: as many as asked for, else as its tasks (in training: its batches) can be spread over."""
   if config.num_devices is not None:
     return parallel.make_mesh(config.num_devices)
-  _, number = _spread(config)
-  return parallel.make_mesh(max(count for count in range(1, jax.device_count() + 1) if number % count == 0))
+  what, number = _spread(config)
+  total, processes = jax.device_count(), jax.process_count()
+  if processes > 1 and number % total:
+    raise ValueError(f'{what} is {number}, must be a multiple of {total}, the devices of all {processes} processes.')
+  return parallel.make_mesh(max(count for count in range(1, total + 1) if number % count == 0))
 
 
 def tell_unused_devices(config: Config, used: int) -> None:
   """Says so where devices are idle that nobody asked to leave idle."""
   if config.num_devices is None and used < jax.device_count():
     (what, number), at_hand = _spread(config), jax.device_count()
-    print(f'{used} of {at_hand} devices are used, since {what} is {number}: a multiple of {at_hand} uses all.',
-          file=sys.stderr)
+    report.note(
+        f'{used} of {at_hand} devices are used, since {what} is {number}: a multiple of {at_hand} uses all.')
 
 
 def _spread(config: Config) -> tuple[str, int]:

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dfkd_jax import parallel
 from dfkd_jax.types import PyTree
 
 FORMAT = 1  # Of the meta data; another one is refused.
@@ -45,13 +46,17 @@ class Checkpoints:
 
   Every error is a ValueError of one line.
 
+  Of several processes each writes and reads its part of the arrays, and all must call the same methods in the same
+  order, but for reading only, which each does by itself.
+
   Args:
-    directory: Made if missing.
+    directory: Made if missing; on a file system that all processes see.
     max_to_keep: The latest so many stay; None keeps all.
     read_only: Make, change and remove nothing; `save` is refused.
 
   Raises:
-    ValueError: `directory` cannot be written, or does not exist and is to be read only.
+    ValueError: `directory` cannot be written, is not the same for all processes, or does not exist and is to be read
+      only.
   """
 
   def __init__(self, directory: str | os.PathLike, *, max_to_keep: int | None = 2, read_only: bool = False):
@@ -62,7 +67,8 @@ class Checkpoints:
     _silence_orbax()
     self._read_only = read_only
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=not read_only, read_only=read_only
+      max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=not read_only, read_only=read_only,
+      multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions()
     )
     self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -251,7 +257,9 @@ def _target(leaf):
 
 def _empty(target):
   zeros = np.zeros(target.shape, target.dtype)
-  return zeros if isinstance(target, np.ndarray) else jax.device_put(zeros, target.sharding)
+  if isinstance(target, np.ndarray):
+    return zeros
+  return jax.make_array_from_callback(target.shape, target.sharding, lambda index: zeros[index])
 
 
 def _canonical(value: dict, name: str) -> str:
@@ -261,17 +269,26 @@ def _canonical(value: dict, name: str) -> str:
     raise ValueError(f'The {name} must be JSON values: {error}.') from error
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """One of several processes that waits for no other."""
+  process = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+      primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'alone{process}')
+
+
 def _check_directory(directory: str, read_only: bool) -> None:
   if read_only:
     if not os.path.isdir(directory):
       raise ValueError(f'There is no folder {directory}.')
     return
-  try:
-    os.makedirs(directory, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory):
-      pass
-  except OSError as error:
-    raise ValueError(f'Cannot write to {directory}: {error.strerror}.') from error
+  with parallel.together():
+    try:
+      os.makedirs(directory, exist_ok=True)
+      with tempfile.TemporaryFile(dir=directory):
+        pass
+    except OSError as error:
+      raise ValueError(f'Cannot write to {directory}: {error.strerror}.') from error
+  parallel.check_shared(directory)
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,8 @@ RANGES = {
     '[0, 4294967296)': ('seed',),
     '[2, inf)': ('dataset.num_classes',),
     '[1, inf)': (
-        'num_devices', 'dataset.image_shape', 'distill.rounds', 'distill.calls_per_round', 'distill.steps_per_round',
+        'num_devices', 'distributed.num_processes', 'distributed.timeout',
+        'dataset.image_shape', 'distill.rounds', 'distill.calls_per_round', 'distill.steps_per_round',
         'distill.batch_size',
         'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
         'checkpoint.max_to_keep', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
@@ -21,6 +22,7 @@ RANGES = {
         'method.projection_size', 'method.redraw_every', 'method.restart_every', 'preflight.batch_size',
         'teacher.resize', 'student.resize', 'judge.resize'),
     '[0, inf)': (
+        'distributed.process_id',
         'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
         'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
         'method.reset_after', 'method.gamma', 'method.beta', 'method.threshold_growth', 'distill.attention_factor',

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dfkd_jax import parallel
 from dfkd_jax.models.network import Network
 from dfkd_jax.tasks import Task
 from dfkd_jax.types import Array, Metrics
@@ -26,7 +27,8 @@ def evaluate(
   """The task's metrics over all images, each once.
 
   One program is compiled for a task, a kind of network and a batch size, and
-  reused by later calls; the last batch is padded.
+  reused by later calls; the last batch is padded. Of several processes all must
+  call this: each looks at its share of the images, and all get the result.
 
   Args:
     network: To be judged, in evaluation mode.
@@ -54,18 +56,19 @@ def evaluate(
   if answers is not None and np.shape(answers) != labels.shape:
     raise ValueError(f'teacher_predictions must be {labels.shape} as the labels, got {np.shape(answers)}.')
   given = labels if answers is None else np.asarray(answers, np.int32)
-  sums = []
-  for arrays, real in _batches((images, labels, given), batch_size):
+  rows, network, sums = parallel.rows_of_process(len(images)), parallel.local(network), []
+  for arrays, real in _batches((images[rows], labels[rows], given[rows]), batch_size):
     sums.append(_sums(network, *arrays, real, task=task))
     jax.block_until_ready(sums[-_IN_FLIGHT:][0])
   # In float64: a sum of float32 over a large set loses digits.
-  total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *jax.device_get(sums))
+  of_all = lambda *parts: parallel.of_processes(np.sum(np.asarray(parts, np.float64), axis=0)).sum(axis=0)
+  total = jax.tree.map(of_all, *jax.device_get(sums))
   agreement = {} if answers is None else {'agreement': float(total['agreeing']) / len(images)}
   return {**task.summarize(total['metrics']), **agreement, 'count': float(len(images))}
 
 
 def predict(network: Network, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
-  """A network's answers, in evaluation mode.
+  """A network's answers, in evaluation mode. Of several processes all must call this, as with `evaluate`.
 
   Args:
     network: To be asked.
@@ -77,10 +80,11 @@ def predict(network: Network, images: np.ndarray, *, batch_size: int = 256) -> n
   """
   images = np.asarray(images)
   _check(images, images, None, batch_size)
+  rows, network = parallel.rows_of_process(len(images)), parallel.local(network)
   parts = [
       np.asarray(_answers(network, batch))[:np.count_nonzero(real)]
-      for (batch,), real in _batches((images,), batch_size)]
-  return np.concatenate(parts)
+      for (batch,), real in _batches((images[rows],), batch_size)]
+  return parallel.rows_of_all(np.concatenate(parts), len(images))
 
 
 @jax.jit
@@ -108,8 +112,8 @@ def _floats(images: Array) -> Array:
 
 
 def _batches(arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
-  """Slices of the same size, the last one filled up with zeros, and which of its rows are real."""
-  for start in range(0, len(arrays[0]), batch_size):
+  """Slices of the same size, at least one, the last one filled up with zeros, and which of its rows are real."""
+  for start in range(0, max(1, len(arrays[0])), batch_size):
     slices = [array[start:start + batch_size] for array in arrays]
     lack = batch_size - len(slices[0])
     padded = tuple(np.pad(part, [(0, lack)] + [(0, 0)] * (part.ndim - 1)) if lack else part for part in slices)

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfkd_jax import build, data, evaluate, report
+from dfkd_jax import build, data, evaluate, parallel, report
 from dfkd_jax.checkpoint import Checkpoints, config_hash
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import PyTree
@@ -19,8 +18,10 @@ from dfkd_jax.types import PyTree
 Advance = Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
 
 # Where things lie and run is no part of what a run computes: it may go on with them elsewhere.
-_PLACES = ('compilation_cache', 'dataset.data_dir', 'num_devices')
 _SHOWN = ('loss', 'top1', 'agreement', 'synthetic_agreement', 'judge_top1')  # While a run goes on.
+_PLACES = (
+    'compilation_cache', 'dataset.data_dir', 'num_devices', 'distributed.coordinator', 'distributed.num_processes',
+    'distributed.process_id', 'distributed.timeout')
 _BEST = 'student.best is picked on the test images; student.last is not.'
 _BEST_WITHOUT = 'No real image was seen: student.best is picked by synthetic_agreement, on fresh synthetic images.'
 
@@ -45,7 +46,7 @@ class Experiment:
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
       plain = _jsonable(config)
-      self.meta = {'config': plain, 'hash': config_hash(_compared(plain))}
+      self.meta = {'config': plain, 'hash': fingerprint(config)}
       _check_place(self.workdir)
       _same_config(_stored_config(self.workdir), plain, self.workdir)
       self.task = build.task(config)
@@ -80,8 +81,8 @@ class Experiment:
     """The summary, printed again, if this run has come to its end before."""
     found = _read_summary(self.workdir)
     if found is not None:
-      print(f'This run has finished before. To run it anew, name another workdir than {self.workdir}.', file=sys.stderr)
-      print(report.format_summary(found))
+      report.note(f'This run has finished before. To run it anew, name another workdir than {self.workdir}.')
+      report.say(report.format_summary(found))
     return found
 
   def __enter__(self) -> 'Experiment':
@@ -117,13 +118,13 @@ class Experiment:
   def resume(self, state: PyTree) -> tuple[PyTree, int]:
     """The state where the run stopped, and how many rounds are done; else the state given, and 0."""
     if self._checkpoints.latest() is None:
-      print(f'Results go to {self.workdir}', file=sys.stderr)
+      report.note(f'Results go to {self.workdir}')
       return state, 0
     with self.ledger.part('checkpoint'):
       state, meta = self._checkpoints.restore(state)
     self.best, self.last, self._wall = meta['best'], meta['last'], meta['wall_seconds']
     self.ledger.load(meta['ledger'])
-    print(f'Going on in {self.workdir} after {self.unit} {meta["done"]}', file=sys.stderr)
+    report.note(f'Going on in {self.workdir} after {self.unit} {meta["done"]}')
     return state, meta['done']
 
   def loop(
@@ -187,9 +188,15 @@ class Experiment:
         'config': self.meta['config'], 'config_hash': self.meta['hash'], 'versions': report.versions(),
         'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),
         'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/']}
-    report.write_summary(self.workdir, found)
-    print(report.format_summary(found))
+    with parallel.together():  # So that no process reads what the first has not written yet.
+      report.write_summary(self.workdir, found)
+    report.say(report.format_summary(found))
     return found
+
+
+def fingerprint(config: build.Config) -> str:
+  """Alike of configs that compute the same."""
+  return config_hash(_compared(_jsonable(config)))
 
 
 def _check_place(workdir: pathlib.Path) -> None:

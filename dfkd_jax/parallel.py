@@ -1,4 +1,4 @@
-"""Devices and collectives: the only file that knows either.
+"""Devices, processes and collectives: the only file that knows them.
 
 A program of the library is written for one device, with an `axis` argument. It
 runs as it stands where `axis` is None, and here it is mapped over devices. State
@@ -10,17 +10,25 @@ because it leaves global shapes alone, so that a checkpoint fits any number of
 devices that divides the number of tasks. The per-device functions run under
 `jax.pmap(axis_name=...)` as well: tests/test_parallel.py holds both, and one
 device, to the same numbers.
+
+Of several processes (jax.distributed) each runs the whole program, with the same
+config: a mesh has the devices of all, and what all know alike is placed on it by
+`place`. The first process alone writes and prints.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+import secrets
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dfkd_jax.types import Array, PRNGKey, PyTree
@@ -29,6 +37,7 @@ AXIS = 'devices'
 REPLICATED = PartitionSpec()
 SPREAD = PartitionSpec(AXIS)  # along the first axis
 BATCHES = PartitionSpec(None, AXIS)  # [steps, B], each step's batch split
+_LONGEST = 1000  # Bytes of an error that processes tell each other.
 
 
 def sharded() -> dataclasses.Field:
@@ -77,8 +86,14 @@ def by_task(
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-  """A mesh over the first `num_devices` devices (default: all) with the one axis `AXIS`."""
-  devices = jax.devices()
+  """A mesh over the first `num_devices` devices (default: all) with the one axis `AXIS`; of several processes, all."""
+  devices, processes = jax.devices(), jax.process_count()
+  if processes > 1 and num_devices not in (None, len(devices)):
+    raise ValueError(
+        f'num_devices is {num_devices}, must be None or {len(devices)}, the devices of all {processes} processes.')
+  if processes > 1 and not jax.distributed.is_initialized():
+    raise ValueError(
+        f"This is one of {processes} processes that cannot speak to each other: set distributed.coordinator to 'auto'.")
   if num_devices is not None and not 1 <= num_devices <= len(devices):
     raise ValueError(f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
   return Mesh(np.asarray(devices[:num_devices]), (AXIS,))
@@ -108,9 +123,35 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, REPLICATED)
 
 
-def place(mesh: Mesh, tree: PyTree) -> PyTree:
-  """A state on the devices of the mesh, as `specs` says."""
-  return jax.device_put(tree, shardings(mesh, tree))
+def place(mesh: Mesh, tree: PyTree, spec: PartitionSpec | None = None) -> PyTree:
+  """A state on the devices of the mesh: all of it as `spec`, or by default as `specs` says.
+
+  Of several processes each gives the whole state, the same on all.
+  """
+  places = shardings(mesh, tree) if spec is None else jax.tree.map(lambda _: NamedSharding(mesh, spec), tree)
+  return jax.tree.map(_placed, tree, places) if jax.process_count() > 1 else jax.device_put(tree, places)
+
+
+def _placed(leaf: Array, place: NamedSharding) -> Array:
+  """Each process puts its own parts on its own devices; nothing is sent."""
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    return jax.device_put(leaf, place)
+  host = np.asarray(leaf)
+  return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+
+def local(tree: PyTree) -> PyTree:
+  """What is replicated, as arrays of one device of this process; all else as it is."""
+  alone = lambda leaf: (
+      leaf.addressable_data(0) if isinstance(leaf, jax.Array) and leaf.is_fully_replicated else leaf)
+  return jax.tree.map(alone, tree)
+
+
+def gather(tree: PyTree) -> PyTree:
+  """A state as NumPy arrays, whole on every process; all must call it."""
+  if jax.process_count() > 1:
+    tree = multihost_utils.process_allgather(tree, tiled=True)
+  return jax.device_get(tree)
 
 
 def each_device(
@@ -143,3 +184,88 @@ def even_share(total: int, parts: int, what: str) -> int:
     near = max(parts, round(total / parts) * parts)
     raise ValueError(f'{what} is {total}, must be a positive multiple of {parts} (devices and tasks), such as {near}.')
   return total // parts
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes and prints."""
+  return jax.process_index() == 0
+
+
+def rows_of_process(total: int, process: int | None = None) -> slice:
+  """The share of `total` rows that a process (None: this one) takes: none twice, and none is left."""
+  process, processes = jax.process_index() if process is None else process, jax.process_count()
+  return slice(total * process // processes, total * (process + 1) // processes)
+
+
+def rows_of_all(rows: np.ndarray, total: int) -> np.ndarray:
+  """All `total` rows from the share of each process, in order. All must call it."""
+  shares = [rows_of_process(total, process) for process in range(jax.process_count())]
+  longest = max(share.stop - share.start for share in shares)
+  padded = of_processes(np.pad(rows, [(0, longest - len(rows))] + [(0, 0)] * (rows.ndim - 1)))
+  return np.concatenate([found[:share.stop - share.start] for found, share in zip(padded, shares, strict=True)])
+
+
+def of_processes(array: np.ndarray) -> np.ndarray:
+  """What each process gives, [P, ...], on all; of the same shape everywhere. All must call it."""
+  array = np.asarray(array)
+  if jax.process_count() == 1:
+    return array[None]
+  # As bytes, since JAX would make 32 bits of 64.
+  found = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
+  return np.ascontiguousarray(found).view(array.dtype).reshape(-1, *array.shape)
+
+
+def _texts(text: str) -> list[str]:
+  """What each process says, on all."""
+  padded = text.encode()[:_LONGEST].ljust(_LONGEST, b'\0')
+  return [row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in of_processes(np.frombuffer(padded, np.uint8))]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """At its end all processes wait for each other, and an error on one is one on all.
+
+  Without, the others would wait for the one that failed. Nothing within may wait for other processes.
+
+  Raises:
+    ValueError: Names the first process that failed, on those that did not.
+  """
+  error = None
+  try:
+    yield
+  except Exception as found:
+    if jax.process_count() == 1:
+      raise
+    error = found
+  if jax.process_count() == 1:
+    return
+  texts = _texts('' if error is None else f'{type(error).__name__}: {error}'.removeprefix('ValueError: '))
+  if error is not None:
+    raise error
+  failed = [(process, text) for process, text in enumerate(texts) if text]
+  if failed:
+    raise ValueError(f'Process {failed[0][0]} of {len(texts)}: {failed[0][1]}')
+
+
+def check_alike(text: str, what: str) -> None:
+  """Raises a ValueError on all processes if `text` differs between them; `what` says what it stands for."""
+  texts = _texts(text) if jax.process_count() > 1 else [text]
+  other = next((process for process, found in enumerate(texts) if found != texts[0]), None)
+  if other is not None:
+    raise ValueError(f'{what} must be the same in all {len(texts)} processes, but differs between 0 and {other}.')
+
+
+def check_shared(directory: str) -> None:
+  """Raises a ValueError on all processes if one does not see what the first writes to a folder."""
+  if jax.process_count() == 1:
+    return
+  # A name that no file system has been asked for before, and could remember as missing.
+  path = os.path.join(directory, f'.shared-{of_processes(np.int64(secrets.randbits(60)))[0]}')
+  with together():
+    if is_first():
+      open(path, 'x').close()
+  with together():
+    if not os.path.exists(path):
+      raise ValueError(f'{directory} must be on a file system that all processes see.')
+  if is_first():
+    os.remove(path)

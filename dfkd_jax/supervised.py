@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh
 
 from dfkd_jax import build, distill, parallel
 from dfkd_jax.experiment import Experiment
@@ -31,22 +32,23 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   which = known(section.network, ('teacher', 'student'), 'train.network')
   mesh = build.mesh(config)
   parallel.even_share(section.batch_size, mesh.size, 'train.batch_size')
-  experiment = Experiment(config, workdir, 'epoch', command)
-  if (summary := experiment.finished()) is not None:
-    return summary
-  with experiment.ledger.part('setup'):
-    train = experiment.load(config.dataset.train_split)
-    steps = len(train.labels) // section.batch_size
-    if not steps:
-      raise ValueError(
-          f'train.batch_size is {section.batch_size}, must be at most {len(train.labels)}, all training images.')
-    init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    teacher = parallel.place(mesh, build.teacher(config)) if section.teacher_factor else None
-    tx = build.optimizer(config, section.epochs, steps)
-    student = parallel.place(mesh, distill.init(build.network(config, which, init_key), tx))
-    images, labels = jax.device_put((train.images, train.labels), parallel.replicated(mesh))
+  with parallel.together():
+    experiment = Experiment(config, workdir, 'epoch', command)
+    if (summary := experiment.finished()) is not None:
+      return summary
+    with experiment.ledger.part('setup'):
+      train = experiment.load(config.dataset.train_split)
+      steps = len(train.labels) // section.batch_size
+      if not steps:
+        raise ValueError(
+            f'train.batch_size is {section.batch_size}, must be at most {len(train.labels)}, all training images.')
+      init_key, run_key = jax.random.split(jax.random.key(config.seed))
+      teacher = parallel.place(mesh, build.teacher(config)) if section.teacher_factor else None
+      tx = build.optimizer(config, section.epochs, steps)
+      student = parallel.place(mesh, distill.init(build.network(config, which, init_key), tx))
+      images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
   with experiment.ledger.part('compile'):
-    order_of = _orders(len(train.labels), steps, section.batch_size)
+    order_of = _orders(len(train.labels), steps, section.batch_size, mesh)
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
@@ -68,14 +70,14 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
         parameters={'student': student.network.num_params(), 'teacher': teacher and teacher.num_params()})
 
 
-def _orders(num_images: int, steps: int, batch_size: int) -> Callable[[PRNGKey], Array]:
-  """From a key, the images of an epoch: [steps, B] int32, none twice."""
+def _orders(num_images: int, steps: int, batch_size: int, mesh: Mesh) -> Callable[[PRNGKey], Array]:
+  """From a key, the images of an epoch: [steps, B] int32, none twice, each device's on it."""
 
   @jax.jit
   def order_of(key):
     return jax.random.permutation(key, num_images)[:steps * batch_size].reshape(steps, batch_size)
 
-  return order_of
+  return lambda key: parallel.place(mesh, order_of(key), parallel.BATCHES)
 
 
 def _compiled_epoch(config: build.Config, mesh, tx: optax.GradientTransformation, arguments: tuple):
@@ -115,6 +117,8 @@ def _epoch(
 
 def write_weights(path: pathlib.Path, network: Network, name: str) -> None:
   """Variables of a network as safetensors, which `teacher.source` takes; the file is replaced in one go."""
+  if not parallel.is_first():
+    return
   variables = jax.device_get({'params': network.params, 'batch_stats': network.batch_stats})
   # One entry: of several, the order in the file is random, and the same weights would not be the same bytes.
   about = {'network': json.dumps({'model': name, 'mean': network.mean, 'std': network.std})}

@@ -14,8 +14,8 @@ from flax import struct
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from dfkd_jax import build, checks, distill, held_out, parallel, preflight, report, supervised, synth
-from dfkd_jax.experiment import Experiment
+from dfkd_jax import build, checks, distill, held_out, parallel, preflight, processes, report, supervised, synth
+from dfkd_jax.experiment import Experiment, fingerprint
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import Batch, PRNGKey, PyTree
 
@@ -43,6 +43,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   """Runs a config; results go to `workdir`, and come back as the summary.
 
   The same config in the same folder goes on where it stopped; if it had come to its end, its summary is returned.
+  Of several processes (`processes.initialize`) all must call this, with the same config and a folder that all see.
 
   Args:
     config: With the fields of configs/common.py.
@@ -53,6 +54,8 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
     ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
   """
   checks.check(config)
+  processes.initialize(**config.distributed.to_dict())
+  parallel.check_alike(fingerprint(config), 'The config')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
@@ -69,25 +72,26 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
   """
   section = config.distill
   mesh = build.mesh(config)
-  make = build.synthesizer(config, mesh.size)
-  make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
-  steps_per_call(config)
-  tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
-  experiment = Experiment(config, workdir, 'round', command)
-  if (summary := experiment.finished()) is not None:
-    return summary
-  with experiment.ledger.part('setup'):
-    keys = jax.random.split(jax.random.key(config.seed), 5)
-    student_key, init_key, run_key, control_key, picture_key = keys
-    teacher, judge = (
-        found and parallel.place(mesh, found) for found in (build.teacher(config), build.judge(config)))
-    # On the host, since what is placed will be donated, and the control starts from the same.
-    network = jax.tree.map(np.array, build.network(config, 'student', student_key))
-  factors = found = None
-  if config.preflight.enabled:
-    with experiment.ledger.part('preflight'):
-      factors, found = preflight.report(config, teacher, network)
-    make = build.synthesizer(config, mesh.size, factors)
+  with parallel.together():
+    make = build.synthesizer(config, mesh.size)
+    make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
+    steps_per_call(config)
+    tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
+    experiment = Experiment(config, workdir, 'round', command)
+    if (summary := experiment.finished()) is not None:
+      return summary
+    with experiment.ledger.part('setup'):
+      keys = jax.random.split(jax.random.key(config.seed), 5)
+      student_key, init_key, run_key, control_key, picture_key = keys
+      teacher, judge = build.teacher(config), build.judge(config)
+      # On the host, since what is placed will be donated, and the control starts from the same.
+      network = jax.tree.map(np.array, build.network(config, 'student', student_key))
+    factors = found = None
+    if config.preflight.enabled:
+      with experiment.ledger.part('preflight'):
+        factors, found = preflight.report(config, teacher, network)
+      make = build.synthesizer(config, mesh.size, factors)
+    teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
   with experiment.ledger.part('setup'):
     state = State(_init(make, mesh, init_key, teacher), parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
@@ -266,7 +270,7 @@ def _write_images(experiment, mesh: Mesh, make: Make, synthesis: PyTree, teacher
   program = parallel.each_device(sample, mesh, (parallel.specs(synthesis), one, one), parallel.SPREAD)
   num_batches = 1 + 4 * wanted // experiment.config.distill.batch_size  # So many that most classes have enough.
   batches = [
-      jax.device_get(program(synthesis, jax.random.fold_in(key, index), teacher)) for index in range(num_batches)]
+      parallel.gather(program(synthesis, jax.random.fold_in(key, index), teacher)) for index in range(num_batches)]
   drawn = Batch(*map(np.concatenate, zip(*batches, strict=True)))
   turn = np.zeros(len(drawn.labels), int)  # The how-manieth of its class each image is.
   for label in np.unique(drawn.labels):

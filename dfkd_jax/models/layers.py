@@ -112,12 +112,32 @@ def tapped(axis: str | None = None) -> Iterator[None]:
       inputs, shift = args[0] if args else kwargs['x'], module.get_variable('batch_stats', 'mean')
       module.sow('intermediates', _TAP, moments_of(inputs, axis, shift))
       module.sow('intermediates', _POOLED, at_least_float32(inputs).mean(tuple(range(1, inputs.ndim - 1))))
-    if axis is not None and module.axis_name is None:
-      object.__setattr__(module, 'axis_name', axis)  # Lives as long as this `apply`.
-    return next_fun(*args, **kwargs)
+    if axis is None or module.axis_name is not None:
+      return next_fun(*args, **kwargs)
+    object.__setattr__(module, 'axis_name', axis)  # Lives as long as this `apply`.
+    return _spanning(next_fun, module, *args, **kwargs)
 
   with nn.intercept_methods(tap):
     yield
+
+
+def _spanning(next_fun: Callable[..., Array], module: nn.BatchNorm, x: Array, *args: Any, **kwargs: Any) -> Array:
+  """A batch norm over devices which, in training, waits for them once forwards and once backwards, not twice each.
+
+  Mean and mean square are then sent together, of the inputs less the running mean: their normalised values are the
+  same, and nothing cancels out where that is near the mean, see `moments_of`.
+  """
+  evaluates = nn.merge_param(
+      'use_running_average', module.use_running_average, args[0] if args else kwargs.get('use_running_average'))
+  shift = module.get_variable('batch_stats', 'mean')
+  if evaluates or shift is None or not module.is_mutable_collection('batch_stats'):
+    return next_fun(x, *args, **kwargs)
+  object.__setattr__(module, 'use_fast_variance', True)
+  normalised = next_fun(at_least_float32(x) - jax.lax.stop_gradient(shift), *args, **kwargs)
+  # What it has learnt is the mean less the shift.
+  moved = module.get_variable('batch_stats', 'mean') + (1 - module.momentum) * shift
+  module.put_variable('batch_stats', 'mean', moved)
+  return normalised
 
 
 def moments_of(inputs: Array, axis: str | None = None, shift: Array | None = None) -> Moments:

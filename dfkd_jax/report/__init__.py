@@ -6,7 +6,7 @@ Nothing here knows a method or a config. Errors are ValueErrors of one line.
 from dfkd_jax.report.ledger import PARTS, Ledger
 from dfkd_jax.report.metrics import MetricsWriter
 from dfkd_jax.report.pictures import image_grid
-from dfkd_jax.report.progress import Progress
+from dfkd_jax.report.progress import Progress, note, say
 from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
 from dfkd_jax.report.surroundings import device, versions
 
@@ -19,6 +19,8 @@ __all__ = [
   'device',
   'format_summary',
   'image_grid',
+  'note',
+  'say',
   'versions',
   'write_summary',
 ]

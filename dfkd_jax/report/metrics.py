@@ -9,11 +9,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from dfkd_jax import parallel
+
 METRICS = 'metrics.jsonl'
 
 
 class MetricsWriter:
-  """Appends one JSON object a line to `metrics.jsonl`; a context manager.
+  """Appends one JSON object a line to `metrics.jsonl`; a context manager. Of several processes the first alone writes.
 
   Args:
     workdir: Made if missing.
@@ -25,11 +27,12 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
-    self.path = os.path.join(workdir, METRICS)
+    self.path = os.path.join(workdir, METRICS) if parallel.is_first() else os.devnull
     with writing(self.path):
-      os.makedirs(workdir, exist_ok=True)
-      if os.path.exists(self.path):
-        _trim(self.path, math.inf if resume_step is None else resume_step)
+      if parallel.is_first():
+        os.makedirs(workdir, exist_ok=True)
+        if os.path.exists(self.path):
+          _trim(self.path, math.inf if resume_step is None else resume_step)
       self._file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115
 
   def __enter__(self) -> 'MetricsWriter':

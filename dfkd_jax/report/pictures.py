@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dfkd_jax import parallel
 from dfkd_jax.report.metrics import replacing, writing
 
 MARGIN = 10  # Pixels around every image.
@@ -17,7 +18,7 @@ FONT_SIZES = (15, 14, 13, 12, 11, 10)
 def image_grid(
   path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10, scale: int | None = None
 ) -> None:
-  """Writes a PNG of images in rows, each with its label underneath.
+  """Writes a PNG of images in rows, each with its label underneath. Of several processes the first alone writes.
 
   Args:
     path: Of the file, which is replaced in one go.
@@ -36,6 +37,8 @@ def image_grid(
   scale = max(1, round(96 / max(height, width))) if scale is None else scale
   if columns < 1 or scale < 1:
     raise ValueError(f'columns is {columns} and scale is {scale}; both must be at least 1.')
+  if not parallel.is_first():
+    return
   sheet = _sheet(tiles.repeat(scale, axis=1).repeat(scale, axis=2), labels, min(columns, count))
   with writing(path), replacing(path) as file:
     sheet.save(file, format='PNG', optimize=True)

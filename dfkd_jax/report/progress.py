@@ -6,11 +6,25 @@ from typing import TextIO
 
 import tqdm
 
+from dfkd_jax import parallel
+
 _LONGEST = 60.0  # Seconds without a line, after which each round has one.
 
 
+def say(text: str) -> None:
+  """Prints, on the first of several processes alone."""
+  if parallel.is_first():
+    print(text)
+
+
+def note(text: str) -> None:
+  """The same, on stderr: what is no result."""
+  if parallel.is_first():
+    print(text, file=sys.stderr)
+
+
 class Progress:
-  """A live bar where stderr is a terminal, else plain lines; a context manager.
+  """A live bar where stderr is a terminal, else plain lines; a context manager. It shows on the first process alone.
 
   There are about twenty lines, besides one for the first round and for each that ends a minute after the last line.
 
@@ -27,7 +41,7 @@ class Progress:
     self._shown: dict[str, str] = {}
     self._begin = self._said = time.perf_counter()
     self._bar = None
-    if self._stream.isatty():
+    if self._stream.isatty() and parallel.is_first():
       self._bar = tqdm.tqdm(
         total=total, initial=initial, unit=f' {unit}s', file=self._stream, dynamic_ncols=True, smoothing=0.1
       )
@@ -56,7 +70,7 @@ class Progress:
     """A line of its own, which does not tear the bar."""
     if self._bar is not None:
       self._bar.write(text, file=self._stream)
-    else:
+    elif parallel.is_first():
       print(text, file=self._stream, flush=True)
 
   def close(self) -> None:

@@ -20,6 +20,7 @@ A summary is a dict; what is missing or None is left out of the lines:
 import json
 import os
 
+from dfkd_jax import parallel
 from dfkd_jax.report.metrics import plain, replacing, writing
 
 SUMMARY = 'summary.json'
@@ -31,12 +32,16 @@ SHARES = {'top1': 'top-1', 'top5': 'top-5', 'agreement': 'agreement'}
 def write_summary(workdir: str | os.PathLike, summary: dict) -> None:
   """Replaces `summary.json` in one go: results first, the rest by name; NaN and infinity become null.
 
+  Of several processes the first alone writes.
+
   Raises:
     ValueError: A value is not JSON, or the disk refuses the file.
   """
   names = [name for name in FIRST if name in summary] + sorted(summary.keys() - set(FIRST))
   text = json.dumps({name: plain(summary[name], name) for name in names}, indent=2, ensure_ascii=False)
   path = os.path.join(workdir, SUMMARY)
+  if not parallel.is_first():
+    return
   with writing(path):
     os.makedirs(workdir, exist_ok=True)
     with replacing(path) as file:

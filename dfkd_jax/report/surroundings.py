@@ -19,12 +19,13 @@ def versions() -> dict[str, str | None]:
 
 
 def device() -> dict[str, str | int]:
-  """Accelerator and host: platform, kind, count, cpu (model), cores (those this process may use)."""
+  """Accelerator and host: platform, kind, count, processes, cpu (model), cores (those this process may use)."""
   devices = jax.devices()
   return {
     'platform': devices[0].platform,
     'kind': devices[0].device_kind,
     'count': len(devices),
+    'processes': jax.process_count(),
     'cpu': _cpu_model(),
     'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
   }
