@@ -12,6 +12,8 @@ def base() -> config_dict.ConfigDict:
       seed=0,
       num_devices=config_dict.placeholder(int),  # None: as many as method.num_tasks can be spread over
       precision=config_dict.placeholder(str),  # of matrix products, 'highest' against TF32; None: JAX's default
+      buffer='auto',  # where the images are kept: 'device', 'host', or on the host if the devices' memory is too small
+      device_memory_gb=config_dict.placeholder(float),  # that 'auto' reckons with; None: what a device says it has
       dataset=dict(  # for evaluation, and for training teachers; never seen by a distillation
           name=config_dict.placeholder(str),
           data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS

@@ -3,6 +3,7 @@
 import ml_collections
 import numpy as np
 
+from dfkd_jax import host_buffer
 from dfkd_jax.names import known
 from dfkd_jax.synth import objective
 
@@ -25,7 +26,8 @@ RANGES = {
         'method.reset_after', 'method.gamma', 'method.beta', 'method.threshold_growth', 'distill.attention_factor',
         *(f'factors.{name}' for name in objective.Factors._fields)),
     '(0, inf)': (
-        'teacher.std', 'student.std', 'distill.temperature', 'train.temperature', 'optimizer.learning_rate',
+        'device_memory_gb', 'teacher.std', 'student.std', 'distill.temperature', 'train.temperature',
+        'optimizer.learning_rate',
         'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
         'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
         'method.adversary.temperature', 'method.init_std', 'method.redraw_std', 'method.clip_weights'),
@@ -50,6 +52,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if wrong:
     raise ValueError(f'{"; ".join(wrong)}.')
   known(config.job, JOBS, 'job')
+  known(config.buffer, host_buffer.PLACES, 'buffer')
   if config.dataset.name is None:
     raise ValueError('dataset.name is None, must be the name of a prepared data set.')
   if len(config.dataset.image_shape) != 3:

@@ -19,7 +19,7 @@ from dfkd_jax.types import PyTree
 Advance = Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
 
 # Where things lie and run is no part of what a run computes: it may go on with them elsewhere.
-_PLACES = ('compilation_cache', 'dataset.data_dir', 'num_devices')
+_PLACES = ('buffer', 'compilation_cache', 'dataset.data_dir', 'device_memory_gb', 'num_devices')
 _BEST = 'student.best is picked on the test images; student.last is not.'
 
 

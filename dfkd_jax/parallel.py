@@ -15,6 +15,7 @@ device, to the same numbers.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,9 @@ SPREAD = PartitionSpec(AXIS)  # along the first axis
 BATCHES = PartitionSpec(None, AXIS)  # [steps, B], each step's batch split
 
 
-def sharded() -> dataclasses.Field:
-  """Declares a dataclass field whose arrays are split over devices along their first axis."""
-  return struct.field(metadata={'sharded': True})
+def sharded(**options: Any) -> dataclasses.Field:
+  """Declares a dataclass field, with options of its own, whose arrays are split over devices along their first axis."""
+  return struct.field(metadata={'sharded': True}, **options)
 
 
 def pmean(tree: PyTree, axis: str | None) -> PyTree:
@@ -82,6 +83,13 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   if num_devices is not None and not 1 <= num_devices <= len(devices):
     raise ValueError(f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
   return Mesh(np.asarray(devices[:num_devices]), (AXIS,))
+
+
+def memory_limit(gigabytes: float | None = None) -> int | None:
+  """Bytes that programs may use of a device: so many gigabytes, or what the device says; None: it does not say."""
+  if gigabytes is not None:
+    return int(1e9 * gigabytes)
+  return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
 
 
 def specs(tree: PyTree) -> PyTree:
