@@ -34,6 +34,7 @@ def convolutions(draw):
   pair = lambda low, high: (draw(size(low, high)), draw(size(low, high)))
   image, kernel = pair(4, 9), pair(1, 4)
   lhs, rhs = (draw(size(1, 3)), *image, draw(st.sampled_from([1, 3, 6]))), (*kernel,)
+  depthwise = draw(st.booleans())
   dilated = 2 if draw(st.sampled_from([False, False, True])) else 1  # Without dilation gradients are products.
   options = {
       'window_strides': pair(1, 3), 'lhs_dilation': pair(1, dilated), 'rhs_dilation': pair(1, dilated),
@@ -41,7 +42,8 @@ def convolutions(draw):
           st.sampled_from(['SAME', 'VALID']), st.tuples(*[st.tuples(size(-1, 3), size(-1, 3))] * 2)))}
   if isinstance(options['padding'], str):
     options['lhs_dilation'] = (1, 1)
-  rhs = (*rhs, lhs[-1], draw(st.sampled_from([2, 5, 7])))
+  rhs = (*rhs, 1, lhs[-1]) if depthwise else (*rhs, lhs[-1], draw(st.sampled_from([2, 5, 7])))
+  options['feature_group_count'] = lhs[-1] if depthwise else 1
   out = jax.eval_shape(
       functools.partial(lax.conv_general_dilated, dimension_numbers=_NHWC, **options),
       jnp.zeros(lhs), jnp.zeros(rhs))
@@ -118,6 +120,29 @@ def test_convolution_gradients_are_canonical_within_loops():
   assert set(dims) == {'[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]'}
 
 
+@pytest.mark.parametrize(('size', 'strides', 'padding'), [
+    (3, 1, 'SAME'), (3, 2, 'SAME'), (5, 2, 'SAME'), (5, 1, ((2, 2), (2, 2))), (3, (2, 3), ((1, 0), (-1, 2)))])
+def test_depthwise_convolution_has_the_derivatives_of_the_stock_one_in_a_scan(size, strides, padding):
+  strides = strides if isinstance(strides, tuple) else (strides, strides)
+  options = {'window_strides': strides, 'padding': padding, 'feature_group_count': 6}
+  with jax.enable_x64(True):
+    lhs, rhs = inputs((2, 9, 8, 6), (size, size, 1, 6), 2)
+    ours, stock = (
+        functools.partial(derivatives, conv, options, seed=0.5)
+        for conv in (layers.conv_general_dilated, lax.conv_general_dilated))
+    mapped = jax.jit(lambda *both: lax.map(lambda one: (ours(*one), stock(*one)), both))
+    assert_trees_close(*mapped(lhs, rhs))
+
+
+def test_depthwise_convolution_leaves_no_convolution_in_the_program():
+  if jax.default_backend() != 'cpu':
+    pytest.skip('Other backends get the stock convolution.')
+  gradient = jax.grad(lambda *both: jnp.square(layers.conv_general_dilated(
+      *both, (2, 2), 'SAME', dimension_numbers=_NHWC, feature_group_count=5)).sum(), argnums=(0, 1))
+  program = jax.jit(gradient).lower(jnp.ones((2, 6, 7, 5)), jnp.ones((3, 3, 1, 5))).as_text()
+  assert 'stablehlo.convolution' not in program
+
+
 @pytest.mark.parametrize('shape', [(2, 3, 4, 5, 6), (1, 1, 5, 2, 1)])
 def test_upsampled_convolution_is_one_of_repeated_pixels(shape):
   *shape, outputs = shape
@@ -137,8 +162,9 @@ def test_upsampled_convolution_is_one_of_repeated_pixels(shape):
 
 
 @pytest.mark.parametrize('options', [
-    {'feature_group_count': 2}, {'batch_group_count': 2}, {'precision': lax.Precision.HIGHEST},
-    {'preferred_element_type': jnp.float32}, {'lhs_dilation': None, 'rhs_dilation': None}])
+    {'feature_group_count': 2}, {'feature_group_count': 4}, {'batch_group_count': 2},
+    {'precision': lax.Precision.HIGHEST}, {'preferred_element_type': jnp.float32},
+    {'lhs_dilation': None, 'rhs_dilation': None}])
 def test_other_options_are_those_of_the_stock_convolution(options):
   groups = options.get('feature_group_count', 1)
   lhs, rhs = jnp.ones((2, 5, 6, 4)), jnp.arange(72.0 * 4 / groups).reshape(3, 3, 4 // groups, 8)

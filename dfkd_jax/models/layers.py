@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -71,6 +71,18 @@ def pool_features(module: nn.Module, x: Array) -> Array:
   x = at_least_float32(x).mean((1, 2))
   module.sow('intermediates', 'features', x)
   return x
+
+
+def recomputed(module: nn.Module, run: Callable[[Array], Array], x: Array, remat: bool) -> Array:
+  """`run(x)`; if `remat`, the backward pass computes it anew, and of what lies within keeps only x.
+
+  Args:
+    module: That which calls it; what `run` makes are its submodules, with the same paths either way.
+    run: From maps to maps; whatever it sows comes out as without.
+    x: Maps.
+    remat: Whether to trade time for memory.
+  """
+  return nn.remat(lambda _, x: run(x))(module, x) if remat else run(x)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Residual networks for small images (He et al., arXiv:1512.03385), 3x3 stem and no max-pooling."""
+"""Residual blocks (He et al., arXiv:1512.03385), and networks of them for small images: 3x3 stem, no max-pooling."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
 SHORTCUTS = ('projection', 'pad')
+STRIDE_IN = ('3x3', '1x1')
 
 
 def shrink_and_pad(x: Array, width: int, strides: int) -> Array:
@@ -33,12 +34,16 @@ class Block(nn.Module):
 
   Attributes:
     width: Channels that come out.
-    strides: Of the first 3x3 convolution.
+    strides: Of the first 3x3 convolution, or of what `stride_in` says.
     bottleneck: Whether its inner width is a fourth of `width`.
     shortcut: 'projection' (1x1 convolution and batch norm) or 'pad', where the
       shape changes; elsewhere the identity.
     projection_name: What the projection is called: `<name>_0` and `<name>_1`.
     kernel_init: Of all convolutions.
+    stride_in: Which convolution of a bottleneck has the strides: '3x3', or the
+      first '1x1' as in the paper.
+    use_bias: Of all convolutions.
+    epsilon: Of the batch norms.
     dtype: Of the computation; None for that of parameters and inputs.
   """
 
@@ -48,17 +53,23 @@ class Block(nn.Module):
   shortcut: str = 'projection'
   projection_name: str = 'shortcut'
   kernel_init: Callable[..., Array] = layers.uniform_fan_in
+  stride_in: str = '3x3'
+  use_bias: bool = False
+  epsilon: float = 1e-5
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]."""
-    conv = functools.partial(layers.Conv, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype)
-    norm = functools.partial(layers.BatchNorm, use_running_average=not train, dtype=self.dtype)
+    conv = functools.partial(
+        layers.Conv, use_bias=self.use_bias, kernel_init=self.kernel_init, dtype=self.dtype)
+    norm = functools.partial(
+        layers.BatchNorm, use_running_average=not train, epsilon=self.epsilon, dtype=self.dtype)
     inner = self.width // 4 if self.bottleneck else self.width
     plan = [(inner, 3, self.strides), (self.width, 3, 1)]
     if self.bottleneck:
-      plan = [(inner, 1, 1), (inner, 3, self.strides), (self.width, 1, 1)]
+      first, second = (self.strides, 1) if self.stride_in == '1x1' else (1, self.strides)
+      plan = [(inner, 1, first), (inner, 3, second), (self.width, 1, 1)]
     y = x
     for i, (width, size, strides) in enumerate(plan, 1):
       y = nn.relu(y) if i > 1 else y

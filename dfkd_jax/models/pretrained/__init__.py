@@ -10,10 +10,12 @@ from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
 from dfkd_jax.models.pretrained.conversion import from_flat, from_variables, to_variables
+from dfkd_jax.models.pretrained.naming import translate
 from dfkd_jax.models.pretrained.reading import read, read_metadata
 from dfkd_jax.types import PyTree
 
-__all__ = ['from_flat', 'from_variables', 'load', 'read', 'read_metadata', 'save_safetensors', 'to_variables']
+__all__ = [
+    'from_flat', 'from_variables', 'load', 'read', 'read_metadata', 'save_safetensors', 'to_variables', 'translate']
 
 _COLLECTIONS = ('params.', 'batch_stats.')
 
@@ -37,7 +39,7 @@ def load(path: str | os.PathLike[str], module: nn.Module, image_shape: tuple[int
   try:
     if all(name.startswith(_COLLECTIONS) for name in arrays):
       return from_flat(arrays, module, image_shape)
-    return to_variables(arrays, module, image_shape)
+    return to_variables(translate(arrays), module, image_shape)
   except ValueError as error:
     raise ValueError(f'{path} does not fit: {error}') from None
 
