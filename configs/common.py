@@ -14,6 +14,8 @@ def base() -> config_dict.ConfigDict:
       precision=config_dict.placeholder(str),  # of matrix products, 'highest' against TF32; None: JAX's default
       compute_dtype=config_dict.placeholder(str),  # of networks and generator, 'bfloat16'; what is kept is float32
       remat=False,  # compute maps within blocks again in the backward pass, instead of keeping them
+      buffer='auto',  # where the images are kept: 'device', 'host', or on the host if the devices' memory is too small
+      device_memory_gb=config_dict.placeholder(float),  # that 'auto' reckons with; None: what a device says it has
       dataset=dict(  # for evaluation, and for training teachers; never seen by a distillation
           name=config_dict.placeholder(str),  # None: no real images; held-out synthetic ones take their place
           data_dir=config_dict.placeholder(str),  # None: what the package embeds, then the default of TFDS

@@ -3,6 +3,7 @@
 import ml_collections
 import numpy as np
 
+from dfkd_jax import host_buffer
 from dfkd_jax.names import known
 from dfkd_jax.synth import objective
 
@@ -28,7 +29,7 @@ RANGES = {
         'method.reset_after', 'method.gamma', 'method.beta', 'method.threshold_growth', 'distill.attention_factor',
         *(f'factors.{name}' for name in objective.Factors._fields)),
     '(0, inf)': (
-        'teacher.std', 'student.std', 'judge.std', 'distill.temperature', 'train.temperature',
+        'device_memory_gb', 'teacher.std', 'student.std', 'judge.std', 'distill.temperature', 'train.temperature',
         'optimizer.learning_rate',
         'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
         'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
@@ -54,6 +55,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   if wrong:
     raise ValueError(f'{"; ".join(wrong)}.')
   known(config.job, JOBS, 'job')
+  known(config.buffer, host_buffer.PLACES, 'buffer')
   if config.dataset.name is None and config.job == 'train':
     raise ValueError("dataset.name is None, must be the name of a prepared data set where job is 'train'.")
   if config.dataset.name is None and config.control:

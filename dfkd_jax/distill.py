@@ -1,6 +1,7 @@
 """The student's half of a round: steps on samples of the synthesizer."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,16 @@ from dfkd_jax import parallel
 from dfkd_jax.losses import attention
 from dfkd_jax.losses import divergence as divergences
 from dfkd_jax.models.network import Network
+from dfkd_jax.synth import replay
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import Array, Metrics, Outputs, PRNGKey, PyTree
+
+
+class Part(NamedTuple):
+  """Some of a round's steps, each with its images."""
+
+  first: Array  # [] int32, step of the round
+  images: Array  # [n, B, H, W, C] uint8, of this step and those that follow, as `slots` found them
 
 
 class Student(struct.PyTreeNode):
@@ -96,6 +105,7 @@ def distill(
     augment: Callable[[PRNGKey, Array], Array],
     num_tasks: int = 1,
     axis: str | None = None,
+    part: Part | None = None,
 ) -> tuple[Student, PyTree, Metrics]:
   """The student's steps of one round, one `lax.scan`.
 
@@ -117,17 +127,18 @@ def distill(
     augment: (key, images) -> images.
     num_tasks: Tasks on this device, for keys that do not depend on the number of devices.
     axis: The mapped axis of devices, if any.
+    part: Steps to take, and their images, where those of the buffer are elsewhere; None: all `num_steps`.
 
   Returns:
-    Student, state, and metrics, each [] and a mean over the round: the 'loss', 'agreement' on these images, the mean
+    Student, state, and metrics, each [] and a mean over the steps: the 'loss', 'agreement' on these images, the mean
     'weight' of an image, and the 'weighed_loss', the sum of weights times losses over that of weights.
   """
   augment = parallel.by_task(augment, num_tasks, axis)
 
-  def step(carry, step_key):
-    student, state = carry
+  def step(carry, inputs):
+    (student, state), (step_key, drawn) = carry, inputs
     key_sample, key_augment = jax.random.split(step_key)
-    batch = synthesizer.sample(state, key_sample)
+    batch = synthesizer.sample(replay.given(state, drawn), key_sample)
     images = augment(key_augment, batch.images)
     wanted = teacher(images)
 
@@ -143,9 +154,25 @@ def distill(
     student, loss, (state, further) = train_step(student, images, loss_fn, tx, axis)
     return (student, state), {'loss': loss, **parallel.pmean(further, axis)}
 
-  (student, state), metrics = lax.scan(step, (student, state), jax.random.split(key, num_steps))
+  keys, images = jax.random.split(key, num_steps), None
+  if part is not None:
+    images = part.images
+    keys = lax.dynamic_slice_in_dim(keys, part.first, images.shape[0])
+  (student, state), metrics = lax.scan(step, (student, state), (keys, images))
   metrics['weighed_loss'] = metrics['loss'] / jnp.maximum(metrics['weight'], jnp.finfo(metrics['weight'].dtype).tiny)
   return student, state, jax.tree.map(jnp.mean, metrics)
+
+
+def slots(state: PyTree, key: PRNGKey, *, synthesizer: Synthesizer, num_steps: int) -> Array:
+  """Slots [num_steps, B] that `distill` will draw with this key from a buffer whose draws no loss of a student moves.
+
+  Images that no slot has, those of a generator's moving average, are -1.
+  """
+  def of_step(step_key):
+    key_sample, _ = jax.random.split(step_key)
+    return synthesizer.sample(state, key_sample).slots
+
+  return lax.map(of_step, jax.random.split(key, num_steps))
 
 
 def divergence_of(kind: str, logits: Array, wanted: Array, temperature: float) -> Array:

@@ -18,12 +18,12 @@ from dfkd_jax.types import PyTree
 Advance = Callable[[PyTree, int], tuple[PyTree, dict[str, float]]]
 
 # Where things lie and run is no part of what a run computes: it may go on with them elsewhere.
-_SHOWN = ('loss', 'top1', 'agreement', 'synthetic_agreement', 'judge_top1')  # While a run goes on.
+_SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # While a run goes on.
 _PLACES = (
-    'compilation_cache', 'dataset.data_dir', 'num_devices', 'distributed.coordinator', 'distributed.num_processes',
-    'distributed.process_id', 'distributed.timeout')
+    'buffer', 'compilation_cache', 'dataset.data_dir', 'device_memory_gb', 'num_devices', 'distributed.coordinator',
+    'distributed.num_processes', 'distributed.process_id', 'distributed.timeout')
 _BEST = 'student.best is picked on the test images; student.last is not.'
-_BEST_WITHOUT = 'No real image was seen: student.best is picked by synthetic_agreement, on fresh synthetic images.'
+_BEST_WITHOUT = 'No real image was seen: student.best is picked by held_out_agreement, on fresh synthetic images.'
 
 
 class Experiment:
@@ -61,7 +61,7 @@ class Experiment:
   @property
   def selection(self) -> str:
     """The metric by which the best round is picked."""
-    return 'synthetic_agreement' if self.test is None else 'top1'
+    return 'held_out_agreement' if self.test is None else 'top1'
 
   def class_name(self, label: int) -> str:
     """What a class is called: its number, where no data set names it."""

@@ -15,10 +15,16 @@ from jax.sharding import Mesh
 from dfkd_jax import parallel
 from dfkd_jax.losses import divergence
 from dfkd_jax.models.network import Network
+from dfkd_jax.synth import replay
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import Metrics, PRNGKey, PyTree
 
 Program = Callable[[PyTree, PRNGKey, Network, Network, Network | None], Metrics]
+
+
+def without_images(synthesis: PyTree) -> PyTree:
+  """A method's state without its buffer, wherever that lies: fresh images need none."""
+  return synthesis.replace(buffer=None) if replay.of(synthesis) is not None else synthesis
 
 
 def compiled(
@@ -26,7 +32,7 @@ def compiled(
 ) -> Any:
   """Compiles (synthesis, key, teacher, student, judge | None) -> metrics, each [].
 
-  Metrics are `synthetic_agreement`, the share of fresh images of which the student says what the teacher says, and
+  Metrics are `held_out_agreement`, the share of fresh images of which the student says what the teacher says, and
   with a judge `judge_top1` and `judge_top5`, the shares of which the teacher's class is that of the judge, or among
   its five.
 
@@ -40,18 +46,18 @@ def compiled(
   def metrics(synthesis, key, teacher, student, judge, *, axis):
     method = make(axis)
     key_init, key_call, key_sample = jax.random.split(key, 3)
-    if hasattr(synthesis, 'buffer'):  # Else every sample is fresh.
+    if hasattr(synthesis, 'buffer'):  # Else every sample is fresh anyway.
       empty = method.init(key_init, teacher).buffer
       synthesis, _ = method.synthesize(synthesis.replace(buffer=empty), key_call, teacher, student)
     images = method.sample(synthesis, key_sample).images
     wanted = teacher(images).logits
-    found = {'synthetic_agreement': divergence.agreement(student(images).logits, wanted).mean()}
+    found = {'held_out_agreement': divergence.agreement(student(images).logits, wanted).mean()}
     if judge is not None:
       label = wanted.argmax(-1)[..., None]
       ranked = jax.lax.top_k(judge(images).logits, min(5, wanted.shape[-1]))[1]
       found |= {'judge_top1': (ranked[..., :1] == label).mean(), 'judge_top5': (ranked == label).any(-1).mean()}
     return parallel.pmean(jax.tree.map(jnp.float32, found), axis)
 
-  one = parallel.REPLICATED
+  synthesis, one = without_images(synthesis), parallel.REPLICATED
   program = parallel.each_device(metrics, mesh, (parallel.specs(synthesis), one, one, one, one), one)
   return program.lower(synthesis, jax.random.key(0), *networks).compile()

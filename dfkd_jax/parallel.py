@@ -22,6 +22,7 @@ import functools
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,9 @@ BATCHES = PartitionSpec(None, AXIS)  # [steps, B], each step's batch split
 _LONGEST = 1000  # Bytes of an error that processes tell each other.
 
 
-def sharded() -> dataclasses.Field:
-  """Declares a dataclass field whose arrays are split over devices along their first axis."""
-  return struct.field(metadata={'sharded': True})
+def sharded(**options: Any) -> dataclasses.Field:
+  """Declares a dataclass field, with options of its own, whose arrays are split over devices along their first axis."""
+  return struct.field(metadata={'sharded': True}, **options)
 
 
 def pmean(tree: PyTree, axis: str | None) -> PyTree:
@@ -97,6 +98,13 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   if num_devices is not None and not 1 <= num_devices <= len(devices):
     raise ValueError(f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
   return Mesh(np.asarray(devices[:num_devices]), (AXIS,))
+
+
+def memory_limit(gigabytes: float | None = None) -> int | None:
+  """Bytes that programs may use of a device: so many gigabytes, or what the device says; None: it does not say."""
+  if gigabytes is not None:
+    return int(1e9 * gigabytes)
+  return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
 
 
 def specs(tree: PyTree) -> PyTree:

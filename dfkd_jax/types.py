@@ -34,6 +34,6 @@ class Outputs(NamedTuple):
 class Batch(NamedTuple):
   """What the student is given in one step."""
 
-  images: Array  # [B, H, W, C] float, in [0, 1]
+  images: Array | None  # [B, H, W, C] float, in [0, 1]; None: elsewhere, see synth/replay.py
   labels: Array  # [B] int32, the teacher's class
   slots: Array  # [B] int32, where in the replay buffer; -1 if from nowhere

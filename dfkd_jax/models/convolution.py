@@ -8,7 +8,10 @@ convolutions or as matrix products. Other backends get the stock form, which the
 match to their own kernels. benchmarks/convolution.py has the ratios.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +23,25 @@ from dfkd_jax.types import Array
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
 _FEW = 4  # Channels up to which a convolution is better a matrix product over its taps.
 
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+  """Within: what is traced is for this platform ('cpu', 'tpu', ...), whatever JAX's default is.
+
+  For programs that are compiled ahead for a machine that is not there.
+  """
+  token = _platform.set(platform)
+  try:
+    yield
+  finally:
+    _platform.reset(token)
+
+
+def _for_cpu() -> bool:
+  return (_platform.get() or jax.default_backend()) == 'cpu'
+
 
 def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwargs: Any) -> Array:
   """`lax.conv_general_dilated`, or on CPU the same numbers by a faster way.
@@ -30,7 +52,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwar
   layouts other than NHWC, HWIO, take the stock form everywhere.
   """
   stock = functools.partial(lax.conv_general_dilated, lhs, rhs, window_strides, padding, **kwargs)
-  if jax.default_backend() != 'cpu' or lhs.ndim != 4:
+  if not _for_cpu() or lhs.ndim != 4:
     return stock()
   numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None))
   canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
@@ -228,6 +250,6 @@ _valid_by_products.defvjp(_valid_fwd, _valid_bwd)
 
 
 def _valid(lhs: Array, rhs: Array) -> Array:
-  if jax.default_backend() == 'cpu':
+  if _for_cpu():
     return _valid_by_products(lhs, rhs)
   return _plain(lhs, rhs, (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1), None)

@@ -52,7 +52,7 @@ def format_summary(summary: dict) -> str:
   """The lines at the end of a run: results, ratio, sizes, time by part, where the files are."""
   student, teacher = summary['student'], summary.get('teacher')
   lines = ['', *_table(summary), '']
-  if student['last'].get('synthetic_agreement') is not None:
+  if student['last'].get('held_out_agreement') is not None:
     lines += _synthetic(student)
   if teacher and teacher['top1']:
     ratios = [f'{student[kind]["top1"] / teacher["top1"]:.3f} {kind}' for kind in ('last', 'best') if student.get(kind)]
@@ -92,8 +92,8 @@ def _table(summary: dict) -> list[str]:
 def _synthetic(student: dict) -> list[str]:
   """What fresh synthetic images say: of the student, and of themselves, if a judge looked at them."""
   last, best = student['last'], student.get('best') or {}
-  best_round = f', best {_text(best.get("synthetic_agreement"), "{:.2%}")} at round {best.get("round", 0):.0f}'
-  found = [f'fresh synthetic images  agreement with the teacher {last["synthetic_agreement"]:.2%} last{best_round}']
+  best_round = f', best {_text(best.get("held_out_agreement"), "{:.2%}")} at round {best.get("round", 0):.0f}'
+  found = [f'fresh synthetic images  agreement with the teacher {last["held_out_agreement"]:.2%} last{best_round}']
   if last.get('judge_top1') is not None:
     found.append(f'their class by the judge  top-1 {last["judge_top1"]:.2%}, top-5 {last["judge_top5"]:.2%}')
   return found

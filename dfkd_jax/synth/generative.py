@@ -116,7 +116,10 @@ def num_averaged(ema_decay: float | None, ema_share: float, number: int) -> int:
 
 
 def beside(batch: Batch, images: Array) -> Batch:
-  """A batch of M tasks with further images [M, n, H, W, C], each task's beside its own; they are from nowhere, -1."""
+  """A batch of M tasks with further images [M, n, H, W, C], each task's behind its own; they are from nowhere, -1.
+
+  A batch whose images are elsewhere gets none, but their slots.
+  """
   num_tasks, number = images.shape[:2]
 
   def joined(own: Array, further: Array) -> Array:
@@ -124,4 +127,5 @@ def beside(batch: Batch, images: Array) -> Batch:
     return jnp.concatenate([by_task, further.astype(own.dtype)], axis=1).reshape(-1, *own.shape[1:])
 
   nowhere = jnp.full((num_tasks, number), -1, jnp.int32)
-  return Batch(joined(batch.images, images), joined(batch.labels, nowhere), joined(batch.slots, nowhere))
+  images = None if batch.images is None else joined(batch.images, images)
+  return Batch(images, joined(batch.labels, nowhere), joined(batch.slots, nowhere))

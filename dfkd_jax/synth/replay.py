@@ -3,31 +3,38 @@
 It is kept in as many stripes as there are tasks on all devices, each with its
 own task's images, and a batch takes equally many from each. So one device with
 four tasks and four devices with one task hold and draw the same.
+
+Where device memory does not suffice the images may be elsewhere: `images` is None then, whoever has them takes what
+`add` leaves in `added`, and gives what `sample` asks for in `drawn`. All else stays and goes as it does with them.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from dfkd_jax import parallel
-from dfkd_jax.types import Array, Batch, PRNGKey
+from dfkd_jax.types import Array, Batch, PRNGKey, PyTree
 
 
 class ReplayBuffer(struct.PyTreeNode):
   """The newest N images of each of this device's M tasks."""
 
-  images: Array = parallel.sharded()  # [M, N, H, W, C] uint8
+  images: Array | None = parallel.sharded()  # [M, N, H, W, C] uint8; None: they are elsewhere
   labels: Array = parallel.sharded()  # [M, N] int32, the teacher's class, of the view it was synthesised by
   priorities: Array | None = parallel.sharded()  # [M, N] float, see `live_priorities`; None: draws are uniform
   weights: Array | None = parallel.sharded()  # [M, N] float, of importance, above 0
   histogram: Array  # [K] int32, live images by class, over all tasks and devices
   next: Array  # [] int32, slot of each stripe that is written next
   size: Array  # [] int32, live slots of each stripe
+  added: Array | None = parallel.sharded(default=None)  # [M, B, H, W, C] uint8, the last call's, to be taken elsewhere
+  drawn: Array | None = parallel.sharded(default=None)  # [M, n, H, W, C] uint8, from elsewhere, for one `sample`
 
   @property
   def capacity(self) -> int:
     """Slots of one stripe, N."""
-    return self.images.shape[1]
+    return self.labels.shape[1]
 
 
 def create(
@@ -42,6 +49,25 @@ def create(
       labels=jnp.zeros((num_tasks, capacity), jnp.int32),
       priorities=per_slot(0.0), weights=per_slot(1.0),
       histogram=jnp.zeros(num_classes, jnp.int32), next=jnp.int32(0), size=jnp.int32(0))
+
+
+def of(state: PyTree) -> ReplayBuffer | None:
+  """The one buffer in a method's state, or None."""
+  found = [node for node in jax.tree.leaves(state, is_leaf=_is_buffer) if _is_buffer(node)]
+  return found[0] if found else None
+
+
+def with_fields(state: PyTree, **fields: Any) -> PyTree:
+  """A method's state with other fields of its buffer."""
+  return jax.tree.map(lambda node: node.replace(**fields) if _is_buffer(node) else node, state, is_leaf=_is_buffer)
+
+
+def given(state: PyTree, images: Array | None) -> PyTree:
+  """A method's state whose next `sample` gives these images [B, H, W, C] uint8; None: as it is."""
+  if images is None:
+    return state
+  num_tasks = of(state).labels.shape[0]
+  return with_fields(state, drawn=images.reshape(num_tasks, -1, *images.shape[1:]))
 
 
 def to_uint8(images: Array) -> Array:
@@ -77,8 +103,11 @@ def add(
     priorities = -1.0 if priorities is None else priorities.astype(buffer.priorities.dtype)
     buffer = buffer.replace(
         priorities=buffer.priorities.at[:, slots].set(priorities), weights=buffer.weights.at[:, slots].set(1.0))
+  if buffer.images is None:
+    buffer = buffer.replace(added=to_uint8(images))
+  else:
+    buffer = buffer.replace(images=buffer.images.at[:, slots].set(to_uint8(images), unique_indices=True))
   return buffer.replace(
-      images=buffer.images.at[:, slots].set(to_uint8(images), unique_indices=True),
       labels=buffer.labels.at[:, slots].set(labels, unique_indices=True),
       histogram=buffer.histogram + parallel.psum(added - evicted, axis),
       next=(buffer.next + num) % buffer.capacity,
@@ -97,6 +126,9 @@ def sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None
     buffer: Not empty.
     batch_size: On this device; a multiple of the number of stripes.
     axis: The mapped axis of devices, if any.
+
+  Returns:
+    The batch; where the buffer's images are elsewhere they are those of `drawn`, or None without.
   """
 
   def uniform(keys, share):
@@ -179,12 +211,24 @@ def importance_weights(
 
 def _sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None, draw) -> Batch:
   """A batch of what `draw: (keys [M], share) -> slots [M, share]` picks."""
-  num_tasks = buffer.images.shape[0]
+  num_tasks = buffer.labels.shape[0]
   share = parallel.even_share(batch_size, num_tasks, 'batch_size')
   within = draw(parallel.task_keys(key, num_tasks, axis), share)
   slots = (within + buffer.capacity * jnp.arange(num_tasks)[:, None]).reshape(batch_size)
   flat = lambda a: a.reshape(num_tasks * buffer.capacity, *a.shape[2:])
-  return Batch(to_float(flat(buffer.images)[slots]), flat(buffer.labels)[slots], slots)
+  labels = flat(buffer.labels)[slots]
+  if buffer.images is not None:
+    images = flat(buffer.images)[slots]
+  elif buffer.drawn is not None:  # What comes of no slot is behind what does, see `generative.beside`.
+    images = buffer.drawn[:, :share].reshape(batch_size, *buffer.drawn.shape[2:])
+  else:
+    return Batch(None, labels, slots)
+  # Wherever they come from, a program goes on with them in the same way: results are the same, bit for bit.
+  return Batch(to_float(jax.lax.optimization_barrier(images)), labels, slots)
+
+
+def _is_buffer(node: Any) -> bool:
+  return isinstance(node, ReplayBuffer)
 
 
 def _or_outside(slots: Array, size: int) -> Array:
