@@ -16,7 +16,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from dfkd_jax import (
-    build, checks, distill, held_out, host_buffer, parallel, preflight, processes, report, supervised, synth)
+  build,
+  checks,
+  distill,
+  held_out,
+  host_buffer,
+  parallel,
+  preflight,
+  processes,
+  report,
+  supervised,
+  synth,
+)
 from dfkd_jax.experiment import Experiment, fingerprint
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import replay
