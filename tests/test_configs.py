@@ -26,7 +26,7 @@ def load(name):
 
 MODULES = {name: load(name) for name in FILES}
 CONFIGS = {name: module.get_config for name, module in MODULES.items() if hasattr(module, 'get_config')}
-DISTILLING, TRAINING = ['cifar10', 'cifar100', 'default', 'cifar10_resnet56'], [
+DISTILLING, TRAINING = ['cifar10', 'cifar100', 'default', 'cifar10_resnet56', 'imagenet'], [
     'teacher_cifar10', 'teacher_cifar100', 'teacher_fashion_mnist']
 
 
@@ -77,7 +77,8 @@ def test_says_what_it_is_and_how_to_run_it(name):
 def test_has_no_stray_fields(each):
   config = get(each)
   known = set(fields(toy_runs.common.base()))
-  assert set(fields(config)) - known <= {'generator.options.width', 'generator.options.stem_width'}
+  assert set(fields(config)) - known <= {
+      f'generator.options.{name}' for name in ('width', 'stem_width', 'widths', 'last')}
   assert known <= set(fields(config))
 
 
@@ -93,7 +94,8 @@ def test_builds(each):
   for which in ('teacher', 'student'):
     if config[which].name:
       shapes = shapes_of(config, which)
-      last, = (layer for name, layer in shapes.items() if name in ('fc', 'linear', 'classifier'))
+      last, = (layer for name, layer in shapes.items() if name in ('fc', 'linear', 'classifier', 'classifier_1',
+                                                                   'classifier_6'))
       assert last['bias'].shape == (config.dataset.num_classes,)
   if not each.startswith('cifar100:wrn'):  # Those of CIFAR-10 but for the number of classes.
     traced(config.to_json())
@@ -356,9 +358,10 @@ def shrunk(each):
       name='toy', data_dir=toy_runs.data_dir(), image_shape=toy_runs.IMAGE, num_classes=toy_runs.CLASSES)
   for which, widths in toy_runs.NETWORKS.items():
     config[which].name, config[which].options = 'convnet', widths
-    config[which].update(mean=(0.4,), std=(0.3,))
+    config[which].update(mean=(0.4,), std=(0.3,), bgr=False)
   config.teacher.source = None
-  config.generator.options.width = 2
+  config.generator.options = dict(width=2) if config.generator.name == 'generator' else dict(widths=(3, 2, 2))
+  config.dataset.crop = None
   if config.job == 'distill':
     small = dict(num_steps=2, batch_size=4, capacity=8, latent_dim=3, bank_size=6, num_negatives=3, projection_size=5)
     config.method.update({name: number for name, number in small.items() if name in config.method})
@@ -392,7 +395,7 @@ def test_a_prior_and_an_averaged_generator_from_end_to_end(tmp_path):
 
 @pytest.mark.parametrize('each', [
     'default:smoke', 'default:ssd_kd', 'cifar10:fast2', 'cifar10:cu_dfkd', 'cifar10:deep_inversion', 'cifar10:cmi',
-    'cifar10:zskt', 'cifar10:dfad', 'cifar10:scratch', 'cifar100:kd', 'cifar10_resnet56:', 'teacher_cifar100:',
+    'cifar10:zskt', 'cifar10:dfad', 'cifar10:scratch', 'cifar100:kd', 'cifar10_resnet56:', 'imagenet:small', 'teacher_cifar100:',
     'teacher_fashion_mnist:'])
 def test_runs_from_end_to_end(each, tmp_path):
   config = with_teacher(shrunk(each), tmp_path)
