@@ -31,7 +31,7 @@ _CAFFE = dict(mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,),
 TEACHERS = {  # The name of the model, and what its published weights expect.
     'resnet50': ('resnet50_imagenet', _TORCHVISION),
     'resnet34': ('resnet34_imagenet', _TORCHVISION),
-    'resnet50_keras': ('resnet50_keras', _CAFFE),
+    'resnet50_keras': ('resnet50_keras', _CAFFE | dict(options=dict(epsilon=1e-3))),  # As public files of it state.
     'efficientnet_lite0': ('efficientnet_lite0', _TENSORFLOW),
     'vgg16_bn': ('vgg16_bn', _TORCHVISION),
 }

@@ -355,7 +355,8 @@ def shrunk(each):
   config.unlock()
   config.num_devices = 1
   config.dataset.update(
-      name='toy', data_dir=toy_runs.data_dir(), image_shape=toy_runs.IMAGE, num_classes=toy_runs.CLASSES)
+      name='toy', data_dir=toy_runs.data_dir(), image_shape=toy_runs.IMAGE, num_classes=toy_runs.CLASSES,
+      test_split='test')
   for which, widths in toy_runs.NETWORKS.items():
     config[which].name, config[which].options = 'convnet', widths
     config[which].update(mean=(0.4,), std=(0.3,), bgr=False)

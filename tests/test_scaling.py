@@ -63,8 +63,7 @@ ENTRY %main (x: f32[6], y: bf16[5,2]) -> f32[6] {
 
 def test_seconds_are_latencies_and_a_ring():
   link = scaling.Link(flops=1.0, inner=100.0, outer=10.0, group=4, latencies=(0.5, 2.0))
-  found = {'synthesize': {'all-reduce': scaling.Traffic(3, 80, 2)},
-           'distill': {'all-reduce': scaling.Traffic(1, 20, 1)}}
+  found = {'one': {'all-reduce': scaling.Traffic(3, 80, 2)}, 'other': {'all-reduce': scaling.Traffic(1, 20, 1)}}
   assert scaling.seconds_of(found, link, 4) == pytest.approx((1.5, 2 * 3 / 4 * 100 / 100))
   assert scaling.seconds_of(found, link, 8) == pytest.approx((6.0, 2 * 7 / 8 * 100 / 10))
 
