@@ -91,6 +91,7 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     make = build.synthesizer(config, mesh.size)
     make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
     steps_per_call(config)
+    build.augmentation(config.augment.student)
     tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
     experiment = Experiment(config, workdir, 'round', command)
     if (summary := experiment.finished()) is not None:
