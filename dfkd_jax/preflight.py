@@ -203,35 +203,49 @@ def _sight(logits: Array) -> Sight:
       classes=seen.sum(), finite=jnp.isfinite(flat).all())
 
 
-def run(config: build.Config, workdir: str | None = None, command: str | None = None) -> dict[str, Any]:
-  """The job 'check': looks at the teacher that a config names, prints what is found, and writes nothing.
+def run(
+    config: build.Config, workdir: str | None = None, command: str | None = None, teacher: Network | None = None
+) -> dict[str, Any]:
+  """The job 'check': looks at the teacher, prints what is found, and writes nothing.
+
+  Args:
+    config: Names the teacher, unless one is given, and the terms.
+    workdir: Not used.
+    command: Not used.
+    teacher: In the place of the config's.
 
   Raises:
     ValueError: The teacher cannot be read, or offers nothing to invert.
   """
   del workdir, command
-  teacher = build.teacher(config)
+  source = None if teacher else config.teacher.source
   student = build.network(config, 'student', jax.random.key(config.seed)) if config.student.name else None
-  return report(config, teacher, student)[1]
+  return report(config, teacher or build.teacher(config), student, source)[1]
 
 
 def report(
-    config: build.Config, teacher: Network, student: Network | None
+    config: build.Config, teacher: Network, student: Network | None, source: str | None
 ) -> tuple[objective.Factors, dict[str, Any]]:
   """Looks, and prints what is found; the factors to go on with, and all as JSON has it.
+
+  Args:
+    config: Of the run.
+    teacher: With its weights.
+    student: As it begins, if there is one.
+    source: Where the weights came from; None: from Python.
 
   Raises:
     ValueError: The teacher offers nothing to invert.
   """
-  path = build.weights_path(config.teacher.source)
-  card = pretrained.describe(teacher, config.teacher.source, path)
+  path = build.weights_path(source) if source else None
+  card = pretrained.describe(teacher, source, path)
   measured, verdict = look(config, teacher, student)
   if verdict.refusal:
     raise ValueError(f'{verdict.refusal}.')
   checked = None
   if moments_lack(teacher) is None:  # Else it goes on in spite of them.
     image_shape = tuple(config.dataset.image_shape)
-    checked = pretrained.check(teacher, image_shape, pretrained.stored_probe(path))
+    checked = pretrained.check(teacher, image_shape, pretrained.stored_probe(path) if path else None)
   if parallel.is_first():
     print('\n'.join(card.lines() + lines(measured, verdict, verdict.factors)), file=sys.stderr)
   return verdict.factors, {'card': card._asdict(), 'check': checked, **plain(measured, verdict)}

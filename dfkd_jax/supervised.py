@@ -63,7 +63,8 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
 
     student = experiment.loop(
         student, done, section.epochs, advance, lambda state, _: experiment.evaluate(state.network))
-    write_weights(experiment.workdir / 'weights.safetensors', student.network, config[which].name)
+    write_weights(experiment.workdir / 'weights.safetensors', student.network, config[which].name,
+                  tuple(config.dataset.image_shape))
     return experiment.summary(
         num_devices=mesh.size, files=('weights.safetensors',), network=which, synthetic=False,
         teacher=metrics_of_teacher,
@@ -115,13 +116,17 @@ def _epoch(
   return student, jax.tree.map(jnp.mean, metrics)
 
 
-def write_weights(path: pathlib.Path, network: Network, name: str) -> None:
-  """Variables of a network as safetensors, which `teacher.source` takes; the file is replaced in one go."""
+def write_weights(path: pathlib.Path, network: Network, name: str, image_shape: tuple[int, int, int]) -> None:
+  """Variables of a network as safetensors, which `teacher.source` takes; the file is replaced in one go.
+
+  It carries what the network wants of images, and a probe by which whoever reads it may tell that it computes the same.
+  """
   if not parallel.is_first():
     return
-  variables = jax.device_get({'params': network.params, 'batch_stats': network.batch_stats})
-  # One entry: of several, the order in the file is random, and the same weights would not be the same bytes.
-  about = {'network': json.dumps({'model': name, 'mean': network.mean, 'std': network.std})}
+  network = jax.device_get(parallel.local(network))
+  about = {'model': name, 'mean': network.mean, 'std': network.std, 'bgr': network.bgr, 'resize': network.resize}
   temporary = path.with_suffix('.tmp')
-  pretrained.save_safetensors(temporary, variables, about)
+  pretrained.save_safetensors(
+      temporary, {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
+      probe=pretrained.make_probe(network, image_shape))
   os.replace(temporary, path)

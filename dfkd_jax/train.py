@@ -54,7 +54,9 @@ class Programs(NamedTuple):
   waits: bool = False  # whether calls return only when all, or nearly, is done
 
 
-def run(config: build.Config, workdir: str, command: str | None = None) -> dict[str, Any]:
+def run(
+    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None
+) -> dict[str, Any]:
   """Runs a config; results go to `workdir`, and come back as the summary.
 
   The same config in the same folder goes on where it stopped; if it had come to its end, its summary is returned.
@@ -64,6 +66,7 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
     config: With the fields of configs/common.py.
     workdir: Made if missing.
     command: That started the run, for the record.
+    teacher: A network of yours (`models.bind`), in the place of the one that the config's section `teacher` names.
 
   Raises:
     ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
@@ -76,12 +79,15 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
-  job = {'distill': run_distillation, 'train': supervised.run, 'check': preflight.run}[config.job]
-  return job(config, workdir, command)
+  if config.job == 'train':
+    return supervised.run(config, workdir, command)
+  return {'distill': run_distillation, 'check': preflight.run}[config.job](config, workdir, command, teacher)
 
 
-def run_distillation(config: build.Config, workdir: str, command: str | None = None) -> dict[str, Any]:
-  """Distils the teacher into the student without data.
+def run_distillation(
+    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None
+) -> dict[str, Any]:
+  """Distils the teacher, that of the config unless another is given, into the student without data.
 
   Writes metrics.jsonl, summary.json, images.png, student.safetensors and checkpoints.
   """
@@ -99,13 +105,14 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     with experiment.ledger.part('setup'):
       keys = jax.random.split(jax.random.key(config.seed), 5)
       student_key, init_key, run_key, control_key, picture_key = keys
-      teacher, judge = build.teacher(config), build.judge(config)
+      source = None if teacher else config.teacher.source
+      teacher, judge = teacher or build.teacher(config), build.judge(config)
       # On the host, since what is placed will be donated, and the control starts from the same.
       network = jax.tree.map(np.array, build.network(config, 'student', student_key))
     factors = found = None
     if config.preflight.enabled:
       with experiment.ledger.part('preflight'):
-        factors, found = preflight.report(config, teacher, network)
+        factors, found = preflight.report(config, teacher, network, source)
       make = build.synthesizer(config, mesh.size, factors)
     teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
   with experiment.ledger.part('setup'):
@@ -121,7 +128,9 @@ def run_distillation(config: build.Config, workdir: str, command: str | None = N
     advance = functools.partial(_round, experiment, programs, run_key, teacher)
     evaluate = functools.partial(_evaluate, experiment, look, run_key)
     state = experiment.loop(state, done, section.rounds, advance, evaluate)
-    supervised.write_weights(experiment.workdir / 'student.safetensors', state.student.network, config.student.name)
+    supervised.write_weights(
+        experiment.workdir / 'student.safetensors', state.student.network, config.student.name,
+        tuple(config.dataset.image_shape))
     _write_images(experiment, mesh, make, state.synthesis, teacher, picture_key)
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(

@@ -180,7 +180,7 @@ BAD = {
     'weights of another width': (
         ['--config.teacher.source=wide.safetensors'], ['batch_stats.bn1.mean', '(4,)', '(3,)']),
     'weights of other classes': (
-        ['--config.teacher.source=classes.safetensors'], ['classes.safetensors does not fit', '6 classes', 'dataset.num_classes']),
+        ['--config.teacher.source=classes.safetensors'], ['does not fit', '6 classes', 'dataset.num_classes']),
     'weights of other channels': (
         ['--config.teacher.source=colour.safetensors'], ['params.conv1.kernel', '(3, 3, 3, 3)', '(3, 3, 1, 3)']),
     'weights not finite': (['--config.teacher.source=broken.safetensors'], ['params.conv2.kernel', 'not finite']),

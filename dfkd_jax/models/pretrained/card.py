@@ -21,7 +21,7 @@ class Card(NamedTuple):
   """What a network is, as plain data; `_asdict()` is JSON."""
 
   source: str
-  sha256: str  # Of the file; of a folder: of its files' names and contents.
+  sha256: str  # Of the file; of a folder: of its files' names and contents; of neither: of the variables.
   num_classes: int | None  # None where the module does not say.
   num_params: int
   batch_norms: int
@@ -56,17 +56,20 @@ class Probe(NamedTuple):
     return json.dumps(self._asdict())
 
 
-def describe(network: Network, source: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Card:
+def describe(
+    network: Network, source: str | os.PathLike[str] | None, path: str | os.PathLike[str] | None = None
+) -> Card:
   """The card of a network.
 
   Args:
     network: With its weights.
-    source: What the user calls them.
+    source: What the user calls them; None: they are from no file.
     path: Where they lie, if `source` is no path.
   """
   moments = network.running().values()
   return Card(
-      source=os.fspath(source), sha256=digest(split_entry(source if path is None else path)[0]),
+      source='variables in memory' if source is None else os.fspath(source),
+      sha256=_of_arrays(network) if source is None else digest(split_entry(source if path is None else path)[0]),
       num_classes=getattr(network.module, 'num_classes', None), num_params=network.num_params(),
       batch_norms=len(moments), channels=sum(int(of.mean.size) for of in moments),
       dtype=', '.join(sorted({leaf.dtype.name for leaf in jax.tree.leaves(network.params)})),
@@ -208,6 +211,16 @@ def digest(path: pathlib.Path) -> str:
     return _of_file(path)
   names = sorted(item.relative_to(path).as_posix() for item in path.rglob('*') if item.is_file())
   return hashlib.sha256(''.join(f'{_of_file(path / name)}  {name}\n' for name in names).encode()).hexdigest()
+
+
+def _of_arrays(network: Network) -> str:
+  """Over the paths, dtypes, shapes and bytes of all variables."""
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path({'params': network.params, 'batch_stats': network.batch_stats}):
+    array = np.asarray(leaf)
+    found.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
+    found.update(array.tobytes())
+  return found.hexdigest()
 
 
 def _of_file(path: pathlib.Path) -> str:
