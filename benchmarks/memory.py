@@ -5,8 +5,9 @@ python benchmarks/memory.py --batch_size 100 400 --dtype float32 bfloat16
 One call of FastDFKD's synthesis (a loop of inner steps) and the student's steps (a loop), by batch size, dtype of the
 computation, and with or without recomputation in teacher, student and generator. Weights and images are shapes alone.
 --platform=tpu compiles for a topology of TPUs, which need not be there (pip install 'jax[tpu]'), and cpu for this
-machine, where convolutions have temporaries of their own and bfloat16 is computed in float32: for an accelerator, take
-the former; `stock` is CPU without our convolutions. FLOPs are XLA's, which counts a loop's body once: those of a step.
+machine, where convolutions have temporaries of their own, recomputation is merged away, and bfloat16 is computed in
+float32: for an accelerator, take the former; `stock` is CPU without our convolutions. FLOPs are XLA's, which counts a
+loop's body once: those of a step. A program of TPUs takes minutes to compile.
 """
 
 import argparse
