@@ -22,6 +22,8 @@ The moments term of the published teacher is torchvision's ResNet-50's. Other te
 needs no tuning to the scale of a network; the preflight says how terms weigh, for any teacher.
 """
 
+from ml_collections import config_dict
+
 from configs import common
 from configs.methods import fast_dfkd
 
@@ -71,6 +73,11 @@ def _small(config):
 
 
 def _cpu(config):
-  """Ours."""
+  """Ours: fresh latents that move fast, and moments of each batch alone, as there are few calls."""
   config.generator.options = dict(widths=(64, 64, 32, 32, 32), last='subpixel')
-  config.method.update(batch_size=32, capacity=3_200)
+  config.method.update(
+      num_steps=40, generator_lr=3e-3, latent_lr=0.1, meta='fomaml', meta_lr=config_dict.placeholder(float),
+      carry_latents=False, restart_every=config_dict.placeholder(int), keep='best', moments_momentum=0.0,
+      adversarial_after=10, batch_size=32, capacity=1_280)
+  config.distill.update(rounds=40, calls_per_round=1, steps_per_round=5, distill_after=10, batch_size=32)
+  config.preflight.batch_size = 8

@@ -87,7 +87,7 @@ def test_weights_of_the_student_load_as_a_network(whole):
   network = state.student.network
   assert equal(jax.device_get(variables), {'params': network.params, 'batch_stats': network.batch_stats})
   assert json.loads(pretrained.read_metadata(workdir / 'student.safetensors')['network']) == {
-      'model': 'convnet', 'mean': [0.4], 'std': [0.3]}
+      'model': 'convnet', 'mean': [0.4], 'std': [0.3], 'bgr': False, 'resize': None}
 
 
 def test_the_student_is_trained_on_what_was_synthesised(whole):
