@@ -90,7 +90,7 @@ def measure(
     names = sorted(values)
     basis = {name: jnp.asarray([name == other for other in names], values[name].dtype) for name in names}
     # In a loop: the backward pass is compiled once, not once a term.
-    norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), basis)
+    norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), basis) if names else ()
     pulls = dict(zip(names, norms, strict=True))
     running = teacher.running()
     layers = inversion.batch_norm_by_layer(outputs.moments, running) if running else {}
