@@ -151,7 +151,7 @@ def test_the_student_has_moved(single):
   _, found = contents(single[1][0])
   for layer, weights in network.params.items():
     for name, value in weights.items():
-      assert np.abs(found[f'student/network/params/{layer}/{name}'] - value).max() > 1e-3
+      assert np.abs(found[f'student/network/params/{layer}/{name}'] - value).max() > 2e-4  # Twice what may differ.
   lines = toy_runs.metrics(single[1][0])
   assert len({line['top1'] for line in lines}) > 1
   assert len({line['agreement'] for line in lines} - {0.0}) > 1
