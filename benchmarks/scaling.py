@@ -33,7 +33,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import main as command_line  # noqa: E402
-from dfkd_jax import build, distill, parallel, train  # noqa: E402
+from dfkd_jax import build, distill, parallel  # noqa: E402
+from dfkd_jax import programs as rounds  # noqa: E402
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8}
@@ -137,7 +138,7 @@ def spread(config, devices: int):
   return config
 
 
-def programs(config) -> train.Programs:
+def programs(config) -> rounds.Programs:
   """Both programs of a round for `DEVICES` devices, from shapes alone."""
   mesh, key = parallel.make_mesh(DEVICES), jax.random.key(0)
   section = config.distill
@@ -145,8 +146,8 @@ def programs(config) -> train.Programs:
       jax.eval_shape(lambda which=which: build.network(config, which, key)) for which in ('teacher', 'student'))
   tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
   synthesis = jax.eval_shape(build.synthesizer(config, 1)(None).init, key, teacher)
-  state = train.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
-  return train.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
+  state = rounds.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
+  return rounds.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
 
 
 def flops_of_round(config) -> float:

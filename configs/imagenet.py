@@ -11,6 +11,8 @@ The second only looks at the teacher. Arguments: a pair TEACHER-STUDENT of TEACH
            the batch and the newest 100,000 images: for one device of 8 to 16 GB
   cpu      a demonstration for two CPU cores: a quarter of an hour of synthesis, a few student steps
 
+With judge-TEACHER and --config.judge.source, another network than the teacher says what it sees in the images.
+
 Published (arXiv:2112.06253, table 3, torchvision ResNet-50, validation top-1, the best epoch): to ResNet-50 68.61, to
 ResNet-18 53.45, to MobileNetV2 43.02 %. Cost (R50-R18, full): 40.4 GFLOP an image and inner step, 19.1 an image and
 student step, 1.9 EFLOP in all; 540,000 images, 81 GB, kept in host memory where a device has no room.
@@ -39,17 +41,21 @@ TEACHERS = {  # The name of the model, and what its published weights expect.
 }
 STUDENTS = {'resnet18': 'resnet18_imagenet', 'resnet50': 'resnet50_imagenet', 'mobilenetv2': 'mobilenetv2_imagenet'}
 PAIRS = tuple(f'{teacher}-{student}' for teacher in TEACHERS for student in STUDENTS)  # The first is the default.
+JUDGES = tuple(f'judge-{teacher}' for teacher in TEACHERS)
 SIZES = ('full', 'px128', 'small', 'cpu')
 _ADVERSARIAL = {'resnet18': 1.0}  # By student; 0.1 for all others, as logged.
 
 
 def get_config(arguments: str = ''):
-  """PAIR and SIZE, in any order."""
-  picked = common.pick(arguments, pair=PAIRS, size=SIZES)
+  """PAIR, SIZE and a JUDGE, in any order."""
+  picked = common.pick(arguments, pair=PAIRS, size=SIZES, judge=(None, *JUDGES))
   teacher, student = picked['pair'].split('-')
   config = common.base()
   config.dataset.update(image_shape=(224, 224, 3), num_classes=1000, test_split='validation', crop=0.875)
   config.teacher.update(name=TEACHERS[teacher][0], **TEACHERS[teacher][1])
+  if picked['judge']:
+    name, expected = TEACHERS[picked['judge'].removeprefix('judge-')]
+    config.judge.update(name=name, **expected)
   config.student.update(name=STUDENTS[student], **_TORCHVISION)
   fast_dfkd.imagenet(config, _ADVERSARIAL.get(student, 0.1))
   if teacher != 'resnet50':
@@ -79,5 +85,6 @@ def _cpu(config):
       num_steps=40, generator_lr=3e-3, latent_lr=0.1, meta='fomaml', meta_lr=config_dict.placeholder(float),
       carry_latents=False, restart_every=config_dict.placeholder(int), keep='best', moments_momentum=0.0,
       adversarial_after=10, batch_size=32, capacity=1_280)
+  config.factors.adversarial = 0.0  # A student of so few steps is no adversary.
   config.distill.update(rounds=40, calls_per_round=1, steps_per_round=5, distill_after=10, batch_size=32)
   config.preflight.batch_size = 8

@@ -57,6 +57,9 @@ def format_summary(summary: dict) -> str:
   if teacher and teacher['top1']:
     ratios = [f'{student[kind]["top1"] / teacher["top1"]:.3f} {kind}' for kind in ('last', 'best') if student.get(kind)]
     lines.append(f'student / teacher   {", ".join(ratios)}')
+  if images := summary.get('images'):
+    lines.append(f'images, by the judge {images["judge_top1"]:.2%} top-1, {images["judge_top5"]:.2%} top-5 '
+                 f'of {images["count"]:.0f} samples are what the teacher sees in them')
   sizes = summary.get('parameters') or {}
   if sizes.get('student'):
     name = summary.get('network', 'student')
@@ -94,8 +97,6 @@ def _synthetic(student: dict) -> list[str]:
   last, best = student['last'], student.get('best') or {}
   best_round = f', best {_text(best.get("held_out_agreement"), "{:.2%}")} at round {best.get("round", 0):.0f}'
   found = [f'fresh synthetic images  agreement with the teacher {last["held_out_agreement"]:.2%} last{best_round}']
-  if last.get('judge_top1') is not None:
-    found.append(f'their class by the judge  top-1 {last["judge_top1"]:.2%}, top-5 {last["judge_top5"]:.2%}')
   return found
 
 
