@@ -57,7 +57,8 @@ def num_params(config, which):
 def fields(config, prefix=''):
   for name, value in config.items():
     yield prefix + name
-    if hasattr(value, 'items') and f'{prefix}{name}' not in ('method', 'teacher.options', 'student.options'):
+    if hasattr(value, 'items') and f'{prefix}{name}' not in (
+        'method', 'teacher.options', 'student.options', 'judge.options'):
       yield from fields(value, f'{prefix}{name}.')
 
 

@@ -8,7 +8,7 @@ import toy_runs
 import toys
 from PIL import Image
 
-from dfkd_jax import build, data, evaluate, models, report, train
+from dfkd_jax import build, data, evaluate, models, programs, report, train
 from dfkd_jax.checkpoint import Checkpoints
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models import pretrained
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, capsys):
 def test_a_finished_run_is_not_done_again(whole, monkeypatch, capsys):
   workdir, wanted, *_ = whole
   before = toy_runs.tree_of(workdir)
-  monkeypatch.setattr(train, 'compiled', None)
+  monkeypatch.setattr(programs, 'compiled', None)
   assert train.run(toy_runs.config(control=True), workdir) == json.loads(json.dumps(wanted))
   assert toy_runs.tree_of(workdir) == before
   seen = capsys.readouterr()
