@@ -111,7 +111,7 @@ def test_a_student_carries_its_probe_and_its_preprocessing(tmp_path):
 @pytest.mark.parametrize(('name', 'dtype', 'remat'), [('resnet18_imagenet', 'bfloat16', True), ('wrn10_1', None, True)])
 def test_how_networks_compute_is_the_configs_to_say(name, dtype, remat):
   config = toy_runs.config(compute_dtype=dtype, remat=remat)
-  config.teacher.update(name=name, options={})
+  config.teacher.name, config.teacher.options = name, {}  # `update` would keep those that are there.
   module = build.module(config, 'teacher')
   assert module.dtype == (dtype and jnp.bfloat16)
   assert getattr(module, 'remat', None) == (True if name == 'resnet18_imagenet' else None)  # If it has the switch.
@@ -123,7 +123,7 @@ def test_how_networks_compute_is_the_configs_to_say(name, dtype, remat):
 def test_a_spatial_generator_has_the_latents_of_its_images():
   config = toy_runs.config()
   config.dataset.image_shape = (24, 8, 3)
-  config.generator.update(name='spatial_generator', options=dict(widths=(3, 2, 2)))
+  config.generator.name, config.generator.options = 'spatial_generator', dict(widths=(3, 2, 2))
   assert build.latent_dim(config) == (6, 2, 7)
   assert build.latent_dim(toy_runs.config()) == 7
   config.dataset.image_shape = (24, 10, 3)
