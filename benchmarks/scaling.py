@@ -160,7 +160,8 @@ def flops_of_round(config) -> float:
           lambda which=which: build.network(config, which, key)), image) for which in ('teacher', 'student'))
   made = 0.0
   if 'latent_dim' in method:
-    generator, latents = build.generator(config), jnp.zeros((1, method.latent_dim))
+    shape = build.latent_dim(config)
+    generator, latents = build.generator(config), jnp.zeros((1, *((shape,) if isinstance(shape, int) else shape)))
     variables = jax.eval_shape(lambda: generator.init(key, latents))
     made = of(lambda v, z: generator.apply(v, z, mutable=['batch_stats'])[0], variables, latents)
   inner = 3 * made + 2 * teacher + (2 * student if config.factors.adversarial else 0)

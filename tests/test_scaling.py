@@ -125,3 +125,12 @@ def test_a_batch_norm_over_devices_is_one_over_the_batch(settled):
   exact = np.asarray(images, np.float64).reshape(-1, 4)
   np.testing.assert_allclose(moved['mean'], 0.9 * variables['batch_stats']['mean'] + 0.1 * exact.mean(0), rtol=1e-6)
   np.testing.assert_allclose(moved['var'], 0.9 + 0.1 * exact.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['configs/cifar10.py:fast_dfkd', 'configs/imagenet.py:small'])
+def test_operations_of_a_round_are_more_than_those_of_the_student(name):
+  """Of generators of either kind; the published numbers of steps and images."""
+  config = scaling.command_line.load(name)
+  section = config.distill
+  student_alone = section.steps_per_round * section.batch_size * 3e8
+  assert scaling.flops_of_round(config) > student_alone
