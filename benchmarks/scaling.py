@@ -150,6 +150,11 @@ def programs(config) -> rounds.Programs:
   return rounds.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
 
 
+def of_round(found: dict[str, Traffic], config) -> dict[str, Traffic]:
+  """What a program sends in a round, which runs it once a call."""
+  return {kind: Traffic(*(config.distill.calls_per_round * number for number in each)) for kind, each in found.items()}
+
+
 def flops_of_round(config) -> float:
   """FLOP of what one device has to do."""
   key, section, method = jax.random.key(0), config.distill, config.method
@@ -201,7 +206,7 @@ def main() -> None:
   config = command_line.load(options.config)
   command_line.override(config, overrides)
   compiled = programs(spread(config, DEVICES))
-  found = {name: traffic(getattr(compiled, name).as_text()) for name in ('synthesize', 'distill')}
+  found = {name: of_round(traffic(getattr(compiled, name).as_text()), config) for name in ('synthesize', 'distill')}
   report(found, flops_of_round(config))
 
 

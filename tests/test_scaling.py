@@ -134,3 +134,10 @@ def test_operations_of_a_round_are_more_than_those_of_the_student(name):
   section = config.distill
   student_alone = section.steps_per_round * section.batch_size * 3e8
   assert scaling.flops_of_round(config) > student_alone
+
+
+def test_a_round_runs_a_program_once_a_call():
+  config = scaling.command_line.load('configs/imagenet.py')
+  found = scaling.of_round({'all-reduce': scaling.Traffic(3, 80, 2)}, config)
+  assert config.distill.calls_per_round == 10
+  assert found == {'all-reduce': scaling.Traffic(30, 800, 20)}
