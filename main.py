@@ -9,7 +9,8 @@ What follows the colon are arguments, which each file in configs/ explains. Any 
 
 On several machines the same command is started once on each, with a --workdir that all see, and with
 --config.distributed.coordinator=HOST:PORT (of the first) --config.distributed.num_processes=N
---config.distributed.process_id=0 (to N - 1); under SLURM's srun, Open MPI and TPU pods it needs none of these.
+--config.distributed.process_id=0 (to N - 1); under SLURM's srun, Open MPI up to 4 and TPU pods on
+Kubernetes it needs none of these, and on other TPU pods --config.distributed.coordinator=auto.
 """
 
 import argparse

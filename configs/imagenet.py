@@ -14,11 +14,15 @@ The second only looks at the teacher. Arguments: a pair TEACHER-STUDENT of TEACH
 With judge-TEACHER and --config.judge.source, another network than the teacher says what it sees in the images.
 
 Published (arXiv:2112.06253, table 3, torchvision ResNet-50, validation top-1, the best epoch): to ResNet-50 68.61, to
-ResNet-18 53.45, to MobileNetV2 43.02 %. Cost (R50-R18, full): 40.4 GFLOP an image and inner step, 19.1 an image and
-student step, 1.9 EFLOP in all; 540,000 images, 81 GB, kept in host memory where a device has no room.
+ResNet-18 53.45, to MobileNetV2 43.02 %. Cost (R50-R18, full): by the layers' formulas 40.4 GFLOP an image and inner
+step, 19.1 an image and student step, 1.9 EFLOP in all (compiled programs count 31.1 and 18.0: README); 540,000 images,
+81 GB, kept in host memory where a device has no room. Each checkpoint is as large, and the host needs it twice while
+one is written: hence a checkpoint every 60 rounds, of which one stays.
 
 There are no real images in this unless you have them: the student is then judged by its agreement with the teacher on
 fresh synthetic images. With a prepared set (README), --config.dataset.name=imagenet2012 gives its top-1.
+
+Keras' own ResNet-50 (layers called conv2_block1_1_conv) wants --config.teacher.options.epsilon=1.001e-5.
 
 The moments term of the published teacher is torchvision's ResNet-50's. Other teachers get relative_batch_norm, which
 needs no tuning to the scale of a network; the preflight says how terms weigh, for any teacher.
@@ -61,7 +65,7 @@ def get_config(arguments: str = ''):
   if teacher != 'resnet50':
     config.factors.update(batch_norm=0.0, relative_batch_norm=1.0, one_hot=1.0)
   config.evaluate.update(every=10, batch_size=100)
-  config.checkpoint.every = 10
+  config.checkpoint.update(every=60, max_to_keep=1)
   if picked['size'] != 'full':
     config.dataset.image_shape = (128, 128, 3)
   if picked['size'] == 'small':
@@ -88,3 +92,4 @@ def _cpu(config):
   config.factors.adversarial = 0.0  # A student of so few steps is no adversary.
   config.distill.update(rounds=40, calls_per_round=1, steps_per_round=5, distill_after=10, batch_size=32)
   config.preflight.batch_size = 8
+  config.checkpoint.every = 10

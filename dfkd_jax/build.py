@@ -55,6 +55,8 @@ def teacher(config: Config) -> Network:
 def judge(config: Config) -> Network | None:
   """The network that looks at the images without having a part in them, with its weights; None if none is named."""
   if config.judge.name is None:
+    if config.judge.source is not None:
+      raise ValueError(f'judge.name is None, must name the model of judge.source, {config.judge.source!r}.')
     return None
   if config.judge.source is None:
     raise ValueError(f'judge.source is None, must name the weights of judge.name, {config.judge.name!r}.')
@@ -70,7 +72,12 @@ def pretrained_network(config: Config, which: str) -> Network:
   except OSError as error:
     raise ValueError(f'{which}.source is {section.source!r}, which cannot be read: {error.strerror}.') from error
   bound = models.bind(found, variables, **_preprocessing(section))
-  pretrained.check(bound, tuple(config.dataset.image_shape), expected=None)
+  try:
+    pretrained.check(
+        bound, tuple(config.dataset.image_shape), pretrained.stored_probe(path),
+        moments=which != 'teacher' or not config.preflight.fallback)
+  except ValueError as error:
+    raise ValueError(f'{which}.source is {section.source!r}: {error}') from None
   return bound
 
 

@@ -118,7 +118,8 @@ def _builder(name: str, split: str, roots: list[pathlib.Path]) -> Any:
     if wanted <= set(present[folder]):
       return _readable(builder, name, folder)
   plain = name.split(':')[0]
-  command = f'python -m dfkd_jax.prepare {plain} --source ... --data_dir {roots[-1]}'
+  kind = plain if plain in _WELL_KNOWN else f'folder --name {plain} --split {sorted(wanted)[0]}'
+  command = f'python -m dfkd_jax.prepare {kind} --source ... --data_dir {roots[-1]}'
   if present:
     found = '; '.join(f'{", ".join(splits)} in {folder}' for folder, splits in present.items())
     raise ValueError(f'Data set {name!r} has no split {split!r}, only {found}. To prepare more: {command}')

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -48,15 +47,17 @@ def write(
 
 
 def _sampler(mesh: Mesh, make: Make, synthesis: PyTree, task) -> Callable[[PyTree, PRNGKey, Network], Batch]:
-  """(state, key, teacher) -> a batch with the teacher's labels where the method knows none."""
+  """(state, key, teacher) -> a batch labelled by what the teacher sees in the images themselves.
+
+  The buffer's own labels are of the augmented views by which they were made, and some methods know none.
+  """
 
   def slots(synthesis, key, *, axis):
     return make(axis).sample(synthesis, key).slots
 
   def labelled(synthesis, key, images, teacher, *, axis):
     batch = make(axis).sample(replay.given(synthesis, images), key)
-    seen = task.predicted(teacher(batch.images).logits)
-    return batch._replace(labels=jnp.where(batch.labels < 0, seen, batch.labels))
+    return batch._replace(labels=task.predicted(teacher(batch.images).logits))
 
   one, split, spread = parallel.REPLICATED, parallel.SPREAD, parallel.specs(host_buffer.as_taken(synthesis))
   return host_buffer.giving(

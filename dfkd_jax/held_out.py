@@ -38,7 +38,7 @@ def compiled(
 
   Args:
     mesh: The devices.
-    make: The name of the mapped axis -> the method, with room for the images of one call.
+    make: The name of the mapped axis -> the method, with room for just the images of one call: each is looked at once.
     synthesis: The method's state in the run; only shapes and places matter, here and below.
     *networks: Teacher, student, and the judge or None.
   """
@@ -47,9 +47,12 @@ def compiled(
     method = make(axis)
     key_init, key_call, key_sample = jax.random.split(key, 3)
     if hasattr(synthesis, 'buffer'):  # Else every sample is fresh anyway.
-      empty = method.init(key_init, teacher).buffer
-      synthesis, _ = method.synthesize(synthesis.replace(buffer=empty), key_call, teacher, student)
-    images = method.sample(synthesis, key_sample).images
+      new = method.init(key_init, teacher)
+      fresh = {'latents': new.latents} if getattr(new, 'latents', None) is not None else {}  # None are carried on.
+      synthesis, _ = method.synthesize(synthesis.replace(buffer=new.buffer, **fresh), key_call, teacher, student)
+      images = replay.to_float(synthesis.buffer.images.reshape(-1, *synthesis.buffer.images.shape[2:]))
+    else:
+      images = method.sample(synthesis, key_sample).images
     wanted = teacher(images).logits
     found = {'held_out_agreement': divergence.agreement(student(images).logits, wanted).mean()}
     if judge is not None:

@@ -7,6 +7,7 @@ before they begin, since draws are uniform, and the images of these slots are ha
 keys draw the same slots, so a run computes the same, bit for bit, wherever the images lie.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,9 +134,23 @@ def with_places(synthesis: PyTree, images: jax.ShapeDtypeStruct, mesh: Mesh) -> 
 
 
 def on_host(synthesis: PyTree) -> PyTree:
-  """A state whose buffer's images, of which it has only the shape, are black, and in host memory."""
+  """A state whose buffer's images, of which it has only the shape, are black, and in host memory.
+
+  Raises:
+    ValueError: The host has not twice the memory, as a checkpoint copies them: said now, not when it is full.
+  """
   images = replay.of(synthesis).images
+  needed, there = 2 * int(np.prod(images.shape)), host_memory()
+  if needed > there:
+    raise ValueError(
+        f'method.capacity needs {_size(needed)} of host memory, as images are copied while a checkpoint is written, '
+        f'must be so low that {_size(there)} suffice.')
   return replay.with_fields(synthesis, images=np.zeros(images.shape, images.dtype))  # No memory until written.
+
+
+def host_memory() -> int:
+  """Bytes of this machine."""
+  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def made(synthesis: PyTree) -> PyTree:

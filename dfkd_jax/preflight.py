@@ -21,6 +21,7 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.synth import generative, objective
 from dfkd_jax.types import Array, PRNGKey
 
+_FOR_LOOKING = 1 << 30  # The run splits the same key.
 MOMENTS = ('batch_norm', 'relative_batch_norm')
 # Pull of the moments over that of one_hot. Runs that went well had 0.07 (the quick start) and 0.9 (ResNet-56); with 11
 # the classes asked for went unheard (ResNet-56 with the published factors). AIM is in the middle.
@@ -219,7 +220,8 @@ def run(
   """
   del workdir, command
   source = None if teacher else config.teacher.source
-  student = build.network(config, 'student', jax.random.key(config.seed)) if config.student.name else None
+  key = jax.random.split(jax.random.key(config.seed), 5)[0]  # That of the run.
+  student = build.network(config, 'student', key) if config.student.name else None
   return report(config, teacher or build.teacher(config), student, source)[1]
 
 
@@ -242,13 +244,9 @@ def report(
   measured, verdict = look(config, teacher, student)
   if verdict.refusal:
     raise ValueError(f'{verdict.refusal}.')
-  checked = None
-  if moments_lack(teacher) is None:  # Else it goes on in spite of them.
-    image_shape = tuple(config.dataset.image_shape)
-    checked = pretrained.check(teacher, image_shape, pretrained.stored_probe(path) if path else None)
   if parallel.is_first():
     print('\n'.join(card.lines() + lines(measured, verdict, verdict.factors)), file=sys.stderr)
-  return verdict.factors, {'card': card._asdict(), 'check': checked, **plain(measured, verdict)}
+  return verdict.factors, {'card': card._asdict(), **plain(measured, verdict)}
 
 
 def look(config: build.Config, teacher: Network, student: Network | None) -> tuple[Measured, Verdict]:
@@ -260,17 +258,22 @@ def look(config: build.Config, teacher: Network, student: Network | None) -> tup
     student: As it begins; None: terms that need it are left out.
   """
   numbers, section = config.method, config.preflight
+  if numbers.name is None:
+    raise ValueError(f'method.name is None, must be one of {", ".join(synth.names())}: its terms are what is weighed.')
   factors = objective.Factors(**config.factors.to_dict())
   if student is None:
     factors = factors._replace(adversarial=0.0, student_batch_norm=0.0)
+    if not any(factors.active(name) for name in factors._fields):
+      raise ValueError('student.name is None, must name a network: all factors above 0 are of terms that need one.')
   has_moments = moments_lack(teacher) is None
   measured_too = {'one_hot': 1.0, 'total_variation': 1.0, **(dict.fromkeys(MOMENTS, 1.0) if has_moments else {})}
   active = factors._replace(contrast=0.0, **({} if has_moments else dict.fromkeys(MOMENTS, 0.0)))
   active = active._replace(**{name: getattr(active, name) or factor for name, factor in measured_too.items()})
   made = build.generator(config) if 'generator' in synth.parameters(numbers.name) else None
   latents = build.latent_dim(config) if 'latent_dim' in numbers else ()
+  key = jax.random.fold_in(jax.random.key(config.seed), _FOR_LOOKING)
   measured = measure(
-      jax.random.key(config.seed), teacher, student, generator=made, factors=active, task=build.task(config),
+      key, teacher, student, generator=made, factors=active, task=build.task(config),
       latent_shape=(section.batch_size, *((latents,) if isinstance(latents, int) else latents)),
       image_shape=tuple(config.dataset.image_shape))
   return measured, judge(

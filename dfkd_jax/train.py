@@ -57,6 +57,8 @@ def run(
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
   if config.job == 'train':
+    if teacher is not None:
+      raise ValueError("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
     return supervised.run(config, workdir, command)
   return {'distill': run_distillation, 'check': preflight.run}[config.job](config, workdir, command, teacher)
 
@@ -106,9 +108,10 @@ def run_distillation(
     advance = functools.partial(_round, experiment, compiled, run_key, teacher)
     evaluate = functools.partial(_evaluate, experiment, look, run_key)
     state = experiment.loop(state, done, section.rounds, advance, evaluate)
-    supervised.write_weights(
-        experiment.workdir / 'student.safetensors', state.student.network, config.student.name,
-        tuple(config.dataset.image_shape))
+    with parallel.together():
+      supervised.write_weights(
+          experiment.workdir / 'student.safetensors', state.student.network, config.student.name,
+          tuple(config.dataset.image_shape))
     looked_at = gallery.write(experiment, mesh, make, state.synthesis, teacher, judge, picture_key)
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(

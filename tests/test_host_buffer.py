@@ -208,3 +208,10 @@ def test_where_draws_go_by_priority_auto_is_the_device():
   assert host_buffer.checked('auto', buffer) == 'device'
   assert host_buffer.checked('auto', {'no': 'buffer'}) == 'device'
   assert host_buffer.checked('auto', replay.create(3, SHAPE, K)) == 'auto'
+
+
+def test_a_host_without_the_memory_for_a_checkpoint_too_is_said_before_anything_is_written(tmp_path, monkeypatch):
+  monkeypatch.setattr(host_buffer, 'host_memory', lambda: 1_000)
+  with pytest.raises(ValueError, match=r'method\.capacity needs .* of host memory'):
+    train.run(toy_runs.config(buffer='host'), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

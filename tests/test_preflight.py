@@ -157,3 +157,35 @@ def test_factors_of_a_config_are_read(tmp_path):
   assert '--config.factors.batch_norm=' in printed
   config = toy_runs.config()
   assert build.synthesizer(config, 1, objective.Factors(one_hot=1.0))(None)
+
+
+def moments_of_init(tmp_path):
+  """Weights whose running moments no training has moved."""
+  network = build.network(toy_runs.config(), 'teacher', jax.random.key(3))
+  path = tmp_path / 'fresh.safetensors'
+  build.pretrained.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
+  return str(path)
+
+
+def test_a_file_without_moments_is_refused_or_inverted_by_smoothness(tmp_path):
+  source = moments_of_init(tmp_path)
+  with pytest.raises(ValueError, match='teacher.source is .* 0 and 1, as before any training'):
+    check(tmp_path, teacher__source=source)
+  found, printed = check(tmp_path, teacher__source=source, preflight__fallback=True)
+  assert found['factors']['batch_norm'] == 0
+  assert found['factors']['total_variation'] > 0
+  assert 'goes on without batch_norm' in printed
+  with toy_runs.quick():
+    summary = train.run(
+        toy_runs.config(teacher__source=source, preflight__fallback=True, distill__rounds=2), tmp_path / 'whole')
+  assert summary['preflight']['factors'] == found['factors']
+
+
+def test_the_job_needs_a_method_and_says_so(tmp_path):
+  with pytest.raises(ValueError, match='method.name is None, must be one of'):
+    check(tmp_path, method__name=None)
+
+
+def test_terms_that_need_a_student_are_named(tmp_path):
+  with pytest.raises(ValueError, match='student.name is None'):
+    check(tmp_path, student__name=None, factors__one_hot=0.0, factors__batch_norm=0.0)

@@ -110,18 +110,22 @@ def stored_probe(path: str | os.PathLike[str]) -> Probe | None:
                   tuple(tuple(map(float, row)) for row in found['logits']), float(found['tolerance']))
     if np.asarray(probe.logits).ndim != 2 or len(probe.image_shape) != 3 or not 0 <= probe.seed < 2**32:
       raise ValueError('other shapes')
-  except (ValueError, KeyError, TypeError) as error:
+  except Exception as error:  # Of JSON that is nested too deep, or of a number that is none, too.
     raise ValueError(f'The probe in the metadata of {path} is damaged: {text[:80]!r}.') from error
   return probe
 
 
-def check(network: Network, image_shape: tuple[int, ...], expected: Probe | None = None) -> dict[str, Any]:
+def check(
+    network: Network, image_shape: tuple[int, ...], expected: Probe | None = None, *, moments: bool = True
+) -> dict[str, Any]:
   """Whether weights are in order, as far as it shows without data.
 
   Args:
     network: With its weights and preprocessing.
     image_shape: [H, W, C] of the data set's.
-    expected: As `stored_probe` gives it; of other image shapes, it is left out.
+    expected: As `stored_probe` gives it; of other image shapes, or where the module computes in less than the float32
+      of the probe, it is left out.
+    moments: Whether running moments must be such as training leaves them.
 
   Returns:
     Plain data: the smallest running variance, how many are 0, the logits' standard deviation, and how far the probe's
@@ -131,8 +135,10 @@ def check(network: Network, image_shape: tuple[int, ...], expected: Probe | None
     ValueError: In one line, what is wrong: numbers that are not finite, negative variances, moments as `init` leaves
       them, logits of another shape or the same for all images, or another probe.
   """
-  variances = _checked_moments(network)
-  compared = expected if expected and tuple(expected.image_shape) == tuple(image_shape) else None
+  variances = _checked_moments(network, moments)
+  rounded = getattr(network.module, 'dtype', None) is not None and jnp.finfo(network.module.dtype).bits < 32
+  same = expected is not None and tuple(expected.image_shape) == tuple(image_shape) and not rounded
+  compared = expected if same else None
   logits = _logits(network, probe_images(compared.seed if compared else 0, image_shape))
   _check_logits(logits, getattr(network.module, 'num_classes', None))
   return {
@@ -150,17 +156,17 @@ def probe_images(seed: int, image_shape: tuple[int, ...]) -> np.ndarray:
   return (patches.repeat(4, 1).repeat(4, 2)[:, :height, :width] / 255).astype(np.float32)
 
 
-def _checked_moments(network: Network) -> np.ndarray:
-  """All running variances, in one vector."""
+def _checked_moments(network: Network, trained: bool) -> np.ndarray:
+  """All running variances, in one vector; such as training leaves them, if that is asked for."""
   for path, leaf in jax.tree_util.tree_leaves_with_path({'params': network.params, 'batch_stats': network.batch_stats}):
     if not (bad := np.isfinite(np.asarray(leaf, np.float64))).all():
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(f'{name} holds {(~bad).sum()} values that are not finite.')
   moments = {path: (np.asarray(of.mean), np.asarray(of.var)) for path, of in network.running().items()}
   for path, (_, var) in moments.items():
-    if (var < 0).any():
+    if trained and (var < 0).any():
       raise ValueError(f'batch_stats/{path}/var holds {(var < 0).sum()} negative variances, down to {var.min():.3g}.')
-  if moments and all((mean == 0).all() and (var == 1).all() for mean, var in moments.values()):
+  if trained and moments and all((mean == 0).all() and (var == 1).all() for mean, var in moments.values()):
     raise ValueError(f'The running moments of all {len(moments)} batch norms are 0 and 1, as before any training: '
                      'the weights come without them.')
   return np.concatenate([var.ravel() for _, var in moments.values()] or [np.zeros(0)])
