@@ -237,7 +237,8 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
 def test_errors_say_where_was_looked_and_what_to_do(tmp_path, monkeypatch):
   prepare.write('flowers', {'test': arrays(3, (4, 5, 3), 2)}, tmp_path)
   with fails_in_one_line(
-      f"'flower' is not prepared in {tmp_path} .did you mean 'flowers'.*-m dfkd_jax.prepare folder --name flower --split test --source"):
+      f"'flower' is not prepared in {tmp_path} .did you mean 'flowers'.*"
+      '-m dfkd_jax.prepare folder --name flower --split test --source'):
     data.load('flower', 'test', tmp_path)
   with fails_in_one_line("'flowers' has no split 'train.:5.', only test in"):
     data.load('flowers', 'train[:5]', tmp_path)

@@ -129,7 +129,8 @@ BAD = {
     'option of a model': (['--config.student.name=vgg11'], ["'vgg11'", 'widths']),
     'width of a model': (['--config.student.options.widths=(0,3)'], ['student.options', '(0, 3)']),
     'dataset': (['--config.dataset.name=toi'], ["'toi'", "'toy'", 'dfkd_jax.prepare']),
-    'dataset not prepared': (['--config.dataset.data_dir=nowhere'], ["'toy'", 'nowhere', 'dfkd_jax.prepare folder --name toy']),
+    'dataset not prepared': (
+        ['--config.dataset.data_dir=nowhere'], ["'toy'", 'nowhere', 'dfkd_jax.prepare folder --name toy']),
     'split': (['--config.dataset.test_split=tset'], ["'tset'", 'test, train']),
     'no dataset': (['--config=CONFIGS/common.py'], ['common.py', 'get_config']),
     'section': (['--config.distil.rounds=3'], ["'distil.rounds'", "'distill.rounds'", 'optimizer']),

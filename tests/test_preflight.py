@@ -169,7 +169,7 @@ def moments_of_init(tmp_path):
 
 def test_a_file_without_moments_is_refused_or_inverted_by_smoothness(tmp_path):
   source = moments_of_init(tmp_path)
-  with pytest.raises(ValueError, match='teacher.source is .* 0 and 1, as before any training'):
+  with pytest.raises(ValueError, match=r'teacher\.source is .* 0 and 1, as before any training'):
     check(tmp_path, teacher__source=source)
   found, printed = check(tmp_path, teacher__source=source, preflight__fallback=True)
   assert found['factors']['batch_norm'] == 0
@@ -182,10 +182,10 @@ def test_a_file_without_moments_is_refused_or_inverted_by_smoothness(tmp_path):
 
 
 def test_the_job_needs_a_method_and_says_so(tmp_path):
-  with pytest.raises(ValueError, match='method.name is None, must be one of'):
+  with pytest.raises(ValueError, match=r'method\.name is None, must be one of'):
     check(tmp_path, method__name=None)
 
 
 def test_terms_that_need_a_student_are_named(tmp_path):
-  with pytest.raises(ValueError, match='student.name is None'):
+  with pytest.raises(ValueError, match=r'student\.name is None'):
     check(tmp_path, student__name=None, factors__one_hot=0.0, factors__batch_norm=0.0)
