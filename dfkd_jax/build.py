@@ -81,6 +81,11 @@ def pretrained_network(config: Config, which: str) -> Network:
   return bound
 
 
+def card(network: Network, source: str | None, which: str = 'teacher') -> pretrained.Card:
+  """What a network is, and the SHA-256 of its weights; a source of None: they are from no file."""
+  return pretrained.describe(network, source, weights_path(source, which) if source else None)
+
+
 def weights_path(source: str, which: str = 'teacher') -> pathlib.Path:
   """The file or folder that `teacher.source` names."""
   if source.startswith('embedded:'):

@@ -23,12 +23,13 @@ def evaluate(
     batch_size: int = 256,
     teacher: Network | None = None,
     teacher_predictions: np.ndarray | None = None,
+    shared: bool = False,
 ) -> dict[str, float]:
   """The task's metrics over all images, each once.
 
   One program is compiled for a task, a kind of network and a batch size, and
   reused by later calls; the last batch is padded. Of several processes all must
-  call this: each looks at its share of the images, and all get the result.
+  call this: each looks at its share of the images, and all get the result of all.
 
   Args:
     network: To be judged, in evaluation mode.
@@ -39,11 +40,13 @@ def evaluate(
     teacher: Whose answers `agreement` counts.
     teacher_predictions: Instead, these answers: what `predict(teacher, images)`
       gave. Compute them once for a run.
+    shared: Of several processes each has other images than the others, N of them,
+      and looks at them all; else all have the same.
 
   Returns:
     What `task.summarize` says, such as `top1`, `top5` (of fewer than five
     classes: of all) in [0, 1] and `cross_entropy` in nats; `agreement`, the
-    share of equal answers, if there is a teacher; and `count`, N.
+    share of equal answers, if there is a teacher; and `count`, how many images.
 
   Raises:
     ValueError: If the arrays do not fit each other, the task or the network.
@@ -52,39 +55,47 @@ def evaluate(
   _check(images, labels, task, batch_size)
   answers = teacher_predictions
   if answers is None and teacher is not None:
-    answers = predict(teacher, images, batch_size=batch_size)
+    answers = predict(teacher, images, batch_size=batch_size, shared=shared)
   if answers is not None and np.shape(answers) != labels.shape:
     raise ValueError(f'teacher_predictions must be {labels.shape} as the labels, got {np.shape(answers)}.')
   given = labels if answers is None else np.asarray(answers, np.int32)
-  rows, network, sums = parallel.rows_of_process(len(images)), parallel.local(network), []
+  rows, network, sums = _rows(len(images), shared), parallel.local(network), []
   for arrays, real in _batches((images[rows], labels[rows], given[rows]), batch_size):
     sums.append(_sums(network, *arrays, real, task=task))
     jax.block_until_ready(sums[-_IN_FLIGHT:][0])
   # In float64: a sum of float32 over a large set loses digits.
   of_all = lambda *parts: parallel.of_processes(np.sum(np.asarray(parts, np.float64), axis=0)).sum(axis=0)
   total = jax.tree.map(of_all, *jax.device_get(sums))
-  agreement = {} if answers is None else {'agreement': float(total['agreeing']) / len(images)}
-  return {**task.summarize(total['metrics']), **agreement, 'count': float(len(images))}
+  count = parallel.of_processes(np.int64(len(images))).sum() if shared else len(images)
+  agreement = {} if answers is None else {'agreement': float(total['agreeing'] / count)}
+  return {**task.summarize(total['metrics']), **agreement, 'count': float(count)}
 
 
-def predict(network: Network, images: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
+def predict(network: Network, images: np.ndarray, *, batch_size: int = 256, shared: bool = False) -> np.ndarray:
   """A network's answers, in evaluation mode. Of several processes all must call this, as with `evaluate`.
 
   Args:
     network: To be asked.
     images: [N, H, W, C], uint8 or float in [0, 1].
     batch_size: Images at a time.
+    shared: As there.
 
   Returns:
     The class with the highest score, [N] int32, in segmentation [N, H, W].
   """
   images = np.asarray(images)
   _check(images, images, None, batch_size)
-  rows, network = parallel.rows_of_process(len(images)), parallel.local(network)
+  rows, network = _rows(len(images), shared), parallel.local(network)
   parts = [
       np.asarray(_answers(network, batch))[:np.count_nonzero(real)]
       for (batch,), real in _batches((images[rows],), batch_size)]
-  return parallel.rows_of_all(np.concatenate(parts), len(images))
+  answers = np.concatenate(parts)
+  return answers if shared else parallel.rows_of_all(answers, len(images))
+
+
+def _rows(total: int, shared: bool) -> slice:
+  """Of the images at hand, those that this process looks at."""
+  return slice(None) if shared else parallel.rows_of_process(total)
 
 
 @jax.jit

@@ -48,9 +48,10 @@ class Experiment:
       plain = _jsonable(config)
       self.meta = {'config': plain, 'hash': fingerprint(config)}
       _check_place(self.workdir)
-      _same_config(_stored_config(self.workdir), plain, self.workdir)
+      self.stored = _stored(self.workdir)
+      _same_config(self.stored.get('config'), plain, self.workdir)
       self.task = build.task(config)
-      self.test = self.load(config.dataset.test_split) if config.dataset.name is not None else None
+      self.test = self.load(config.dataset.test_split, parallel.share()) if config.dataset.name is not None else None
     self.best: dict[str, Any] = {}
     self.last: dict[str, Any] = {}
     self._wall = 0.0  # Seconds of the processes that this one goes on from.
@@ -67,11 +68,25 @@ class Experiment:
     """What a class is called: its number, where no data set names it."""
     return str(label) if self.test is None else self.test.class_names[label]
 
-  def load(self, split: str) -> data.Dataset:
-    """A split of the data set, which must be as the config says."""
+  def stands_on(self, **weights: str | None) -> None:
+    """Notes which weights the run stands on, by their SHA-256; None: there are none.
+
+    Raises:
+      ValueError: The folder holds a run that stands on others.
+    """
+    there = self.stored.get('weights', weights)
+    for which, digest in weights.items():
+      if there.get(which) != digest:
+        raise ValueError(
+            f'{self.workdir} holds a run with another {which}, of SHA-256 {str(there.get(which))[:16]} there, '
+            f'{str(digest)[:16]} here. Name another --workdir.')
+    self.meta['weights'] = weights
+
+  def load(self, split: str, shard: tuple[int, int] = (0, 1)) -> data.Dataset:
+    """A split of the data set, or a shard of it; it must be as the config says."""
     section = self.config.dataset
     found = data.load(
-        section.name, split, section.data_dir, image_shape=tuple(section.image_shape), crop=section.crop)
+        section.name, split, section.data_dir, image_shape=tuple(section.image_shape), crop=section.crop, shard=shard)
     classes = len(found.class_names)
     if classes != section.num_classes:
       raise ValueError(f'dataset.num_classes is {section.num_classes}, must be {classes}, as {section.name!r} has.')
@@ -96,7 +111,8 @@ class Experiment:
   def follow(self, teacher: Network) -> dict[str, float]:
     """Takes the teacher's answers on the test images, for `agreement`; returns its own metrics."""
     metrics = self.evaluate(teacher)
-    ask = lambda images: evaluate.predict(teacher, images, batch_size=self.config.evaluate.batch_size)
+    ask = lambda images: evaluate.predict(
+        teacher, images, batch_size=self.config.evaluate.batch_size, shared=True)
     with self.ledger.part('compile'):
       ask(self.test.images[:1])
     with self.ledger.part('evaluation'):
@@ -107,7 +123,7 @@ class Experiment:
     """A network on the test set."""
     judge = lambda images, labels, answers: evaluate.evaluate(
         network, (images, labels), task=self.task, batch_size=self.config.evaluate.batch_size,
-        teacher_predictions=answers)
+        teacher_predictions=answers, shared=True)
     if network.module not in self._compiled:
       with self.ledger.part('compile'):
         judge(self.test.images[:1], self.test.labels[:1], None)
@@ -185,7 +201,8 @@ class Experiment:
     found = results | {
         'student': {'last': self.last, 'best': self.best}, 'note': _BEST if self.test is not None else _BEST_WITHOUT,
         'seconds': self.ledger.seconds(), 'wall_seconds': self._wall_seconds(), 'seed': self.config.seed,
-        'config': self.meta['config'], 'config_hash': self.meta['hash'], 'versions': report.versions(),
+        'config': self.meta['config'], 'config_hash': self.meta['hash'], 'weights': self.meta['weights'],
+        'versions': report.versions(),
         'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),
         'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/']}
     with parallel.together():  # So that no process reads what the first has not written yet.
@@ -210,14 +227,14 @@ def _check_place(workdir: pathlib.Path) -> None:
     raise ValueError(f'workdir is {str(workdir)!r}, must be writable: {nearest} is not.')
 
 
-def _stored_config(workdir: pathlib.Path) -> dict | None:
-  """The config of the run in a folder, if there is one."""
+def _stored(workdir: pathlib.Path) -> dict[str, Any]:
+  """What is known of the run in a folder: the summary if it has ended, else its latest checkpoint's meta data."""
   if (summary := _read_summary(workdir)) is not None:
-    return summary['config']
+    return summary
   if not (workdir / 'checkpoints').is_dir():
-    return None
+    return {}
   with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
-    return checkpoints.meta().get('config', {}) if checkpoints.steps() else None
+    return checkpoints.meta() if checkpoints.steps() else {}
 
 
 def _read_summary(workdir: pathlib.Path) -> dict | None:

@@ -38,7 +38,8 @@ def write(
     turn[drawn.labels == label] = np.arange((drawn.labels == label).sum())
   order = np.lexsort((drawn.labels, turn))[:wanted]
   names = [experiment.class_name(label) for label in drawn.labels[order]]
-  report.image_grid(experiment.workdir / 'images.png', drawn.images[order], names, section.columns)
+  with parallel.together():
+    report.image_grid(experiment.workdir / 'images.png', drawn.images[order], names, section.columns)
   if judge is None or drawn.labels.ndim > 1:
     return None
   found = evaluate.evaluate(

@@ -43,8 +43,8 @@ class Budget(NamedTuple):
     return f'{_size(self.images)} a device, {_size(max(self.free, 0))} free of {_size(self.limit)}'
 
 
-def checked(place: str, synthesis: PyTree) -> str:
-  """Where a method's images may lie: 'device', 'host', or 'auto' where that is for the budget to say.
+def bound_to_devices(place: str, synthesis: PyTree) -> str | None:
+  """Why a method's images cannot lie in host memory; None if they can.
 
   Args:
     place: As wanted, one of PLACES.
@@ -54,8 +54,7 @@ def checked(place: str, synthesis: PyTree) -> str:
     ValueError: It is no place, or the host is wanted by a run that cannot have its images there.
   """
   known(place, PLACES, 'buffer')
-  buffer = replay.of(synthesis)
-  reason = None
+  buffer, reason = replay.of(synthesis), None
   if buffer is None:
     reason = 'the method keeps no images'
   elif buffer.priorities is not None:
@@ -64,7 +63,7 @@ def checked(place: str, synthesis: PyTree) -> str:
     reason = f'there are {jax.process_count()} processes, and one alone would keep the images of all'
   if reason and place == 'host':
     raise ValueError(f"buffer is 'host', must be 'auto' or 'device': {reason}.")
-  return 'device' if reason else place
+  return reason
 
 
 def budget(images: jax.ShapeDtypeStruct, limit: int, state: PyTree = None, programs: tuple = ()) -> Budget:
@@ -87,21 +86,29 @@ def on_devices(
   """The programs for images on the devices, or None if they are to be on the host; and what is to be said of it.
 
   Args:
-    place: From `checked`.
+    place: As wanted, one of PLACES.
     limit: Bytes of a device; None: not known, and taken to be enough.
     state: All that stays on the devices.
     synthesis: The method's part of it.
     compiled: Makes the programs for images on the devices; not called where the images alone are too many.
+
+  Raises:
+    ValueError: The images do not fit on the devices, and cannot be elsewhere; or as `bound_to_devices` says.
   """
+  bound = bound_to_devices(place, synthesis)
   if place == 'host':
     return None, ''
-  if place == 'device' or limit is None:
+  if place == 'device' or limit is None or replay.of(synthesis) is None:
     return compiled(), ''
   images, programs = replay.of(synthesis).images, None
   found = budget(images, limit, state)
   if found.fits:
     programs = compiled()
     found = budget(images, limit, state, programs[:2])
+  if bound and not found.fits:
+    raise ValueError(
+        f'method.capacity must be lower: the image buffer is {found}, and cannot be in host memory, as {bound}; '
+        "buffer='device' tries nevertheless.")
   return programs if found.fits else None, f'image buffer: {found}: kept in {_PLACE_OF[found.fits]} memory'
 
 

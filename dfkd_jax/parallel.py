@@ -199,6 +199,11 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
+def share() -> tuple[int, int]:
+  """Which process this is, and of how many: the `shard` of `data.load`."""
+  return jax.process_index(), jax.process_count()
+
+
 def rows_of_process(total: int, process: int | None = None) -> slice:
   """The share of `total` rows that a process (None: this one) takes: none twice, and none is left."""
   process, processes = jax.process_index() if process is None else process, jax.process_count()

@@ -222,11 +222,12 @@ def run(
   source = None if teacher else config.teacher.source
   key = jax.random.split(jax.random.key(config.seed), 5)[0]  # That of the run.
   student = build.network(config, 'student', key) if config.student.name else None
-  return report(config, teacher or build.teacher(config), student, source)[1]
+  teacher = teacher or build.teacher(config)
+  return report(config, teacher, student, build.card(teacher, source))[1]
 
 
 def report(
-    config: build.Config, teacher: Network, student: Network | None, source: str | None
+    config: build.Config, teacher: Network, student: Network | None, card: pretrained.Card
 ) -> tuple[objective.Factors, dict[str, Any]]:
   """Looks, and prints what is found; the factors to go on with, and all as JSON has it.
 
@@ -234,13 +235,11 @@ def report(
     config: Of the run.
     teacher: With its weights.
     student: As it begins, if there is one.
-    source: Where the weights came from; None: from Python.
+    card: Of the teacher.
 
   Raises:
     ValueError: The teacher offers nothing to invert.
   """
-  path = build.weights_path(source) if source else None
-  card = pretrained.describe(teacher, source, path)
   measured, verdict = look(config, teacher, student)
   if verdict.refusal:
     raise ValueError(f'{verdict.refusal}.')

@@ -57,11 +57,14 @@ def init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:
   return state if buffer is None else host_buffer.with_places(state, buffer.images, mesh)
 
 
-def placed(config, mesh, make, tx, state: State, teacher: Network) -> tuple[Programs, State]:
-  """The programs for where a buffer's images are to lie, and the state with them there, or to be made there."""
+def placed(config, mesh, make, tx, state: State, teacher: Network, *others: PyTree) -> tuple[Programs, State]:
+  """The programs for where a buffer's images are to lie, and the state with them there, or to be made there.
+
+  `others` are what else stays on the devices.
+  """
   programs, note = host_buffer.on_devices(
-      host_buffer.checked(config.buffer, state.synthesis), parallel.memory_limit(config.device_memory_gb),
-      (state, teacher), state.synthesis, lambda: compiled(config, mesh, make, tx, state, teacher))
+      config.buffer, parallel.memory_limit(config.device_memory_gb), (state, teacher, others), state.synthesis,
+      lambda: compiled(config, mesh, make, tx, state, teacher))
   if note and parallel.is_first():
     print(note, file=sys.stderr)
   if programs is None:

@@ -34,6 +34,9 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
   parallel.even_share(section.batch_size, mesh.size, 'train.batch_size')
   with parallel.together():
     experiment = Experiment(config, workdir, 'epoch', command)
+    with experiment.ledger.part('setup'):
+      teacher = build.teacher(config) if section.teacher_factor else None
+      experiment.stands_on(teacher=teacher and build.card(teacher, config.teacher.source).sha256)
     if (summary := experiment.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
@@ -43,10 +46,11 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
         raise ValueError(
             f'train.batch_size is {section.batch_size}, must be at most {len(train.labels)}, all training images.')
       init_key, run_key = jax.random.split(jax.random.key(config.seed))
-      teacher = parallel.place(mesh, build.teacher(config)) if section.teacher_factor else None
+      teacher = teacher and parallel.place(mesh, teacher)
       tx = build.optimizer(config, section.epochs, steps)
       student = parallel.place(mesh, distill.init(build.network(config, which, init_key), tx))
       images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
+  parallel.check_alike(json.dumps(experiment.meta['weights']), "The teacher's weights")
   with experiment.ledger.part('compile'):
     order_of = _orders(len(train.labels), steps, section.batch_size, mesh)
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))

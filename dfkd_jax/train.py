@@ -1,6 +1,7 @@
 """Data-free distillation as a run: rounds of synthesis and of student steps, evaluation, checkpoints, report."""
 
 import functools
+import json
 import pathlib
 import time
 from typing import Any
@@ -26,6 +27,7 @@ from dfkd_jax import (
 )
 from dfkd_jax.experiment import Experiment, fingerprint
 from dfkd_jax.models.network import Network
+from dfkd_jax.synth import objective
 from dfkd_jax.types import PRNGKey
 
 _FOR_LOOKING = 1 << 31  # Rounds are counted below it.
@@ -79,26 +81,28 @@ def run_distillation(
     build.augmentation(config.augment.student)
     tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
     experiment = Experiment(config, workdir, 'round', command)
-    if (summary := experiment.finished()) is not None:
-      return summary
     with experiment.ledger.part('setup'):
       keys = jax.random.split(jax.random.key(config.seed), 5)
       student_key, init_key, run_key, control_key, picture_key = keys
       source = None if teacher else config.teacher.source
       teacher, judge = teacher or build.teacher(config), build.judge(config)
+      card = build.card(teacher, source)
+      experiment.stands_on(
+          teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256)
+    if (summary := experiment.finished()) is not None:
+      return summary
+    with experiment.ledger.part('setup'):
       # On the host, since what is placed will be donated, and the control starts from the same.
       network = jax.tree.map(np.array, build.network(config, 'student', student_key))
-    factors = found = None
-    if config.preflight.enabled:
-      with experiment.ledger.part('preflight'):
-        factors, found = preflight.report(config, teacher, network, source)
-      make = build.synthesizer(config, mesh.size, factors)
+    factors = _factors(experiment, teacher, network, card)
+    make = build.synthesizer(config, mesh.size, factors)
     teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
+  parallel.check_alike(json.dumps([experiment.meta['weights'], factors]), "The teacher's weights, and the judge's,")
   with experiment.ledger.part('setup'):
     state = programs.State(
         programs.init(make, mesh, init_key, teacher), parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
-    compiled, state = programs.placed(config, mesh, make, tx, state, teacher)
+    compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
     look = _held_out(experiment, mesh, factors, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
@@ -116,9 +120,19 @@ def run_distillation(
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
         num_devices=mesh.size, files=('student.safetensors', 'images.png'), teacher=metrics_of_teacher, control=control,
-        preflight=found, images=looked_at, selection=experiment.selection,
+        preflight=experiment.meta['preflight'], images=looked_at, selection=experiment.selection,
         rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
+
+
+def _factors(experiment: Experiment, teacher: Network, student: Network, card) -> objective.Factors | None:
+  """What the preflight goes on with; that of a run which is gone on with was at its beginning. None: the config's."""
+  found = experiment.stored.get('preflight')
+  if experiment.config.preflight.enabled and found is None:
+    with experiment.ledger.part('preflight'):
+      _, found = preflight.report(experiment.config, teacher, student, card)
+  experiment.meta['preflight'] = found
+  return found and objective.Factors(**found['factors'])
 
 
 def _held_out(experiment, mesh: Mesh, factors, state: programs.State, teacher: Network, judge: Network | None):

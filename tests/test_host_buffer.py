@@ -12,7 +12,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
-from test_train import equal, four_tasks, stopped
+from test_train import equal, four_tasks
 
 from dfkd_jax import host_buffer, parallel, train
 from dfkd_jax.synth import replay
@@ -67,7 +67,7 @@ def test_a_run_is_the_same_bit_for_bit(whole):
 def test_the_checkpoint_of_a_place_goes_on_in_the_other(whole, tmp_path, capsys):
   workdir, state, _ = whole
   for place, other in (('device', 'host'), ('host', 'device')):
-    stopped(config(place), tmp_path / place, 4)
+    toy_runs.stopped(config(place), tmp_path / place, 4)
     capsys.readouterr()
     _, resumed, _ = toy_runs.observed(config(other), tmp_path / place)
     assert 'after round 2' in capsys.readouterr().err
@@ -194,6 +194,7 @@ def dafl(**changes):
 @pytest.mark.parametrize(('make', 'changes', 'message'), [
     (ssd_kd, dict(buffer='host'), "buffer is 'host', must be 'auto' or 'device': the method draws images by prioriti"),
     (dafl, dict(buffer='host'), "buffer is 'host', must be 'auto' or 'device': the method keeps no images"),
+    (ssd_kd, dict(device_memory_gb=1e-6), 'method.capacity must be lower: the image buffer is .* by priorities.*tries'),
     (toy_runs.config, dict(buffer='hots'), "Unknown buffer 'hots'. Did you mean 'host'"),
     (toy_runs.config, dict(device_memory_gb=0.0), r'device_memory_gb is 0.0, must be in \(0, inf\)')])
 def test_refusals_take_a_line(make, changes, message, tmp_path):
@@ -205,9 +206,10 @@ def test_refusals_take_a_line(make, changes, message, tmp_path):
 
 def test_where_draws_go_by_priority_auto_is_the_device():
   buffer = replay.create(3, SHAPE, K, prioritised=True)
-  assert host_buffer.checked('auto', buffer) == 'device'
-  assert host_buffer.checked('auto', {'no': 'buffer'}) == 'device'
-  assert host_buffer.checked('auto', replay.create(3, SHAPE, K)) == 'auto'
+  assert 'by priorities' in host_buffer.bound_to_devices('auto', buffer)
+  assert 'keeps no images' in host_buffer.bound_to_devices('device', {'no': 'buffer'})
+  assert host_buffer.bound_to_devices('auto', replay.create(3, SHAPE, K)) is None
+  assert host_buffer.on_devices('auto', 1, {}, {'no': 'buffer'}, lambda: ('programs',)) == (('programs',), '')
 
 
 def test_a_host_without_the_memory_for_a_checkpoint_too_is_said_before_anything_is_written(tmp_path, monkeypatch):

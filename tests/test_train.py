@@ -107,24 +107,9 @@ def test_each_program_is_compiled_once(whole):
   assert [during for during in compiled[2:-1] if during] == []  # Nothing after the first round.
 
 
-def stopped(config, workdir, rounds):
-  """Runs until the given number of rounds is done, of which the last has not been saved."""
-  done = []
-
-  def update(self, **numbers):
-    done.append(numbers)
-    if len(done) == rounds:
-      raise KeyboardInterrupt
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report.Progress, 'update', update)
-    with pytest.raises(KeyboardInterrupt):
-      train.run(config, workdir)
-
-
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, capsys):
   workdir, wanted, state, _ = whole
-  stopped(toy_runs.config(control=True), tmp_path, 4)
+  toy_runs.stopped(toy_runs.config(control=True), tmp_path, 4)
   assert [line['step'] for line in toy_runs.metrics(tmp_path)] == [1, 2, 3, 4]
   assert not (tmp_path / 'summary.json').exists()
   summary, resumed, _ = toy_runs.observed(toy_runs.config(control=True), tmp_path)
@@ -165,7 +150,7 @@ def test_another_config_in_the_same_folder_is_refused(whole, field, value, there
 
 
 def test_another_config_is_refused_before_the_run_is_finished(tmp_path):
-  stopped(toy_runs.config(), tmp_path, 3)
+  toy_runs.stopped(toy_runs.config(), tmp_path, 3)
   before = toy_runs.tree_of(tmp_path)
   with pytest.raises(ValueError, match=r'distill\.temperature is 4\.0 there, 5\.0 here'):
     train.run(toy_runs.config(distill__temperature=5.0), tmp_path)
@@ -262,7 +247,7 @@ def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys):
   """On as many bit for bit; on another number but for rounding."""
   changes = dict(distill__rounds=3, method__capacity=48, checkpoint__every=1)
   _, state, _ = toy_runs.observed(four_tasks(num_devices=4, **changes), tmp_path / 'whole')
-  stopped(four_tasks(num_devices=4, **changes), tmp_path / 'four', 2)
+  toy_runs.stopped(four_tasks(num_devices=4, **changes), tmp_path / 'four', 2)
   shutil.copytree(tmp_path / 'four', tmp_path / 'one')
   found = {}
   for name, num_devices in (('four', 4), ('one', 1)):

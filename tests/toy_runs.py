@@ -126,6 +126,21 @@ def observed(config, workdir):
   return summary, jax.device_get(states[-1]), compiled
 
 
+def stopped(config, workdir, rounds):
+  """Runs until the given number of rounds is done, of which the last has not been saved."""
+  done = []
+
+  def update(self, **numbers):
+    done.append(numbers)
+    if len(done) == rounds:
+      raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report.Progress, 'update', update)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config, workdir)
+
+
 def metrics(workdir) -> list[dict]:
   """Lines of metrics.jsonl, without what depends on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]

@@ -38,7 +38,7 @@ _KNOWN = {
 def write(
     name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *, class_names: Sequence[str] | None = None
 ) -> pathlib.Path:
-  """Writes `<data_dir>/<name>/<version>/`, or adds splits to it, in one step: whole, or not at all.
+  """Writes `<data_dir>/<name>/<version>/`, whole or not at all; or adds splits, which count when all are there.
 
   Args:
     name: In snake_case. A data set that TFDS knows gets TFDS' version; any
