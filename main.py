@@ -5,7 +5,10 @@ r"""Runs a config, such as the embedded quick start (without arguments) or CIFAR
     --config.teacher.source=weights.safetensors --config.seed=1
 
 What follows the colon are arguments, which each file in configs/ explains. Any field of the config may be set by
---config.FIELD=VALUE; configs/common.py lists them all. The same command goes on where a run was stopped.
+--config.FIELD=VALUE; configs/common.py lists them all. The same command goes on where a run was stopped, bit for
+bit: by Ctrl-C (exit status 130), SIGTERM (0) or a budget (0) after the round that is under way, or by anything else
+after the last checkpoint. --resume=force:FIELD,... goes on with these fields of the config changed, --resume=force with
+any; --init_from=FOLDER begins a new run with the student and the generator of an old one.
 
 On several machines the same command is started once on each, with a --workdir that all see, and with
 --config.distributed.coordinator=HOST:PORT (of the first) --config.distributed.num_processes=N
@@ -28,6 +31,7 @@ from ml_collections.config_flags import config_path
 from dfkd_jax.names import nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
+_INTERRUPTED = 130  # Exit status by the habit of shells.
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: "a tuple such as '(1, 2)'"}
 
 
@@ -44,11 +48,13 @@ def main(argv: Sequence[str]) -> int:
   try:
     wanted, overrides = _arguments(argv)
     config = load(wanted.config)
-    override(config, overrides)
+    override(config, [*_begun_from(config, wanted.init_from), *overrides])
     logging.set_verbosity(logging.WARNING)
     from dfkd_jax import train  # Arguments are checked before the seconds that this import takes.
 
-    train.run(config, wanted.workdir or default_workdir(wanted.config), command=shlex.join(['python', *argv]))
+    found = train.run(
+        config, wanted.workdir or default_workdir(wanted.config), command=shlex.join(['python', *argv]),
+        resume=wanted.resume, signals=True)
   except ValueError as error:
     if wanted and wanted.traceback:
       raise
@@ -56,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     return 2
   except KeyboardInterrupt:
     print('Interrupted. The same command goes on from the last checkpoint.', file=sys.stderr)
-    return 130
-  return 0
+    return _INTERRUPTED
+  return _INTERRUPTED if found.get('stopped') == 'SIGINT' else 0
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -68,8 +74,18 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument(
       '--config', metavar='FILE[:ARGUMENTS]', default='configs/default.py', help='what to run; default: %(default)s')
   parser.add_argument('--workdir', metavar='FOLDER', help='where results go; default: runs/ and the name of the config')
+  parser.add_argument('--resume', metavar='force[:FIELDS]', help='go on with a config that differs, in these fields')
+  parser.add_argument('--init_from', metavar='FOLDER', help='begin with the student and generator of an old run')
   parser.add_argument('--traceback', action='store_true', help='say where an error comes from')
   return parser.parse_known_args(argv[1:])
+
+
+def _begun_from(config: config_dict.ConfigDict, place: str | None) -> list[str]:
+  """The fields that `--init_from` stands for: of a file, which holds no generator, the student alone."""
+  if place is None:
+    return []
+  fields = ['student'] if pathlib.Path(place).is_file() or config.job == 'train' else ['student', 'generator']
+  return [f'--config.init_from.{field}={place}' for field in fields]
 
 
 def default_workdir(name: str) -> str:

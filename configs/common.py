@@ -42,7 +42,16 @@ def base() -> config_dict.ConfigDict:
                      schedule='cosine_by_round', end_value=0.0, warmup_steps=0, milestones=(), gamma=0.1),
       control=False,  # train a control student on noise as well
       evaluate=dict(every=1, batch_size=500),
-      checkpoint=dict(every=10, max_to_keep=2),
+      checkpoint=dict(
+          every=10, max_to_keep=2,
+          keep_best=True),  # the best student too: in the checkpoints, and at the end in a file of its own
+      budget=dict(  # what may be spent; the run ends after the round that does, and may be gone on with
+          minutes=config_dict.placeholder(float),  # since this process began
+          images=config_dict.placeholder(int)),  # synthesised, in the whole run
+      faults=dict(reseed=0),  # how often a round with a number that is not finite is done again with other keys
+      init_from=dict(  # an old run's folder, in which to look for what a new run begins with
+          student=config_dict.placeholder(str),  # or a file of weights
+          generator=config_dict.placeholder(str)),
       grid=dict(columns=10, rows=5),
       compilation_cache=config_dict.placeholder(str),  # a folder for compiled programs
       distributed=dict(  # several processes; on SLURM, Open MPI and TPU pods on Kubernetes they find each other

@@ -66,7 +66,7 @@ def judge(config: Config) -> Network | None:
 def pretrained_network(config: Config, which: str) -> Network:
   """The network of a section with the weights that its `source` names."""
   section = config[which]
-  path, found = weights_path(section.source, which), module(config, which)
+  path, found = weights_path(section.source, f'{which}.source'), module(config, which)
   try:
     variables = pretrained.load(path, found, _input_shape(config, section))
   except OSError as error:
@@ -83,18 +83,18 @@ def pretrained_network(config: Config, which: str) -> Network:
 
 def card(network: Network, source: str | None, which: str = 'teacher') -> pretrained.Card:
   """What a network is, and the SHA-256 of its weights; a source of None: they are from no file."""
-  return pretrained.describe(network, source, weights_path(source, which) if source else None)
+  return pretrained.describe(network, source, weights_path(source, f'{which}.source') if source else None)
 
 
-def weights_path(source: str, which: str = 'teacher') -> pathlib.Path:
-  """The file or folder that `teacher.source` names."""
+def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
+  """The file or folder that a field of the config names."""
   if source.startswith('embedded:'):
     names = tuple(sorted(path.stem for path in TEACHERS.glob('*.safetensors')))
     return TEACHERS / f"{known(source.removeprefix('embedded:'), names, 'embedded teacher')}.safetensors"
   try:
     return pretrained.resolve(source)
   except ValueError as error:
-    raise ValueError(f'{which}.source is {error}') from None
+    raise ValueError(f'{field} is {error}') from None
 
 
 def _preprocessing(section: Config) -> dict:

@@ -131,7 +131,8 @@ def distill(
 
   Returns:
     Student, state, and metrics, each [] and a mean over the steps: the 'loss', 'agreement' on these images, the mean
-    'weight' of an image, and the 'weighed_loss', the sum of weights times losses over that of weights.
+    'weight' of an image, and the 'weighed_loss', the sum of weights times losses over that of weights; but 'losses' are
+    those of each step [num_steps].
   """
   augment = parallel.by_task(augment, num_tasks, axis)
 
@@ -160,7 +161,7 @@ def distill(
     keys = lax.dynamic_slice_in_dim(keys, part.first, images.shape[0])
   (student, state), metrics = lax.scan(step, (student, state), (keys, images))
   metrics['weighed_loss'] = metrics['loss'] / jnp.maximum(metrics['weight'], jnp.finfo(metrics['weight'].dtype).tiny)
-  return student, state, jax.tree.map(jnp.mean, metrics)
+  return student, state, jax.tree.map(jnp.mean, metrics) | {'losses': metrics['loss']}
 
 
 def slots(state: PyTree, key: PRNGKey, *, synthesizer: Synthesizer, num_steps: int) -> Array:

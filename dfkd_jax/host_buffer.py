@@ -246,8 +246,9 @@ def handing(slots: Callable, steps: Callable, mesh: Mesh, num_steps: int, chunk:
       part = distill.Part(np.asarray(first, np.int32), jax.device_put(gathered, place))
       student, synthesis, metrics = steps(student, synthesis, key, teacher, part)
       found.append(metrics)
-    means = {name: np.mean([metrics[name] for metrics in found]) for name in found[0]}
-    return student, replay.with_fields(synthesis, images=images), means
+    means = {name: np.mean([metrics[name] for metrics in found]) for name in found[0] if name != 'losses'}
+    losses = np.concatenate([metrics['losses'] for metrics in found])
+    return student, replay.with_fields(synthesis, images=images), means | {'losses': losses}
 
   return call
 

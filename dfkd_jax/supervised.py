@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from dfkd_jax import build, distill, parallel
+from dfkd_jax import build, distill, faults, inheritance, parallel, stopping
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import pretrained
@@ -22,21 +23,26 @@ from dfkd_jax.names import known
 from dfkd_jax.types import Array, Metrics, PRNGKey
 
 
-def run(config: build.Config, workdir: str, command: str | None = None) -> dict[str, Any]:
+def run(
+    config: build.Config, workdir: str, command: str | None = None, resume: str | None = None,
+    asked: stopping.Asked = lambda: None,
+) -> dict[str, Any]:
   """Trains `config.train.network` on `config.dataset`.
 
-  Writes metrics.jsonl, summary.json, weights.safetensors and checkpoints. In the summary `student` is the network
-  that was trained, `network` says whether the config calls it teacher or student, and `teacher` is whom it follows.
+  Writes metrics.jsonl, summary.json, weights.safetensors, weights_best.safetensors and checkpoints. In the summary
+  `student` is the network that was trained, `network` says whether the config calls it teacher or student, and
+  `teacher` is whom it follows.
   """
   section = config.train
   which = known(section.network, ('teacher', 'student'), 'train.network')
   mesh = build.mesh(config)
   parallel.even_share(section.batch_size, mesh.size, 'train.batch_size')
   with parallel.together():
-    experiment = Experiment(config, workdir, 'epoch', command)
+    experiment = Experiment(config, workdir, 'epoch', command, resume, asked)
     with experiment.ledger.part('setup'):
       teacher = build.teacher(config) if section.teacher_factor else None
-      experiment.stands_on(teacher=teacher and build.card(teacher, config.teacher.source).sha256)
+      experiment.stands_on(
+          teacher=teacher and build.card(teacher, config.teacher.source).sha256, **inheritance.digests(config))
     if (summary := experiment.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
@@ -48,29 +54,36 @@ def run(config: build.Config, workdir: str, command: str | None = None) -> dict[
       init_key, run_key = jax.random.split(jax.random.key(config.seed))
       teacher = teacher and parallel.place(mesh, teacher)
       tx = build.optimizer(config, section.epochs, steps)
-      student = parallel.place(mesh, distill.init(build.network(config, which, init_key), tx))
+      network = inheritance.student(config, build.network(config, which, init_key), which)
+      student = parallel.place(mesh, distill.init(network, tx))
       images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
   parallel.check_alike(json.dumps(experiment.meta['weights']), "The teacher's weights")
   with experiment.ledger.part('compile'):
     order_of = _orders(len(train.labels), steps, section.batch_size, mesh)
+    finite = faults.finite(student)
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
     student, done = experiment.resume(student)
     metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
 
-    def advance(student, index):
-      key_order, key_augment = jax.random.split(jax.random.fold_in(run_key, index))
+    def advance(student, index, reseeded):
+      key = round_key(run_key, index, reseeded)
+      key_order, key_augment = jax.random.split(key)
       with experiment.ledger.part('student'):
         student, metrics = program(student, images, labels, order_of(key_order), key_augment, teacher)
-        return student, {name: float(value) for name, value in metrics.items()}
+        losses = np.asarray(metrics.pop('losses'))
+      experiment.ledger.count('seen', steps * section.batch_size)
+      with faults.noting(key):
+        faults.check_series('student', {'loss': losses})
+        finite.check(student)
+      return student, {name: float(value) for name, value in metrics.items()}
 
     student = experiment.loop(
         student, done, section.epochs, advance, lambda state, _: experiment.evaluate(state.network))
-    write_weights(experiment.workdir / 'weights.safetensors', student.network, config[which].name,
-                  tuple(config.dataset.image_shape))
+    files = write_students(experiment, 'weights', student.network, which)
     return experiment.summary(
-        num_devices=mesh.size, files=('weights.safetensors',), network=which, synthetic=False,
+        num_devices=mesh.size, files=files, network=which, synthetic=False,
         teacher=metrics_of_teacher,
         parameters={'student': student.network.num_params(), 'teacher': teacher and teacher.num_params()})
 
@@ -117,7 +130,24 @@ def _epoch(
     return student, {'loss': loss, 'train_top1': parallel.pmean(hits, axis)}
 
   student, metrics = lax.scan(step, student, (order, jax.random.split(key, order.shape[0])))
-  return student, jax.tree.map(jnp.mean, metrics)
+  return student, jax.tree.map(jnp.mean, metrics) | {'losses': metrics['loss']}
+
+
+def round_key(run_key: PRNGKey, number: int, reseeded: int) -> PRNGKey:
+  """Of a round or call; another one each time that it is done again."""
+  key = jax.random.fold_in(run_key, number)
+  return jax.random.fold_in(key, reseeded) if reseeded else key
+
+
+def write_students(experiment: Experiment, stem: str, network: Network, which: str = 'student') -> tuple[str, ...]:
+  """The last network and, where it is kept, the best one; returns the names of the files."""
+  found = {f'{stem}.safetensors': network, f'{stem}_best.safetensors': experiment.best_network}
+  with parallel.together():
+    for name, each in found.items():
+      if each is not None:
+        write_weights(experiment.workdir / name, each, experiment.config[which].name,
+                      tuple(experiment.config.dataset.image_shape))
+  return tuple(name for name, each in found.items() if each is not None)
 
 
 def write_weights(path: pathlib.Path, network: Network, name: str, image_shape: tuple[int, int, int]) -> None:
@@ -129,7 +159,7 @@ def write_weights(path: pathlib.Path, network: Network, name: str, image_shape: 
     return
   network = jax.device_get(parallel.local(network))
   about = {'model': name, 'mean': network.mean, 'std': network.std, 'bgr': network.bgr, 'resize': network.resize}
-  temporary = path.with_suffix('.tmp')
+  temporary = path.with_name(f'{path.name}.tmp')
   pretrained.save_safetensors(
       temporary, {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
       probe=pretrained.make_probe(network, image_shape))

@@ -15,13 +15,16 @@ from dfkd_jax import (
   build,
   checks,
   distill,
+  faults,
   gallery,
   held_out,
   host_buffer,
+  inheritance,
   parallel,
   preflight,
   processes,
   programs,
+  stopping,
   supervised,
   synth,
 )
@@ -34,11 +37,13 @@ _FOR_LOOKING = 1 << 31  # Rounds are counted below it.
 
 
 def run(
-    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None
+    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None, *,
+    resume: str | None = None, signals: bool = False,
 ) -> dict[str, Any]:
   """Runs a config; results go to `workdir`, and come back as the summary.
 
-  The same config in the same folder goes on where it stopped; if it had come to its end, its summary is returned.
+  The same config in the same folder goes on where it stopped, bit for bit; if it had come to its end, its summary is
+  returned. One that was asked to end early returns what `stopping.Stopped` says, and has saved all it did.
   Of several processes (`processes.initialize`) all must call this, with the same config and a folder that all see.
 
   Args:
@@ -46,9 +51,13 @@ def run(
     workdir: Made if missing.
     command: That started the run, for the record.
     teacher: A network of yours (`models.bind`), in the place of the one that the config's section `teacher` names.
+    resume: None; 'force', to go on in a folder that holds a run of another config; or 'force:FIELD,...', of one that
+      differs in these alone. What was changed, and after which round, is kept in the summary.
+    signals: Whether SIGTERM and SIGINT are listened to, so that a run ends after its round, and is saved.
 
   Raises:
-    ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
+    ValueError: Something in the config, the data or the weights does not fit, in one line, and nothing was written; or
+      a number was not finite, or the disk refuses a file.
   """
   checks.check(config)
   processes.initialize(**config.distributed.to_dict())
@@ -58,19 +67,27 @@ def run(
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
-  if config.job == 'train':
-    if teacher is not None:
-      raise ValueError("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
-    return supervised.run(config, workdir, command)
-  return {'distill': run_distillation, 'check': preflight.run}[config.job](config, workdir, command, teacher)
+  if config.job == 'train' and teacher is not None:
+    raise ValueError("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
+  if config.job == 'check':
+    return preflight.run(config, workdir, command, teacher)
+  try:
+    with stopping.signals(signals) as asked:
+      if config.job == 'train':
+        return supervised.run(config, workdir, command, resume, asked)
+      return run_distillation(config, workdir, command, teacher, resume, asked)
+  except stopping.Stopped as early:
+    return early.summary
 
 
 def run_distillation(
-    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None
+    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None,
+    resume: str | None = None, asked: stopping.Asked = lambda: None,
 ) -> dict[str, Any]:
   """Distils the teacher, that of the config unless another is given, into the student without data.
 
-  Writes metrics.jsonl, summary.json, images.png, student.safetensors and checkpoints.
+  Writes metrics.jsonl, summary.json, images.png, student.safetensors, student_best.safetensors and checkpoints.
+  Arguments are those of `run`; `asked` says whether to end early.
   """
   section = config.distill
   mesh = build.mesh(config)
@@ -80,7 +97,7 @@ def run_distillation(
     programs.steps_per_call(config)
     build.augmentation(config.augment.student)
     tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
-    experiment = Experiment(config, workdir, 'round', command)
+    experiment = Experiment(config, workdir, 'round', command, resume, asked)
     with experiment.ledger.part('setup'):
       keys = jax.random.split(jax.random.key(config.seed), 5)
       student_key, init_key, run_key, control_key, picture_key = keys
@@ -88,38 +105,40 @@ def run_distillation(
       teacher, judge = teacher or build.teacher(config), build.judge(config)
       card = build.card(teacher, source)
       experiment.stands_on(
-          teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256)
+          teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
+          **inheritance.digests(config))
     if (summary := experiment.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       # On the host, since what is placed will be donated, and the control starts from the same.
-      network = jax.tree.map(np.array, build.network(config, 'student', student_key))
+      network = inheritance.student(config, build.network(config, 'student', student_key))
+      network = jax.tree.map(np.array, network)
     factors = _factors(experiment, teacher, network, card)
     make = build.synthesizer(config, mesh.size, factors)
     teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
   parallel.check_alike(json.dumps([experiment.meta['weights'], factors]), "The teacher's weights, and the judge's,")
   with experiment.ledger.part('setup'):
-    state = programs.State(
-        programs.init(make, mesh, init_key, teacher), parallel.place(mesh, distill.init(network, tx)))
+    synthesis = programs.init(make, mesh, init_key, teacher)
+    with parallel.together():
+      synthesis = inheritance.generator(config, mesh, synthesis)
+    state = programs.State(synthesis, parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
     compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
+    finite = faults.finite((state.student, host_buffer.without(state.synthesis)))
     look = _held_out(experiment, mesh, factors, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
     state, done = experiment.resume(state)
     state = state.replace(synthesis=host_buffer.made(state.synthesis))
     metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
-    advance = functools.partial(_round, experiment, compiled, run_key, teacher)
+    advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)
     evaluate = functools.partial(_evaluate, experiment, look, run_key)
     state = experiment.loop(state, done, section.rounds, advance, evaluate)
-    with parallel.together():
-      supervised.write_weights(
-          experiment.workdir / 'student.safetensors', state.student.network, config.student.name,
-          tuple(config.dataset.image_shape))
+    files = supervised.write_students(experiment, 'student', state.student.network)
     looked_at = gallery.write(experiment, mesh, make, state.synthesis, teacher, judge, picture_key)
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
-        num_devices=mesh.size, files=('student.safetensors', 'images.png'), teacher=metrics_of_teacher, control=control,
+        num_devices=mesh.size, files=(*files, 'images.png'), teacher=metrics_of_teacher, control=control,
         preflight=experiment.meta['preflight'], images=looked_at, selection=experiment.selection,
         rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
@@ -162,18 +181,22 @@ def _evaluate(experiment, look, run_key: PRNGKey, state: programs.State, done: i
 def _rates(config: build.Config, seconds: dict[str, float]) -> dict[str, float]:
   """Images a second once compiled: inner steps times images, and images that the student saw."""
   section, method = config.distill, config.method
-  images_a_call = build.tasks_of(config) * method.get('batch_size', 0) * method.get('num_steps', 0)
-  image_steps = section.rounds * section.calls_per_round * images_a_call
+  image_steps = section.rounds * section.calls_per_round * _images_a_call(config) * method.get('num_steps', 0)
   images = (section.rounds - section.distill_after) * section.steps_per_round * section.batch_size
   return {'synthesis_image_steps': image_steps / seconds['synthesis'], 'student_images': images / seconds['student']}
 
 
+def _images_a_call(config: build.Config) -> int:
+  return build.tasks_of(config) * config.method.get('batch_size', 0)
+
+
 def _round(
-    experiment, compiled: programs.Programs, run_key: PRNGKey, teacher: Network, state: programs.State, index: int):
+    experiment, compiled: programs.Programs, finite: faults.Finite, run_key: PRNGKey, teacher: Network,
+    state: programs.State, index: int, reseeded: int):
   """One round: as many calls as it has, each of synthesis, and of student steps once there is enough to learn from."""
   section, learnt = experiment.config.distill, []
   for call in range(section.calls_per_round):
-    key = jax.random.fold_in(run_key, index * section.calls_per_round + call)
+    key = supervised.round_key(run_key, index * section.calls_per_round + call, reseeded)
     key_synthesis, key_student = jax.random.split(key)
     began = time.perf_counter()
     synthesis, metrics = compiled.synthesize(state.synthesis, key_synthesis, teacher, state.student.network)
@@ -182,14 +205,22 @@ def _round(
       student, synthesis, found = compiled.distill(student, synthesis, key_student, teacher)
       learnt.append(found)
     # Both programs are under way; only now is anything waited for, unless their images are elsewhere.
-    numbers = {f'synthesis_{name}': float(np.asarray(values)[-1]) for name, values in metrics.items()}
+    metrics = jax.tree.map(np.asarray, metrics)
+    numbers = {f'synthesis_{name}': float(values[-1]) for name, values in metrics.items()}
     between = called if compiled.waits else time.perf_counter()
     jax.block_until_ready(student.step)
     experiment.ledger.add('synthesis', between - began)
     experiment.ledger.add('student', time.perf_counter() - between)
     state = programs.State(synthesis, student)
+    experiment.ledger.count('synthesised', _images_a_call(experiment.config))
+    with faults.noting(key):
+      faults.check_series('synthesis', metrics, call)
+      if learnt:
+        faults.check_series('student', {'loss': learnt[-1]['losses']}, call)
+        experiment.ledger.count('seen', programs.steps_per_call(experiment.config) * section.batch_size)
+      finite.check((student, host_buffer.without(synthesis)))
   if learnt:  # `agreement` is that on real images.
-    means = {name: float(np.mean([found[name] for found in learnt])) for name in learnt[0]}
+    means = {name: float(np.mean([found[name] for found in learnt])) for name in learnt[0] if name != 'losses'}
     numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement'],
                 **{name: means[name] for name in ('weight', 'weighed_loss')}}
   return state, numbers
@@ -208,6 +239,7 @@ def _control(experiment, mesh, tx, network: Network, teacher: Network, key: PRNG
   with experiment.ledger.part('control'):
     student, synthesis = state.student, state.synthesis
     for index in range((section.rounds - section.distill_after) * section.calls_per_round):
+      experiment.stop_if_asked(section.rounds, section.rounds)
       student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
     jax.block_until_ready(student.step)
   return experiment.evaluate(student.network)

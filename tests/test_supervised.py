@@ -37,8 +37,9 @@ def weights(workdir):
 def test_a_run_leaves_its_files_and_says_so(teacher):
   workdir, summary = teacher
   assert sorted(path.name for path in workdir.iterdir()) == [
-      'checkpoints', 'metrics.jsonl', 'summary.json', 'weights.safetensors']
-  assert set(summary['files']) == {'checkpoints/', 'metrics.jsonl', 'summary.json', 'weights.safetensors'}
+      'checkpoints', 'metrics.jsonl', 'summary.json', 'weights.safetensors', 'weights_best.safetensors']
+  assert set(summary['files']) == {
+      'checkpoints/', 'metrics.jsonl', 'summary.json', 'weights.safetensors', 'weights_best.safetensors'}
   assert (summary['network'], summary['synthetic'], summary['command']) == ('teacher', False, 'python main.py')
   assert summary['teacher'] is None  # It follows none.
   assert summary['parameters']['student'] == build.network(

@@ -3,7 +3,7 @@
 Nothing here knows a method or a config. Errors are ValueErrors of one line.
 """
 
-from dfkd_jax.report.ledger import PARTS, Ledger
+from dfkd_jax.report.ledger import COUNTS, PARTS, Ledger
 from dfkd_jax.report.metrics import MetricsWriter
 from dfkd_jax.report.pictures import image_grid
 from dfkd_jax.report.progress import Progress, note, say
@@ -11,6 +11,7 @@ from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
 from dfkd_jax.report.surroundings import device, versions
 
 __all__ = [
+  'COUNTS',
   'PARTS',
   'PRIVACY',
   'Ledger',

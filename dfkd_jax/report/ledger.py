@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Where the time of a run goes, and what it has done."""
 
 import contextlib
 import time
@@ -7,10 +7,17 @@ from collections.abc import Callable, Iterator
 from dfkd_jax.names import known
 
 PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'evaluation', 'checkpoint')
+COUNTS = (
+    'starts',  # of processes that went on with the run, the first included
+    'synthesised',  # images
+    'seen',  # images, by the student
+    'reseeded')  # rounds that were done again with other keys, after a number that was not finite
 
 
 class Ledger:
-  """Seconds by part of a run; a part inside another stops the outer one's clock, so nothing is counted twice.
+  """Seconds by part of a run, and counts.
+
+  A part inside another stops the outer one's clock, so nothing is counted twice.
 
   Args:
     clock: Returns seconds; only differences matter.
@@ -19,6 +26,7 @@ class Ledger:
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
     self._clock = clock
     self._seconds = dict.fromkeys(PARTS, 0.0)
+    self._counts = dict.fromkeys(COUNTS, 0)
     self._open: list[str] = []
     self._since = 0.0
 
@@ -29,7 +37,7 @@ class Ledger:
     Raises:
       ValueError: There is no such part.
     """
-    _check(name)
+    known(name, PARTS, 'part of a run')
     self._settle()
     self._open.append(name)
     try:
@@ -44,8 +52,20 @@ class Ledger:
     Raises:
       ValueError: There is no such part.
     """
-    _check(name)
+    known(name, PARTS, 'part of a run')
     self._seconds[name] += float(seconds)
+
+  def count(self, name: str, number: int = 1) -> None:
+    """Adds to one of COUNTS.
+
+    Raises:
+      ValueError: There is no such count.
+    """
+    self._counts[known(name, COUNTS, 'count of a run')] += int(number)
+
+  def counts(self) -> dict[str, int]:
+    """All counts so far, in the order of COUNTS."""
+    return dict(self._counts)
 
   def seconds(self) -> dict[str, float]:
     """Seconds of every part so far, in the order of PARTS."""
@@ -54,23 +74,21 @@ class Ledger:
 
   def state(self) -> dict[str, dict[str, float]]:
     """What `load` takes, as JSON values for a checkpoint."""
-    return {'seconds': self.seconds()}
+    return {'seconds': self.seconds(), 'counts': self.counts()}
 
   def load(self, state: dict[str, dict[str, float]]) -> None:
-    """Adds the seconds of the run that is gone on with to those of this process.
+    """Adds the seconds and counts of the run that is gone on with to those of this process.
 
     Raises:
-      ValueError: There is no such part.
+      ValueError: There is no such part or count.
     """
     for name, seconds in state['seconds'].items():
       self.add(name, seconds)
+    for name, number in state['counts'].items():
+      self.count(name, number)
 
   def _settle(self) -> None:
     now = self._clock()
     if self._open:
       self._seconds[self._open[-1]] += now - self._since
     self._since = now
-
-
-def _check(name: str) -> None:
-  known(name, PARTS, 'part of a run')

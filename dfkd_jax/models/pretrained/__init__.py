@@ -12,17 +12,17 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
-from dfkd_jax.models.pretrained.card import Card, Probe, check, describe, make_probe, stored_probe
+from dfkd_jax.models.pretrained.card import Card, Probe, check, describe, digest, make_probe, stored_probe
 from dfkd_jax.models.pretrained.conversion import ShapeError, from_flat, from_variables, to_variables
 from dfkd_jax.models.pretrained.naming import translate
+from dfkd_jax.models.pretrained.orbax_files import found_in, read_under
 from dfkd_jax.models.pretrained.reading import read, read_metadata
 from dfkd_jax.models.pretrained.sources import resolve
 from dfkd_jax.types import PyTree
 
 __all__ = [
-    'Card', 'Probe', 'check', 'describe', 'from_flat', 'from_variables', 'load', 'make_probe', 'read', 'read_metadata',
-    'resolve', 'save_safetensors', 'stored_probe', 'to_variables',
-    'translate',
+    'Card', 'Probe', 'check', 'describe', 'digest', 'found_in', 'from_flat', 'from_variables', 'load', 'make_probe',
+    'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe', 'to_variables', 'translate',
 ]
 
 _COLLECTIONS = ('params.', 'batch_stats.')

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,11 +40,38 @@ def read(tree: pathlib.Path, entry: str | None = None) -> dict[str, np.ndarray]:
     RefusedError: If it holds no parameters there.
     Exception: Of any kind, if it is damaged.
   """
+  return _read(tree, lambda leaves: _variables(leaves, entry))
+
+
+def read_under(tree: pathlib.Path, place: str) -> dict[str, np.ndarray]:
+  """All arrays of a tree whose path is `place` and more, by that more.
+
+  Raises:
+    ValueError: If there is none, or the tree is damaged.
+  """
+
+  def within(leaves):
+    paths = {'/'.join(path): path for path in leaves}  # A run's leaves have '/' in one key.
+    return {key: path.removeprefix(f'{place}/') for path, key in paths.items() if path.startswith(f'{place}/')}
+
+  try:
+    found = _read(tree, within)
+  except Exception as error:
+    raise ValueError(f'Could not read {tree}: it is damaged ({" ".join(str(error).split())[:300]}).') from error
+  if not found:
+    raise ValueError(f'{tree} holds nothing under {place!r}.')
+  return found
+
+
+def _read(
+    tree: pathlib.Path, choose: Callable[[dict[tuple[str, ...], Any]], dict[tuple[str, ...], str]]
+) -> dict[str, np.ndarray]:
+  """The arrays that are chosen of a tree's leaves, by the names that are chosen for them."""
   import orbax.checkpoint as ocp  # Slow to import, and no other format needs it.
 
   with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     item = checkpointer.metadata(tree.resolve()).item_metadata.tree
-    wanted = _variables(traverse_util.flatten_dict(_plain(item)), entry)
+    wanted = choose(traverse_util.flatten_dict(_plain(item)))
     kept = {id(leaf) for path, leaf in traverse_util.flatten_dict(_plain(item)).items() if path in wanted}
     item = jax.tree.map(lambda leaf: leaf if id(leaf) in kept else ocp.PLACEHOLDER, item)
     arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)

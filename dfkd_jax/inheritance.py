@@ -1,0 +1,110 @@
+"""What a new run takes over from an old one: its student, its generator; all else begins anew."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dfkd_jax import build, parallel
+from dfkd_jax.models import pretrained
+from dfkd_jax.models.network import Network
+from dfkd_jax.synth import meta, online
+from dfkd_jax.types import PyTree
+
+_STATES = (meta.State, online.State)
+_FIELDS = ('meta_params', 'params', 'batch_stats')  # Of a generator in either.
+
+
+def digests(config: build.Config) -> dict[str, str]:
+  """SHA-256 of what is taken over, by its name in the config."""
+  return {
+      f'init_from.{which}': pretrained.digest(_checkpoint(source) or build.weights_path(source, f'init_from.{which}'))
+      for which, source in sorted(config.init_from.items()) if source is not None}
+
+
+def student(config: build.Config, network: Network, which: str = 'student') -> Network:
+  """A network that is to be trained, with the variables of `init_from.student`, if that is set.
+
+  Raises:
+    ValueError: There are none, or they do not fit.
+  """
+  source = config.init_from.student
+  if source is None:
+    return network
+  path = _checkpoint(source) or build.weights_path(source, 'init_from.student')
+  height, width, channels = config.dataset.image_shape
+  try:
+    found = pretrained.load(path, network.module, (*(config[which].resize or (height, width)), channels))
+  except (OSError, ValueError) as error:
+    raise ValueError(f'init_from.student is {source!r}: {error}') from None
+  return network.replace(params=found['params'], batch_stats=found.get('batch_stats', network.batch_stats))
+
+
+def generator(config: build.Config, mesh: Mesh, synthesis: PyTree) -> PyTree:
+  """A method's state with the generator of `init_from.generator`, if that is set.
+
+  Raises:
+    ValueError: It is no run's folder, its run or this one has no generator, or they differ in shape.
+  """
+  source = config.init_from.generator
+  if source is None:
+    return synthesis
+  folder = _checkpoint(source)
+  if folder is None:
+    raise ValueError(f'init_from.generator is {source!r}, must be the folder of a run with a checkpoint.')
+  if not any(_is_generator(node) for node in jax.tree.leaves(synthesis, is_leaf=_is_generator)):
+    raise ValueError(f'init_from.generator is {source!r}, must be None: this method has no generator that lasts.')
+  try:
+    arrays = pretrained.read_under(folder, 'synthesis')
+  except ValueError as error:
+    raise ValueError(f'init_from.generator is {source!r}: {error}') from None
+  there = {_name(path): array for path, array in arrays.items() if _name(path)}
+  if not there:
+    raise ValueError(f'init_from.generator is {source!r}, whose run has no generator that lasts.')
+
+  def taken(node):
+    if not _is_generator(node):
+      return node
+    fields = {name: getattr(node, name) for name in _FIELDS if hasattr(node, name)}
+    return node.replace(**parallel.place(mesh, {name: _filled(source, name, of, there) for name, of in fields.items()}))
+
+  return jax.tree.map(taken, synthesis, is_leaf=_is_generator)
+
+
+def _filled(source: str, field: str, tree: PyTree, there: Mapping[str, np.ndarray]) -> PyTree:
+  """A generator's parameters, or running moments, from those that are there; moments may be lacking."""
+
+  def leaf(path, own):
+    kind = 'batch_stats' if field == 'batch_stats' else 'params'
+    name = f'{kind}/{jax.tree_util.keystr(path, simple=True, separator="/")}'
+    if name not in there and kind == 'batch_stats':
+      return np.asarray(own)
+    found = there.get(name)
+    if found is None or found.shape != own.shape:
+      has = 'none' if found is None else f'{found.shape}'
+      raise ValueError(f'init_from.generator is {source!r}, whose {name!r} is {has}, must be {own.shape}.')
+    return jnp.asarray(found, own.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _name(path: str) -> str | None:
+  """'inversion/meta_params/linear/kernel' -> 'params/linear/kernel'; None of what is no generator."""
+  parts = path.split('/')
+  depth = next((depth for depth, part in enumerate(parts[:2]) if part in _FIELDS), None)
+  if depth is None:
+    return None
+  return '/'.join(['batch_stats' if parts[depth] == 'batch_stats' else 'params', *parts[depth + 1:]])
+
+
+def _is_generator(node: PyTree) -> bool:
+  return isinstance(node, _STATES)
+
+
+def _checkpoint(source: str) -> pathlib.Path | None:
+  """The latest checkpoint in the folder of a run; None if it is none."""
+  folder = pathlib.Path(source).expanduser() / 'checkpoints'
+  return pretrained.found_in(folder) if folder.is_dir() else None
