@@ -80,11 +80,11 @@ def test_the_default_workdir_tells_the_config(name, workdir):
 
 def test_without_arguments_it_is_the_quick_start(call, monkeypatch):
   seen = []
-  monkeypatch.setattr(train, 'run', lambda *arguments, command: seen.append((*arguments, command)))
+  monkeypatch.setattr(train, 'run', lambda *arguments, **more: seen.append((arguments, more)) or {})
   assert call(config=None)[0] == 0
-  (config, workdir, command), = seen
+  ((config, workdir), more), = seen
   assert (config.dataset.name, config.method.name, workdir) == ('fashion_mnist', 'fast_dfkd', 'runs/default')
-  assert command == 'python main.py'
+  assert more == {'command': 'python main.py', 'resume': None, 'signals': True}
   assert config.is_locked
 
 

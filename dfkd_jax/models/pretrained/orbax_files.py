@@ -44,7 +44,7 @@ def read(tree: pathlib.Path, entry: str | None = None) -> dict[str, np.ndarray]:
 
 
 def read_under(tree: pathlib.Path, place: str) -> dict[str, np.ndarray]:
-  """All arrays of a tree whose path is `place` and more, by that more.
+  """All arrays of a tree whose path is `place` and more, by that more; of all the tree, if `place` is ''.
 
   Raises:
     ValueError: If there is none, or the tree is damaged.
@@ -52,7 +52,8 @@ def read_under(tree: pathlib.Path, place: str) -> dict[str, np.ndarray]:
 
   def within(leaves):
     paths = {'/'.join(path): path for path in leaves}  # A run's leaves have '/' in one key.
-    return {key: path.removeprefix(f'{place}/') for path, key in paths.items() if path.startswith(f'{place}/')}
+    before = place and f'{place}/'
+    return {key: path.removeprefix(before) for path, key in paths.items() if path.startswith(before)}
 
   try:
     found = _read(tree, within)

@@ -1,0 +1,81 @@
+"""A run is killed, again and again, and goes on bit for bit; as processes, which is what a scheduler does."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import toy_runs
+
+spec = importlib.util.spec_from_file_location('kill', toy_runs.ROOT / 'benchmarks' / 'kill.py')
+kill = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kill)
+
+CONFIG = """
+from ml_collections import config_dict
+
+def get_config():
+  return config_dict.ConfigDict({fields!r})
+"""
+
+
+@pytest.fixture(scope='module')
+def arguments():
+  """A toy run whose files all processes see, with programs that they keep."""
+  config = toy_runs.config(distill__rounds=25, checkpoint__every=2)
+  path = toy_runs.folder() / 'killed.py'
+  path.write_text(CONFIG.format(fields=config.to_dict()))
+  return [f'--config={path}']
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+  monkeypatch.setenv('PYTHONPATH', str(toy_runs.ROOT))
+
+
+@pytest.mark.slow
+def test_five_kills(arguments, tmp_path, capsys):
+  """Of every kind; benchmarks/kill.py has more of them, of the quick start."""
+  status = kill.main(['--kills=5', '--a_run=3', f'--workdir={tmp_path / "kills"}', *arguments])
+  found = json.loads((tmp_path / 'kills' / 'kills.json').read_text())
+  assert status == 0, capsys.readouterr().out
+  assert len(found['kills']) == 5
+  assert sum(run['kills'] for run in found['runs']) == 5
+  assert found['results'] > 30
+  assert all(run['differing'] == [] for run in found['runs'])
+
+
+def test_what_differs_is_named(tmp_path):
+  import numpy as np
+
+  one = {'a': np.float32([1, 2]), 'b': [{'loss': 1.0}], 'c': np.int32(3)}
+  assert kill.differing(one, one) == []
+  assert kill.differing(one, one | {'a': np.float32([1, np.nextafter(np.float32(2), 3)])}) == ['a']
+  assert kill.differing(one, one | {'a': np.float64([1, 2])}) == ['a']
+  assert kill.differing(one, one | {'b': [{'loss': 1.5}], 'd': 0}) == ['b', 'd']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_process_in_order(arguments, tmp_path, number, status):
+  workdir = tmp_path / 'run'
+  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments, f'--workdir={workdir}',
+             '--config.distill.rounds=100000', '--config.optimizer.schedule=constant']
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    for line in run.stderr:
+      if line.startswith('round 1/'):
+        os.kill(run.pid, number)
+        break
+    out, err = run.communicate(timeout=120)
+  assert run.returncode == status
+  assert out == ''
+  last = err.splitlines()[-1]
+  assert last.startswith(f'Stopped by {signal.Signals(number).name} after round ')
+  assert last.endswith(f'saved in {workdir}; the same command goes on.')
+  done = int(last.split('after round ')[1].split()[0])
+  assert (workdir / 'checkpoints' / str(done)).is_dir()
