@@ -84,7 +84,7 @@ def writing(workdir: pathlib.Path) -> bool:
   """Whether a checkpoint is being written."""
   folder = workdir / 'checkpoints'
   try:
-    return any('tmp' in entry.name for entry in os.scandir(folder))
+    return any('tmp' in name for name in os.listdir(folder))
   except OSError:
     return False
 

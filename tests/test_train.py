@@ -243,27 +243,28 @@ def test_devices_share_the_work_of_tasks(tmp_path):
   assert (tmp_path / 'four' / 'images.png').exists()
 
 
-def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys):
-  """On as many bit for bit; on another number but for rounding."""
+@pytest.mark.parametrize('begun', [4, 1])
+def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys, begun):
+  """On as many bit for bit; on another number, from four to one and back, but for rounding."""
   changes = dict(distill__rounds=3, method__capacity=48, checkpoint__every=1)
-  _, state, _ = toy_runs.observed(four_tasks(num_devices=4, **changes), tmp_path / 'whole')
-  toy_runs.stopped(four_tasks(num_devices=4, **changes), tmp_path / 'four', 2)
-  shutil.copytree(tmp_path / 'four', tmp_path / 'one')
+  _, state, _ = toy_runs.observed(four_tasks(num_devices=begun, **changes), tmp_path / 'whole')
+  toy_runs.stopped(four_tasks(num_devices=begun, **changes), tmp_path / 'same', 2)
+  shutil.copytree(tmp_path / 'same', tmp_path / 'other')
   found = {}
-  for name, num_devices in (('four', 4), ('one', 1)):
+  for name, num_devices in (('same', begun), ('other', 5 - begun)):
     capsys.readouterr()
     summary, found[name], _ = toy_runs.observed(four_tasks(num_devices=num_devices, **changes), tmp_path / name)
     assert 'after round 1' in capsys.readouterr().err
     assert summary['device']['count'] == num_devices
     assert [line['step'] for line in toy_runs.metrics(tmp_path / name)] == [1, 2, 3]
-  assert equal(found['four'], state)
-  assert toy_runs.metrics(tmp_path / 'four') == toy_runs.metrics(tmp_path / 'whole')
-  mine, theirs = found['one'].synthesis, state.synthesis
+  assert equal(found['same'], state)
+  assert toy_runs.metrics(tmp_path / 'same') == toy_runs.metrics(tmp_path / 'whole')
+  mine, theirs = found['other'].synthesis, state.synthesis
   assert equal(mine.buffer.labels, theirs.buffer.labels)
   assert mine.buffer.labels.shape == (4, 12)
   assert (mine.buffer.images == theirs.buffer.images).mean() > 0.999
   start = build.network(four_tasks(), 'student', jax.random.split(jax.random.key(0), 4)[0]).params
-  moved = [jax.tree.map(np.subtract, of.student.network.params, start) for of in (found['one'], state)]
+  moved = [jax.tree.map(np.subtract, of.student.network.params, start) for of in (found['other'], state)]
   assert max(toys.distances(*moved).values()) <= 1e-3
 
 
