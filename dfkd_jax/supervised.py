@@ -41,9 +41,9 @@ def run(
     experiment = Experiment(config, workdir, 'epoch', command, resume, asked)
     with experiment.ledger.part('setup'):
       teacher = build.teacher(config) if section.teacher_factor else None
-      experiment.stands_on(
+      experiment.store.stands_on(
           teacher=teacher and build.card(teacher, config.teacher.source).sha256, **inheritance.digests(config))
-    if (summary := experiment.finished()) is not None:
+    if (summary := experiment.store.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       train = experiment.load(config.dataset.train_split)
@@ -57,14 +57,14 @@ def run(
       network = inheritance.student(config, build.network(config, which, init_key), which)
       student = parallel.place(mesh, distill.init(network, tx))
       images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
-  parallel.check_alike(json.dumps(experiment.meta['weights']), "The teacher's weights")
+  parallel.check_alike(json.dumps(experiment.store.meta['weights']), "The teacher's weights")
   with experiment.ledger.part('compile'):
     order_of = _orders(len(train.labels), steps, section.batch_size, mesh)
     finite = faults.finite(student)
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    student, done = experiment.resume(student)
+    student, done = experiment.store.begin(student, 'epoch')
     metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
 
     def advance(student, index, reseeded):
@@ -141,7 +141,7 @@ def round_key(run_key: PRNGKey, number: int, reseeded: int) -> PRNGKey:
 
 def write_students(experiment: Experiment, stem: str, network: Network, which: str = 'student') -> tuple[str, ...]:
   """The last network and, where it is kept, the best one; returns the names of the files."""
-  found = {f'{stem}.safetensors': network, f'{stem}_best.safetensors': experiment.best_network}
+  found = {f'{stem}.safetensors': network, f'{stem}_best.safetensors': experiment.store.best_network}
   with parallel.together():
     for name, each in found.items():
       if each is not None:

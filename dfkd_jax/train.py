@@ -25,10 +25,11 @@ from dfkd_jax import (
   processes,
   programs,
   stopping,
+  store,
   supervised,
   synth,
 )
-from dfkd_jax.experiment import Experiment, fingerprint
+from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import objective
 from dfkd_jax.types import PRNGKey
@@ -61,7 +62,7 @@ def run(
   """
   checks.check(config)
   processes.initialize(**config.distributed.to_dict())
-  parallel.check_alike(fingerprint(config), 'The config')
+  parallel.check_alike(store.fingerprint(config), 'The config')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
@@ -104,10 +105,10 @@ def run_distillation(
       source = None if teacher else config.teacher.source
       teacher, judge = teacher or build.teacher(config), build.judge(config)
       card = build.card(teacher, source)
-      experiment.stands_on(
+      experiment.store.stands_on(
           teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
           **inheritance.digests(config))
-    if (summary := experiment.finished()) is not None:
+    if (summary := experiment.store.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       # On the host, since what is placed will be donated, and the control starts from the same.
@@ -116,7 +117,7 @@ def run_distillation(
     factors = _factors(experiment, teacher, network, card)
     make = build.synthesizer(config, mesh.size, factors)
     teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
-  parallel.check_alike(json.dumps([experiment.meta['weights'], factors]), "The teacher's weights, and the judge's,")
+  parallel.check_alike(json.dumps([experiment.store.meta['weights'], factors]), "The weights of the teacher and judge")
   with experiment.ledger.part('setup'):
     synthesis = programs.init(make, mesh, init_key, teacher)
     with parallel.together():
@@ -128,7 +129,7 @@ def run_distillation(
     look = _held_out(experiment, mesh, factors, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    state, done = experiment.resume(state)
+    state, done = experiment.store.begin(state, 'round')
     state = state.replace(synthesis=host_buffer.made(state.synthesis))
     metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
     advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)
@@ -139,18 +140,18 @@ def run_distillation(
     control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
         num_devices=mesh.size, files=(*files, 'images.png'), teacher=metrics_of_teacher, control=control,
-        preflight=experiment.meta['preflight'], images=looked_at, selection=experiment.selection,
+        preflight=experiment.store.meta['preflight'], images=looked_at, selection=experiment.selection,
         rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
 
 
 def _factors(experiment: Experiment, teacher: Network, student: Network, card) -> objective.Factors | None:
   """What the preflight goes on with; that of a run which is gone on with was at its beginning. None: the config's."""
-  found = experiment.stored.get('preflight')
+  found = experiment.store.stored.get('preflight')
   if experiment.config.preflight.enabled and found is None:
     with experiment.ledger.part('preflight'):
       _, found = preflight.report(experiment.config, teacher, student, card)
-  experiment.meta['preflight'] = found
+  experiment.store.meta['preflight'] = found
   return found and objective.Factors(**found['factors'])
 
 

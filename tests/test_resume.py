@@ -17,6 +17,7 @@ from toy_runs import stopped
 from dfkd_jax import build, models, preflight, programs, report, stopping, tasks, train
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models import pretrained
+from dfkd_jax.store import Store
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -106,12 +107,12 @@ def test_the_best_student_is_that_of_its_round(tmp_path, monkeypatch):
   monkeypatch.setattr(Experiment, 'follow', lambda self, teacher: None)
   seen = []
 
-  def judge(self, metrics, done, state):
+  def judge(self, metrics, done, state, selection):
     seen.append(jax.device_get(state.student.network))
-    judged(self, metrics, done, state)
+    judged(self, metrics, done, state, selection)
 
-  judged = Experiment._judge
-  monkeypatch.setattr(Experiment, '_judge', judge)
+  judged = Store.judge
+  monkeypatch.setattr(Store, 'judge', judge)
   stopped(toy_runs.config(), tmp_path, 5)
   summary = train.run(toy_runs.config(), tmp_path)
   assert summary['student']['best']['round'] == 3
@@ -305,6 +306,7 @@ def test_a_finished_run_may_be_made_longer(tmp_path):
   summary = train.run(toy_runs.config(distill__rounds=7), tmp_path, resume='force:distill.rounds')
   assert summary['student']['last']['round'] == 7
   assert [line['step'] for line in toy_runs.metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+  assert json.loads((tmp_path / 'summary_after_5.json').read_text())['config']['distill']['rounds'] == 5
   with pytest.raises(ValueError, match='another architecture'):
     train.run(toy_runs.config(distill__rounds=8, method__capacity=16), tmp_path, resume='force')
 

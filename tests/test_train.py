@@ -168,7 +168,7 @@ def test_where_things_lie_may_change(whole, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
   config = toy_runs.config()
-  meta = Experiment(config, tmp_path, 'round').meta
+  meta = Experiment(config, tmp_path, 'round').store.meta
   state = {'student': {'network': {'params': {'conv1': {'kernel': np.zeros((5, 5, 1, 2), np.float32)}}}}}
   with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
     checkpoints.save(3, state, meta | {'done': 3})

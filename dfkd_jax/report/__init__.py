@@ -4,7 +4,7 @@ Nothing here knows a method or a config. Errors are ValueErrors of one line.
 """
 
 from dfkd_jax.report.ledger import COUNTS, PARTS, Ledger
-from dfkd_jax.report.metrics import MetricsWriter
+from dfkd_jax.report.metrics import MetricsWriter, writing
 from dfkd_jax.report.pictures import image_grid
 from dfkd_jax.report.progress import Progress, note, say
 from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
@@ -24,4 +24,5 @@ __all__ = [
   'say',
   'versions',
   'write_summary',
+  'writing',
 ]

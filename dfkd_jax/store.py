@@ -1,0 +1,185 @@
+"""What a run keeps in its folder: the state of its checkpoints, the best student, and what it must know to go on."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dfkd_jax import build, parallel, report, run_folder
+from dfkd_jax.checkpoint import Checkpoints, config_hash
+from dfkd_jax.models.network import Network
+from dfkd_jax.types import PyTree
+
+
+class Store:
+  """The keeping of one run; a context manager, and nothing is written before it is entered.
+
+  Args:
+    config: Of the run; kept beside the checkpoints, and compared when the run goes on.
+    workdir: Made if missing.
+    ledger: Of the run, kept too.
+    resume: In what a run that is there may go on with another config, see `run_folder.changed`.
+
+  Raises:
+    ValueError: The folder cannot be written, or holds a run of another config.
+  """
+
+  def __init__(self, config: build.Config, workdir: pathlib.Path, ledger: report.Ledger, resume: str | None = None):
+    self._began = time.perf_counter()
+    self.workdir, self.ledger, self._resume = workdir, ledger, resume
+    plain = _jsonable(config)
+    self._section = config.checkpoint
+    self.meta: dict[str, Any] = {'config': plain, 'hash': fingerprint(config), 'changed': []}
+    run_folder.check_place(workdir)
+    self.stored = run_folder.stored(workdir)  # Of the run that is there.
+    self._changed = run_folder.changed(self.stored.get('config'), plain, workdir, resume)
+    self.best: dict[str, Any] = {}
+    self.last: dict[str, Any] = {}
+    self.best_network: Network | None = None
+    self.reseeded: dict[int, int] = {}  # Rounds that were done again, and how often.
+    self._saved = 0  # Rounds in the latest checkpoint.
+    self._wall = 0.0  # Seconds of the processes that this one goes on from.
+    self._template: PyTree = None
+    self._checkpoints: Checkpoints | None = None
+    self._stack = contextlib.ExitStack()
+
+  def stands_on(self, **weights: str | None) -> None:
+    """Notes which weights the run stands on, by their SHA-256; None: there are none.
+
+    Raises:
+      ValueError: The folder holds a run that stands on others.
+    """
+    there = self.stored.get('weights', weights)
+    for which, digest in weights.items():
+      if there.get(which) != digest and self._resume != run_folder.FORCE:
+        raise ValueError(
+            f'{self.workdir} holds a run with another {which}, of SHA-256 {str(there.get(which))[:16]} there, '
+            f'{str(digest)[:16]} here. Name another --workdir.')
+    self.meta['weights'] = weights
+
+  def finished(self) -> dict[str, Any] | None:
+    """The summary, printed again, if this run has come to its end before."""
+    found = None if self._changed else run_folder.read_summary(self.workdir)
+    if found is not None:
+      report.note(f'This run has finished before. To run it anew, name another workdir than {self.workdir}.')
+      report.say(report.format_summary(found))
+    return found
+
+  def __enter__(self) -> 'Store':
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(run_folder.taken(self.workdir))
+      self._checkpoints = stack.enter_context(
+          Checkpoints(self.workdir / 'checkpoints', max_to_keep=self._section.max_to_keep))
+      self._stack = stack.pop_all()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._stack.__exit__(*error)
+
+  def begin(self, state: PyTree, unit: str) -> tuple[PyTree, int]:
+    """The state where the run stopped, and how many rounds are done; else the state given, and 0."""
+    self.ledger.count('starts')
+    if self._section.keep_best:
+      self.best_network = copied(network_of(state))
+    self._template = jax.tree.map(_shape_of, self._tree(state))
+    if self._checkpoints.latest() is None:
+      report.note(f'Results go to {self.workdir}')
+      return state, 0
+    state, meta = self._restored(state)
+    self._wall, self.reseeded = meta['wall_seconds'], {int(of): times for of, times in meta['reseeded'].items()}
+    self.ledger.load(meta['ledger'])
+    report.note(f'Going on in {self.workdir} after {unit} {meta["done"]}')
+    self.meta['changed'] = meta['changed']
+    if self._changed:
+      self.meta['changed'] = [*meta['changed'], {'after': meta['done'], 'fields': self._changed}]
+      self._set_aside(meta['done'])
+    return state, meta['done']
+
+  def again(self, state: PyTree) -> tuple[PyTree, int]:
+    """The state of the latest checkpoint, in the form of this one, whose arrays may be gone; and its rounds."""
+    state, meta = self._restored(state)
+    return state, meta['done']
+
+  def _restored(self, state: PyTree) -> tuple[PyTree, dict]:
+    with self.ledger.part('checkpoint'):
+      tree, meta = self._checkpoints.restore(self._template)
+    self.best_network = tree.pop('best', None)
+    self.best, self.last, self._saved = meta['best'], meta['last'], meta['done']
+    return state.replace(**tree), meta
+
+  def _tree(self, state: PyTree) -> dict[str, PyTree]:
+    """What is saved."""
+    tree = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return tree | ({} if self.best_network is None else {'best': self.best_network})
+
+  def _set_aside(self, done: int) -> None:
+    """The summary of a run that had ended stays, under another name: else it would speak for the one that goes on."""
+    with parallel.together():
+      path = self.workdir / 'summary.json'
+      if parallel.is_first() and path.exists():
+        with report.writing(path):
+          os.replace(path, path.with_name(f'summary_after_{done}.json'))
+
+  def judge(self, metrics: dict[str, float], done: int, state: PyTree, selection: str) -> None:
+    """Notes what the student came to after `done` rounds, and keeps it if it is the best so far."""
+    self.last = metrics | {'round': done}
+    if self.last[selection] > self.best.get(selection, -1.0):
+      self.best = self.last
+      if self.best_network is not None:
+        self.best_network = copied(network_of(state))
+
+  def save(self, done: int, state: PyTree) -> None:
+    """Begins to write a checkpoint after `done` rounds, unless it is there."""
+    if done == self._saved > 0:
+      return
+    with self.ledger.part('checkpoint'):
+      self._checkpoints.save(done, self._tree(state), self.meta | {
+          'done': done, 'best': self.best, 'last': self.last, 'ledger': self.ledger.state(),
+          'reseeded': {str(of): times for of, times in self.reseeded.items()}, 'wall_seconds': self.wall_seconds()})
+    self._saved = done
+
+  def wait(self) -> None:
+    """Returns when all that was saved is written."""
+    with self.ledger.part('checkpoint'):
+      self._checkpoints.wait()
+
+  def latest(self) -> int | None:
+    """Rounds in the latest checkpoint; None if there is none."""
+    return self._checkpoints.latest()
+
+  def wall_seconds(self) -> float:
+    """Since the run began, without the time between one process and the next."""
+    return self._wall + time.perf_counter() - self._began
+
+
+def fingerprint(config: build.Config) -> str:
+  """Alike of configs that compute the same."""
+  return config_hash(run_folder.flat(_jsonable(config)))
+
+
+def _jsonable(config: build.Config) -> dict:
+  """A config as JSON has it: tuples as lists."""
+  plain = lambda value: (
+      {k: plain(v) for k, v in value.items()} if isinstance(value, dict)
+      else [plain(v) for v in value] if isinstance(value, (list, tuple)) else value)
+  return plain(config.to_dict())
+
+
+def network_of(state: PyTree) -> Network:
+  """The student in the state of a distillation, or of a training."""
+  return getattr(state, 'student', state).network
+
+
+def copied(tree: PyTree) -> PyTree:
+  """Arrays in the same places that outlive those given, which programs will take over."""
+  return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
+
+
+def _shape_of(leaf: Any) -> Any:
+  """What a checkpoint is read into; arrays on the host stand for themselves."""
+  return leaf if isinstance(leaf, np.ndarray) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
