@@ -2,27 +2,34 @@
 
 A checkpoint is a folder `<directory>/<step>` with two parts: `state`, all leaves of a pytree under their paths
 ('student/params/stem/kernel'), and `meta`, one JSON object with what is not an array. Beside the caller's meta data the
-JSON holds the format and each leaf's shape and dtype, so that what does not fit is named before an array is read.
+JSON holds the format and each leaf's shape and dtype, so that what does not fit is named before an array is read, and
+checksums, since TensorStore does not notice a flipped bit.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dfkd_jax import parallel
+from dfkd_jax import flat_state, parallel
 from dfkd_jax.types import PyTree
 
 FORMAT = 1  # Of the meta data; another one is refused.
+
+
+class DamagedError(ValueError):
+  """A checkpoint cannot be read, or is not what was saved."""
 
 
 def config_hash(config: dict) -> str:
@@ -44,7 +51,8 @@ class Checkpoints:
   first (on CPU the runtime refuses to reuse a buffer that is still being written), NumPy arrays are copied. A save that
   was cut off leaves a folder with another name, which is ignored and removed by the next run.
 
-  Every error is a ValueError of one line.
+  Where the latest checkpoint is damaged, the one before it is taken, and so on; `damaged` says which were passed over,
+  and why. Every error is a ValueError of one line.
 
   Of several processes each writes and reads its part of the arrays, and all must call the same methods in the same
   order, but for reading only, which each does by itself.
@@ -66,6 +74,7 @@ class Checkpoints:
     _check_directory(self.directory, read_only)
     _silence_orbax()
     self._read_only = read_only
+    self.damaged: dict[int, str] = {}  # Steps that could not be read, with the reason.
     options = ocp.CheckpointManagerOptions(
       max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=not read_only, read_only=read_only,
       multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions()
@@ -96,8 +105,9 @@ class Checkpoints:
     """
     if self._read_only:
       raise ValueError(f'{self.directory} was opened to be read only; step {step} is not saved.')
-    leaves, _ = _flatten(state)
-    entry = {'format': FORMAT, 'leaves': _specs(leaves), 'meta': meta}
+    leaves, _ = flat_state.flatten(state)
+    entry = {
+        'format': FORMAT, 'leaves': flat_state.specs(leaves), 'checksums': flat_state.checksums(leaves), 'meta': meta}
     _canonical(meta, 'meta data of a checkpoint')
     arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements.
     self.wait()
@@ -111,8 +121,11 @@ class Checkpoints:
   def steps(self) -> list[int]:
     """Steps with a complete checkpoint, in ascending order."""
     self.wait()
-    found = sorted(self._manager.all_steps())
-    return [step for step in found if os.path.isfile(os.path.join(self.directory, str(step), 'meta', 'metadata'))]
+    return [step for step in self._all_steps() if self._is_complete(step)]
+
+  def any(self) -> bool:
+    """Whether there is a checkpoint, in whatever state."""
+    return bool(self._all_steps())
 
   def latest(self) -> int | None:
     """The latest step with a complete checkpoint; None if there is none."""
@@ -122,12 +135,14 @@ class Checkpoints:
     """The `meta` given to `save`, from the JSON alone; tuples come back as lists.
 
     Args:
-      step: The latest if None.
+      step: None: the latest that can be read.
 
     Raises:
       ValueError: There is no such checkpoint, or it is damaged or of another format.
     """
-    return self._entry(self._existing(step))['meta']
+    if step is not None:
+      return self._entry(self._existing(step))['meta']
+    return self._latest_readable(lambda step: self._entry(step)['meta'])
 
   def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict]:
     """Reads a checkpoint into the structure of `template`.
@@ -135,7 +150,7 @@ class Checkpoints:
     Args:
       template: As the state saved: arrays or `jax.ShapeDtypeStruct`s. A JAX array takes the place (sharding) of its
         counterpart here, whatever it was saved from, or the first device where that has none; a NumPy array stays one.
-      step: The latest if None.
+      step: None: the latest that can be read. Those passed over are kept, under names such as 'damaged-8'.
 
     Returns:
       State and meta data.
@@ -144,18 +159,27 @@ class Checkpoints:
       ValueError: There is no such checkpoint, it is damaged, or it is of another architecture: the first leaf that is
         missing, is left over, or has another shape or dtype is named with both.
     """
-    step = self._existing(step)
+    if step is not None:
+      return self._restore(template, self._existing(step))
+    found = self._latest_readable(lambda step: self._restore(template, step))
+    self._set_aside()
+    return found
+
+  def _restore(self, template: PyTree, step: int) -> tuple[PyTree, dict]:
     entry = self._entry(step)
-    leaves, structure = _flatten(template)
+    leaves, structure = flat_state.flatten(template)
     self._check_fit(step, {path: (tuple(shape), dtype) for path, shape, dtype in entry['leaves']}, leaves)
-    targets = {path: _target(leaf) for path, leaf in leaves.items()}
+    targets = {path: flat_state.target(leaf) for path, leaf in leaves.items()}
     wanted = ocp.args.StandardRestore({path: target for path, target in targets.items() if leaves[path].size})
-    with self._storage_errors(f'read step {step}'):
+    with self._storage_errors(f'read step {step}', DamagedError):
       arrays = self._manager.restore(step, args=ocp.args.Composite(state=wanted))['state']
-    restored = [arrays[path] if path in arrays else _empty(target) for path, target in targets.items()]
+    restored = [arrays[path] if path in arrays else flat_state.empty(target) for path, target in targets.items()]
     for (path, leaf), array in zip(leaves.items(), restored, strict=True):
       if array.dtype != leaf.dtype:
         raise ValueError(f'{path!r} is {leaf.dtype}, which JAX keeps only where jax_enable_x64 is set.')
+      wanted = entry.get('checksums', {}).get(path)
+      if wanted is not None and flat_state.checksum(array) not in (None, wanted):
+        raise DamagedError(f'Cannot read step {step} in {self.directory}: {path!r} has other bytes than were saved.')
     return jax.tree.unflatten(structure, restored), entry['meta']
 
   def wait(self) -> None:
@@ -176,90 +200,82 @@ class Checkpoints:
     with self._storage_errors('save'):
       self._manager.close()
 
-  def _existing(self, step: int | None) -> int:
+  def _all_steps(self) -> list[int]:
+    self.wait()
+    return sorted(self._manager.all_steps())
+
+  def _is_complete(self, step: int) -> bool:
+    return os.path.isfile(os.path.join(self.directory, str(step), 'meta', 'metadata'))
+
+  def _latest_readable(self, read: Callable[[int], Any]) -> Any:
+    """What is read of the latest checkpoint that lets itself be read, by all processes."""
+    steps = self._all_steps()
+    for step in reversed(steps):
+      error = found = None
+      try:
+        if not self._is_complete(step):
+          raise DamagedError(f'Cannot read step {step} in {self.directory}: it is incomplete.')
+        found = read(step)
+      except DamagedError as caught:
+        error = caught
+      if not self._somewhere(error is not None):
+        return found
+      self.damaged[step] = str(error or f'Cannot read step {step} in {self.directory} on another process.')
+    if not steps:
+      raise ValueError(f'There is no checkpoint in {self.directory}.')
+    raise DamagedError(f'No checkpoint of {steps} can be read, of which nothing was changed: {self.damaged[steps[-1]]}')
+
+  def _somewhere(self, holds: bool) -> bool:
+    """Whether it holds on any of the processes that read together."""
+    return holds if self._read_only else bool(parallel.of_processes(np.int64(holds)).any())
+
+  def _set_aside(self) -> None:
+    """Gives damaged steps other names, so that they can be saved again, and looked into."""
+    if self._read_only or not self.damaged:
+      return
+    with parallel.together(), self._storage_errors('set a damaged checkpoint aside'):
+      for step in self.damaged if parallel.is_first() else ():
+        source = os.path.join(self.directory, str(step))
+        names = (f'damaged-{step}{suffix}' for suffix in ('', *(f'-{n}' for n in itertools.count(2))))
+        if os.path.isdir(source):
+          os.rename(source, next(p for n in names if not os.path.exists(p := os.path.join(self.directory, n))))
+    self._manager.reload()
+
+  def _existing(self, step: int) -> int:
     steps = self.steps()
     if not steps:
       raise ValueError(f'There is no checkpoint in {self.directory}.')
-    if step is None:
-      return steps[-1]
     if step not in steps:
       raise ValueError(f'There is no checkpoint of step {step} in {self.directory}, only of {steps}.')
     return step
 
   def _entry(self, step: int) -> dict:
-    with self._storage_errors(f'read step {step}'):
+    with self._storage_errors(f'read step {step}', DamagedError):
       entry = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
     if not isinstance(entry, dict) or not {'format', 'leaves', 'meta'} <= entry.keys():
-      raise ValueError(f'Step {step} in {self.directory} is not a checkpoint of this program.')
+      raise DamagedError(f'Step {step} in {self.directory} is not a checkpoint of this program.')
     if entry['format'] != FORMAT:
       raise ValueError(f'Step {step} in {self.directory} has format {entry["format"]}; this version reads {FORMAT}.')
     return entry
 
   def _check_fit(self, step: int, stored: dict[str, tuple], leaves: dict) -> None:
-    wanted = {path: (tuple(shape), dtype) for path, shape, dtype in _specs(leaves)}
+    wanted = {path: (tuple(shape), dtype) for path, shape, dtype in flat_state.specs(leaves)}
     differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
     if differing:
       path = differing[0]
       more = f' (and {len(differing) - 1} more)' if len(differing) > 1 else ''
       raise ValueError(
         f'Checkpoint of another architecture, step {step} in {self.directory}: {path!r} is '
-        f'{_describe(stored.get(path))} there, {_describe(wanted.get(path))} here{more}.'
+        f'{flat_state.describe(stored.get(path))} there, {flat_state.describe(wanted.get(path))} here{more}.'
       )
 
   @contextlib.contextmanager
-  def _storage_errors(self, action: str) -> Iterator[None]:
+  def _storage_errors(self, action: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Whatever Orbax or the disk has to say, in one line."""
     try:
       yield
     except Exception as error:
-      raise ValueError(f'Cannot {action} in {self.directory}: {_reason(error)}') from error
-
-
-def _flatten(tree: PyTree) -> tuple[dict, jax.tree_util.PyTreeDef]:
-  """Leaves by path; NumPy scalars as arrays, anything else that is not an array refused."""
-  leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  named = {}
-  for keys, leaf in leaves:
-    path = jax.tree_util.keystr(keys, simple=True, separator='/')
-    if path in named:
-      raise ValueError(f'Two leaves of the state have the path {path!r}.')
-    named[path] = _array(path, leaf)
-  if not any(leaf.size for leaf in named.values()):
-    raise ValueError('The state has no arrays.')
-  return named, structure
-
-
-def _array(path: str, leaf):
-  if isinstance(leaf, np.generic):
-    leaf = np.asarray(leaf)  # Orbax saves a NumPy scalar and cannot read it back.
-  if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-    raise ValueError(f'Leaf {path!r} of the state is of type {type(leaf).__name__}; it must be a JAX or NumPy array.')
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.dtype.kind in 'OSUMm':
-    raise ValueError(f'Leaf {path!r} of the state has dtype {leaf.dtype}; only numbers and booleans are kept.')
-  return leaf
-
-
-def _specs(leaves: dict) -> list:
-  return [[path, list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()]
-
-
-def _describe(spec: tuple | None) -> str:
-  return f'{spec[1]}{list(spec[0])}' if spec else 'missing'
-
-
-def _target(leaf):
-  """What Orbax is to make of a leaf: a NumPy array, or a JAX array in a definite place."""
-  if isinstance(leaf, np.ndarray):
-    return leaf
-  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _empty(target):
-  zeros = np.zeros(target.shape, target.dtype)
-  if isinstance(target, np.ndarray):
-    return zeros
-  return jax.make_array_from_callback(target.shape, target.sharding, lambda index: zeros[index])
+      raise kind(f'Cannot {action} in {self.directory}: {_reason(error)}') from error
 
 
 def _canonical(value: dict, name: str) -> str:

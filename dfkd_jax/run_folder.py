@@ -42,7 +42,7 @@ def stored(workdir: pathlib.Path) -> dict[str, Any]:
   if not (workdir / 'checkpoints').is_dir():
     return {}
   with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
-    return checkpoints.meta() if checkpoints.steps() else {}
+    return checkpoints.meta() if checkpoints.any() else {}
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:

@@ -87,10 +87,12 @@ class Store:
     if self._section.keep_best:
       self.best_network = copied(network_of(state))
     self._template = jax.tree.map(_shape_of, self._tree(state))
-    if self._checkpoints.latest() is None:
+    if not self._checkpoints.any():
       report.note(f'Results go to {self.workdir}')
       return state, 0
     state, meta = self._restored(state)
+    for reason in self._checkpoints.damaged.values():
+      report.note(f'{reason.rstrip(".")}. It is set aside, and the checkpoint before it taken.')
     self._wall, self.reseeded = meta['wall_seconds'], {int(of): times for of, times in meta['reseeded'].items()}
     self.ledger.load(meta['ledger'])
     report.note(f'Going on in {self.workdir} after {unit} {meta["done"]}')

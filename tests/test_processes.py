@@ -161,7 +161,8 @@ def test_the_student_has_moved(single):
 def test_all_processes_have_the_result_and_the_first_alone_speaks(several):
   folder, results, streams = several
   assert sorted(path.name for path in (folder / 'whole').iterdir()) == [
-      'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors', 'summary.json']
+      'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors',
+      'student_best.safetensors', 'summary.json']
   for kind in ('student', 'teacher', 'config_hash'):
     assert results[0][0][kind] == results[1][0][kind]
   own = [[line for line in stream.splitlines() if line and not line.startswith('[Gloo]')] for stream in streams[1]]

@@ -1,0 +1,162 @@
+"""Disks that are full or read only, and checkpoints that are cut off, in whole runs: a line each; nothing is lost."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import toy_runs
+
+from dfkd_jax import train
+
+FILES = ('images.png', 'student.safetensors', 'student_best.safetensors')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick():
+  with toy_runs.quick():
+    yield
+
+
+@functools.cache
+def undisturbed():
+  """Results of the toy run, and its folder as it was after four rounds, with checkpoints of two and four."""
+  folder = toy_runs.folder() / 'storage'
+  toy_runs.stopped(toy_runs.config(), folder / 'stopped', 5)
+  train.run(toy_runs.config(), folder / 'whole')
+  assert sorted(path.name for path in (folder / 'stopped' / 'checkpoints').iterdir()) == ['2', '4']
+  return results(folder / 'whole'), folder / 'stopped'
+
+
+def results(workdir):
+  """All that a run came to: metrics, scores, and the bytes of its files."""
+  summary = json.loads((workdir / 'summary.json').read_text())
+  return toy_runs.metrics(workdir), summary['student'], [(workdir / name).read_bytes() for name in FILES]
+
+
+@contextlib.contextmanager
+def disk(place, size):
+  """A file system of its own, of so many kilobytes; skips where it may not be mounted."""
+  place.mkdir()
+  command = ['mount', '-t', 'tmpfs', '-o', f'size={size}k', 'tmpfs', str(place)]
+  if shutil.which('mount') is None or subprocess.run(command, capture_output=True, check=False).returncode:
+    pytest.skip('A tmpfs cannot be mounted here.')
+  try:
+    yield place
+  finally:
+    subprocess.run(['umount', '-l', str(place)], check=True)
+
+
+def remount(place, options):
+  subprocess.run(['mount', '-o', f'remount,{options}', str(place)], check=True)
+
+
+def fails_in_a_line(workdir, *words):
+  with pytest.raises(ValueError) as error:  # noqa: PT011 (the words follow)
+    train.run(toy_runs.config(), workdir)
+  text = str(error.value)
+  assert len(text.splitlines()) == 1
+  assert len(text) < 600
+  for word in words:
+    assert word in text
+  return text
+
+
+def used(place):
+  """Kilobytes."""
+  found = os.statvfs(place)
+  return (found.f_blocks - found.f_bfree) * found.f_frsize // 1024
+
+
+@pytest.mark.parametrize('spare', [0, 8, 40, 120, 250])
+def test_a_full_disk_costs_a_line_and_once_there_is_room_nothing(tmp_path, spare):
+  """Kilobytes to spare beside a folder with two checkpoints: it is full at some place of what follows."""
+  wanted, stopped = undisturbed()
+  with disk(tmp_path / 'disk', 20_000) as place:
+    workdir = place / 'run'
+    shutil.copytree(stopped, workdir)
+    before = toy_runs.tree_of(workdir / 'checkpoints' / '4')
+    remount(place, f'size={used(place) + spare}k')
+    fails_in_a_line(workdir, str(workdir), 'No space left')
+    assert toy_runs.tree_of(workdir / 'checkpoints' / '4') == before
+    remount(place, 'size=20000k')
+    train.run(toy_runs.config(), workdir)
+    assert results(workdir) == wanted
+
+
+def test_a_new_run_on_a_full_disk(tmp_path):
+  wanted, _ = undisturbed()
+  with disk(tmp_path / 'disk', 64) as place:
+    fails_in_a_line(place / 'run', str(place), 'No space left')
+    remount(place, 'size=20000k')
+    train.run(toy_runs.config(), place / 'run')
+    assert results(place / 'run') == wanted
+
+
+def test_a_read_only_disk_costs_a_line(tmp_path):
+  wanted, stopped = undisturbed()
+  with disk(tmp_path / 'disk', 20_000) as place:
+    shutil.copytree(stopped, place / 'run')
+    before = toy_runs.tree_of(place)
+    remount(place, 'ro')
+    fails_in_a_line(place / 'run', str(place / 'run'))
+    fails_in_a_line(place / 'new', str(place / 'new'))
+    assert toy_runs.tree_of(place) == before
+    remount(place, 'rw')
+    train.run(toy_runs.config(), place / 'run')
+    assert results(place / 'run') == wanted
+
+
+@pytest.mark.parametrize('tenths', range(10))
+def test_a_cut_off_checkpoint_is_passed_over(tmp_path, tenths, capfd):
+  """Each of its files in turn is cut to so many tenths of its length; the largest in a whole run."""
+  wanted, stopped = undisturbed()
+  latest = stopped / 'checkpoints' / '4'
+  largest = max((path for path in latest.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  for path in (largest, latest / 'meta' / 'metadata'):
+    workdir = tmp_path / path.name
+    shutil.copytree(stopped, workdir)
+    cut = workdir / path.relative_to(stopped)
+    cut.write_bytes(path.read_bytes()[:path.stat().st_size * tenths // 10])
+    capfd.readouterr()
+    train.run(toy_runs.config(), workdir)
+    err = capfd.readouterr().err
+    assert 'ead step 4 in' in err
+    assert 'It is set aside, and the checkpoint before it taken.' in err
+    assert 'after round 2' in err
+    assert (workdir / 'checkpoints' / 'damaged-4').is_dir()
+    assert results(workdir) == wanted
+
+
+@pytest.mark.parametrize(('file', 'words'), [('metadata', 'No checkpoint of [2, 4] can be read')])
+def test_without_any_that_can_be_read_nothing_is_begun_anew(tmp_path, file, words):
+  _, stopped = undisturbed()
+  shutil.copytree(stopped, tmp_path / 'run')
+  for step in ('2', '4'):
+    (tmp_path / 'run' / 'checkpoints' / step / 'meta' / file).write_text('')
+  before = toy_runs.tree_of(tmp_path)
+  fails_in_a_line(tmp_path / 'run', words)
+  assert toy_runs.tree_of(tmp_path) == before
+
+
+def test_checkpoints_of_another_method_student_or_version(tmp_path):
+  _, stopped = undisturbed()
+  shutil.copytree(stopped, tmp_path / 'run')
+  before = toy_runs.tree_of(tmp_path)
+  other = toy_runs.config()
+  other.student.options = dict(widths=(2, 4), strides=(1, 2))
+  for config, resume, words in (
+      (other, None, r'student\.options\.widths is \[2, 3\] there, \[2, 4\] here'),
+      (other, 'force', r'another architecture.*\[3\] there, .*\[4\] here'),
+      (toy_runs.config(method__meta_lr=0.5), None, 'method.meta_lr'),
+      (toy_runs.config(method__carry_latents=True), 'force', 'another architecture.*synthesis/latents')):
+    with pytest.raises(ValueError, match=words) as error:
+      train.run(config, tmp_path / 'run', resume=resume)
+    assert len(str(error.value).splitlines()) == 1
+    assert toy_runs.tree_of(tmp_path) == before
+  path = tmp_path / 'run' / 'checkpoints' / '4' / 'meta' / 'metadata'
+  path.write_text(path.read_text().replace('"format": 1', '"format": 9').replace('"format":1', '"format":9'))
+  fails_in_a_line(tmp_path / 'run', 'has format 9; this version reads 1')
