@@ -22,6 +22,8 @@ _SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # Wh
 _PLACES = (
     'buffer', 'compilation_cache', 'dataset.data_dir', 'device_memory_gb', 'num_devices', 'distributed.coordinator',
     'distributed.num_processes', 'distributed.process_id', 'distributed.timeout')
+_LONGEST_NAME = 255  # Of a file or folder, on the usual file systems.
+_FILES = ('metrics.jsonl', 'summary.json', 'images.png', 'student.safetensors', 'weights.safetensors')
 _BEST = 'student.best is picked on the test images; student.last is not.'
 _BEST_WITHOUT = 'No real image was seen: student.best is picked by held_out_agreement, on fresh synthetic images.'
 
@@ -47,7 +49,7 @@ class Experiment:
     with self.ledger.part('setup'):
       plain = _jsonable(config)
       self.meta = {'config': plain, 'hash': fingerprint(config)}
-      _check_place(self.workdir)
+      check_place(self.workdir)
       self.stored = _stored(self.workdir)
       _same_config(self.stored.get('config'), plain, self.workdir)
       self.task = build.task(config)
@@ -216,15 +218,25 @@ def fingerprint(config: build.Config) -> str:
   return config_hash(_compared(_jsonable(config)))
 
 
-def _check_place(workdir: pathlib.Path) -> None:
+def check_place(workdir: pathlib.Path) -> None:
   """Raises ValueError if the folder could not be made or written, without trying to."""
-  nearest = workdir.absolute()
-  while not os.path.exists(nearest):
+  what, nearest = f'workdir is {str(workdir)!r}', workdir.absolute()
+  if '\0' in str(workdir):
+    raise ValueError(f'{what}, must be a path.')
+  if (longest := max(map(len, map(os.fsencode, workdir.parts)), default=0)) > _LONGEST_NAME:
+    raise ValueError(f'{what}, must have names of at most {_LONGEST_NAME} bytes, not {longest}.')
+  while not os.path.lexists(nearest):
     nearest = nearest.parent
   if not nearest.is_dir():
-    raise ValueError(f'workdir is {str(workdir)!r}, must be a folder: {nearest} is a file.')
+    kind = 'file' if nearest.exists() else 'link that leads nowhere'
+    raise ValueError(f'{what}, must be a folder: {nearest} is a {kind}.')
   if not os.access(nearest, os.W_OK | os.X_OK):
-    raise ValueError(f'workdir is {str(workdir)!r}, must be writable: {nearest} is not.')
+    raise ValueError(f'{what}, must be writable: {nearest} is not.')
+  for name in _FILES:  # Else a run would come to its end, and fail there.
+    if (workdir / name).is_dir():
+      raise ValueError(f'{what}, must be a folder for a run: {name} in it is no file.')
+  if os.path.lexists(workdir / 'checkpoints') and not (workdir / 'checkpoints').is_dir():
+    raise ValueError(f'{what}, must be a folder for a run: checkpoints in it is no folder.')
 
 
 def _stored(workdir: pathlib.Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dfkd_jax import (
   programs,
   supervised,
   synth,
+  validation,
 )
 from dfkd_jax.experiment import Experiment, fingerprint
 from dfkd_jax.models.network import Network
@@ -48,19 +49,21 @@ def run(
     teacher: A network of yours (`models.bind`), in the place of the one that the config's section `teacher` names.
 
   Raises:
-    ValueError: Something in the config, the data or the weights does not fit; in one line, and nothing was written.
+    ValueError: Something in the config, the data or the weights does not fit; in one line, or where the config has
+      several mistakes as `validation.InvalidError` with one for each; nothing was written.
   """
-  checks.check(config)
+  if not validation.alone(config):
+    checks.check(config)  # Before anybody waits for others.
   processes.initialize(**config.distributed.to_dict())
   parallel.check_alike(fingerprint(config), 'The config')
+  with parallel.together():
+    validation.check(config, workdir, teacher)
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
   if config.job == 'train':
-    if teacher is not None:
-      raise ValueError("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
     return supervised.run(config, workdir, command)
   return {'distill': run_distillation, 'check': preflight.run}[config.job](config, workdir, command, teacher)
 
