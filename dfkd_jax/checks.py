@@ -31,8 +31,21 @@ FIELDS = {
 }
 _OPEN = ('method', 'augment.synthesis', 'augment.student', 'generator.options',
          *(f'{which}.options' for which in ('teacher', 'student', 'judge')))
+_TEXTS = (
+    'job', 'buffer', 'labels', 'precision', 'compute_dtype', 'compilation_cache', 'dataset.name', 'dataset.data_dir',
+    'dataset.train_split', 'dataset.test_split', 'teacher.name', 'teacher.source', 'student.name', 'judge.name',
+    'judge.source', 'generator.name', 'method.name', 'augment.synthesis.name', 'augment.student.name',
+    'distill.divergence', 'train.network', 'optimizer.name', 'optimizer.schedule', 'distributed.coordinator')
+_FLAGS = (
+    'remat', 'control', 'teacher.bgr', 'student.bgr', 'judge.bgr', 'preflight.enabled', 'preflight.fallback',
+    'optimizer.nesterov')
+_NONE = (  # May be left open.
+    'precision', 'compute_dtype', 'compilation_cache', 'dataset.name', 'dataset.data_dir', 'teacher.name',
+    'teacher.source', 'student.name', 'judge.name', 'judge.source', 'method.name', 'distributed.coordinator',
+    'num_devices', 'device_memory_gb', 'dataset.crop', 'teacher.resize', 'student.resize', 'judge.resize',
+    'distributed.num_processes', 'distributed.process_id')
 
-# Where a number must lie; fields that a config does not have, or leaves open, are passed over.
+# Where a number must lie; what a method or an augmentation does not have, or leaves open, is passed over.
 RANGES = {
     '[0, 4294967296)': ('seed',),
     '[2, inf)': ('dataset.num_classes',),
@@ -141,6 +154,7 @@ def look(config: ml_collections.ConfigDict, problems: Problems) -> None:
   _fields(config, problems)
   if problems.lines:
     return
+  _types(config, problems)
   _numbers(config, problems)
   problems.ask(lambda: known(config.job, JOBS, 'job'), 'job')
   problems.ask(lambda: known(config.buffer, host_buffer.PLACES, 'buffer'), 'buffer')
@@ -158,8 +172,8 @@ def _fields(config: ml_collections.ConfigDict, problems: Problems) -> None:
   """The fields that must be there, and no others."""
   every = [f'{section}.{field}'.lstrip('.') for section, fields in FIELDS.items() for field in fields]
   there = dict(_leaves(config))
-  for section in sorted({*FIELDS, 'augment'} - {''}):
-    if section in there and there[section] is not None and not isinstance(there[section], ml_collections.ConfigDict):
+  for section in sorted({*FIELDS, 'augment', *_OPEN} - {''}):
+    if section in there and not isinstance(there[section], ml_collections.ConfigDict):
       problems.add(f'{section} is {there[section]!r}, must be a section of the config.', 'fields')
   if problems.lines:
     return
@@ -180,16 +194,30 @@ def _leaves(section: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tu
       yield from _leaves(value, f'{prefix}{name}.')
 
 
+def _types(config: ml_collections.ConfigDict, problems: Problems) -> None:
+  """Of what is no number; and numbers that are not there."""
+  for names, kind, what in ((_TEXTS, str, 'text'), (_FLAGS, bool, 'True or False')):
+    for name in names:
+      value = _get(config, name)
+      if not isinstance(value, kind) and (value is not None or name not in _NONE):
+        problems.add(f'{name} is {value!r}, must be {what}.', name)
+  fields = {f'{section}.{field}'.lstrip('.') for section, fields in FIELDS.items() for field in fields}
+  for interval, names in RANGES.items():
+    for name in names:
+      if name in fields and name not in _NONE and _get(config, name) is None:
+        problems.add(f'{name} is None, must be in {interval}.', name)
+
+
 def _numbers(config: ml_collections.ConfigDict, problems: Problems) -> None:
   """All that are out of range in one line, and so those that are not whole."""
   wrong = {
-      name: f'{name} is {value}, must be in {interval}'
+      name: f'{name} is {value!r}, must be in {interval}'
       for interval, names in RANGES.items() for name in names
       if (value := _get(config, name)) is not None and not _within(value, interval)}
   if wrong:
     problems.add(f'{"; ".join(wrong.values())}.', *wrong)
   halves = {
-      name: f'{name} is {value}, must be {"whole numbers" if isinstance(value, (tuple, list)) else "a whole number"}'
+      name: f'{name} is {value!r}, must be {"whole numbers" if isinstance(value, (tuple, list)) else "a whole number"}'
       for name in _WHOLE
       if name not in wrong and (value := _get(config, name)) is not None
       and any(not isinstance(each, int) for each in _many(value))}
