@@ -210,7 +210,10 @@ def _decode(
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in range(0, size, _DECODED_AT_ONCE):  # Since the pool's map takes all that it is given at once.
       part = _attempt(lambda: list(itertools.islice(records, _DECODED_AT_ONCE)), f'Data set {name!r}')
-      labels[start:start + len(part)] = [record['label'] for record in part]
+      if len(part) < min(_DECODED_AT_ONCE, size - start):
+        raise ValueError(f'Data set {name!r} is cut off: it has {start + len(part)} images and should have {size}.')
+      labels[start:start + len(part)] = _attempt(
+          lambda part=part: [int(record['label']) for record in part], f'Data set {name!r}')
       for row, image in enumerate(pool.map(attempt, itertools.count(start), part), start):
         shape = shape or image.shape
         if image.shape != shape:

@@ -190,7 +190,6 @@ MISTAKES = {
     '  del config.distill\n  return config': 'distill.rounds', '  config.distil = 3\n  return config': "'distil'",
     '  del config.seed, config.method\n  return config': 'seed, method',
     '  config.method.depth = 3\n  return config': "'depth'",
-    '  config.student.options.widths = [2, 3]\n  return config': 'student.options',
     '  return config\nget_config = 3': 'get_config', '  return config\nraise ValueError("not today")': 'not today',
     '  return config\nopen("nowhere")': 'nowhere',
     **{f'  with config.ignore_type():\n    config.{field} = {value}\n  return config': f'{field} is {value}'
