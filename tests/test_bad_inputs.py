@@ -157,7 +157,7 @@ PAIRS = st.one_of(
         ('distributed.coordinator=here:123',), ('distributed.num_processes=2',), ('factors.contrast=1',),
         ('distributed.coordinator=here', 'distributed.num_processes=2', 'distributed.process_id=0'),
         ('augment.student.name=flip', 'augment.student.pad=3'), ('student.options.widths=(2,3,4)',),
-        ('student.options.widths=(2,3)', 'student.options.strides=(1,2,2)'), ('method.meta=reinit', 'job=chekc'),
+        ('student.options.widths=(2,3)', 'student.options.strides=(1,2,2)'), ('seed=-1', 'job=chekc'),
         ('generator.options.width=0',), ('generator.options.width=-3',), ('student.options.widths=(0,3)',),
         ('teacher.resize=(3,)',), ('teacher.resize=(3.5,4)',), ('dataset.image_shape=(12.0,8,1)',),
         ('job=train', 'train.label_factor=0'), ('factors.one_hot=0', 'factors.batch_norm=0', 'factors.adversarial=0'),

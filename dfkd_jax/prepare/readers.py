@@ -95,7 +95,7 @@ def _npz_arrays(
   """Splits of the arrays with these names, and if there `class_names`."""
   if source.exists() and not zipfile.is_zipfile(source):
     raise ValueError(f'{str(source)!r} is not an .npz file.')
-  with np.load(source) as arrays:
+  with np.load(source, allow_pickle=False) as arrays:
     for key in (key for of_split in keys.values() for key in of_split):
       if key not in arrays:
         raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {list(arrays)}.')
