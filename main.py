@@ -18,10 +18,12 @@ Kubernetes it needs none of these, and on other TPU pods --config.distributed.co
 
 import argparse
 import importlib.util
+import inspect
 import pathlib
 import re
 import shlex
 import sys
+import types
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -32,6 +34,7 @@ from dfkd_jax.names import nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
 _INTERRUPTED = 130  # Exit status by the habit of shells.
+_LINES = 3  # That an error has at most.
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: "a tuple such as '(1, 2)'"}
 
 
@@ -58,12 +61,19 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     if wanted and wanted.traceback:
       raise
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    for line in _lines(error):
+      print(f'error: {line}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('Interrupted. The same command goes on from the last checkpoint.', file=sys.stderr)
     return _INTERRUPTED
   return _INTERRUPTED if found.get('stopped') == 'SIGINT' else 0
+
+
+def _lines(error: ValueError) -> list[str]:
+  """A line for each thing that is wrong; three at most, the last of which has all that are left."""
+  problems = [' '.join(str(problem).split()) for problem in getattr(error, 'problems', (error,))]
+  return [*problems[:_LINES - 1], *filter(None, [' '.join(problems[_LINES - 1:])])]
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -105,12 +115,35 @@ def load(name: str) -> config_dict.ConfigDict:
   if not paths:
     known = [path.relative_to(HERE).as_posix() for path in sorted((HERE / 'configs').glob('*.py'))]
     raise ValueError(f'--config is {file!r}, must be a Python file.{nearest(file, known)}')
-  spec = importlib.util.spec_from_file_location(f'{paths[0].stem}_config', paths[0])
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = _module(paths[0], file)
   if not hasattr(module, 'get_config'):
     raise ValueError(f'--config is {file!r}, which has no get_config.')
-  return module.get_config(*filter(None, [arguments])).lock()
+  given = [arguments] if arguments else []
+  try:
+    inspect.signature(module.get_config).bind(*given)
+  except TypeError as error:
+    raise ValueError(f'--config is {name!r}, whose get_config is not for {given}: {error}.') from error
+  try:
+    config = module.get_config(*given)
+  except ValueError as error:
+    raise ValueError(f'--config is {name!r}: {error}') from error
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ValueError(f'--config is {file!r}, whose get_config gives a {type(config).__name__}, must be a ConfigDict.')
+  return config.lock()
+
+
+def _module(path: pathlib.Path, file: str) -> types.ModuleType:
+  """The module of a config file, run; nothing is left beside it."""
+  spec = importlib.util.spec_from_file_location(f'{path.stem}_config', path)
+  module, before = importlib.util.module_from_spec(spec), sys.dont_write_bytecode
+  sys.dont_write_bytecode = True
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, ValueError, OSError) as error:
+    raise ValueError(f'--config is {file!r}, which is no Python file that can be run: {error}') from error
+  finally:
+    sys.dont_write_bytecode = before
+  return module
 
 
 def override(config: config_dict.ConfigDict, arguments: Sequence[str]) -> None:

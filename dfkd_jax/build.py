@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from dfkd_jax import augment, distill, embeddings, models, parallel, report, synth, tasks
+from dfkd_jax import augment, embeddings, models, parallel, report, synth, tasks
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.names import known
+from dfkd_jax.optimizers import optimizer as optimizer
+from dfkd_jax.optimizers import schedule as schedule
 from dfkd_jax.synth import objective, schedules
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import PRNGKey
@@ -20,9 +22,8 @@ from dfkd_jax.types import PRNGKey
 TEACHERS = pathlib.Path(__file__).resolve().parent / 'assets' / 'teachers'
 LABELS = ('uniform', 'stratified', 'balanced')
 GENERATOR_SCHEDULES = ('constant', 'cosine')  # Of one that lasts, over the run.
-_DTYPES = ('float32', 'bfloat16')
+DTYPES = ('float32', 'bfloat16')
 _GENERATORS = {'generator': models.Generator, 'spatial_generator': models.SpatialGenerator}
-_SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 # What a config says in a section of its own, and a method takes as one argument.
 _SECTIONS = {'adversary': objective.Adversary, 'adversarial': schedules.ramp}
@@ -45,22 +46,27 @@ def network(config: Config, which: str, key: PRNGKey) -> Network:
 
 def teacher(config: Config) -> Network:
   """The teacher with its weights."""
-  if config.teacher.source is None:
-    raise ValueError(
-        'teacher.source is None, must be a file of weights (.safetensors, .pth, .h5, ...), a folder, hf:OWNER/REPO or '
-        'embedded:NAME; configs/teacher_*.py train one.')
+  source(config, 'teacher')
   return pretrained_network(config, 'teacher')
 
 
 def judge(config: Config) -> Network | None:
   """The network that looks at the images without having a part in them, with its weights; None if none is named."""
-  if config.judge.name is None:
-    if config.judge.source is not None:
-      raise ValueError(f'judge.name is None, must name the model of judge.source, {config.judge.source!r}.')
-    return None
-  if config.judge.source is None:
-    raise ValueError(f'judge.source is None, must name the weights of judge.name, {config.judge.name!r}.')
-  return pretrained_network(config, 'judge')
+  return pretrained_network(config, 'judge') if source(config, 'judge') else None
+
+
+def source(config: Config, which: str) -> str | None:
+  """What the weights of the 'teacher' or the 'judge' are called; None where there is no judge."""
+  found, name = config[which].source, config[which].name
+  if which == 'teacher' and found is None:
+    raise ValueError(
+        'teacher.source is None, must be a file of weights (.safetensors, .pth, .h5, ...), a folder, hf:OWNER/REPO or '
+        'embedded:NAME; configs/teacher_*.py train one.')
+  if which == 'judge' and found is not None and name is None:
+    raise ValueError(f'judge.name is None, must name the model of judge.source, {found!r}.')
+  if which == 'judge' and found is None and name is not None:
+    raise ValueError(f'judge.source is None, must name the weights of judge.name, {name!r}.')
+  return found
 
 
 def pretrained_network(config: Config, which: str) -> Network:
@@ -108,15 +114,20 @@ def _input_shape(config: Config, section: Config) -> tuple[int, int, int]:
   return (*(section.resize or (height, width)), channels)
 
 
+def model(config: Config, which: str):
+  """The module that a name stands for, without options."""
+  if config[which].name is None:
+    raise ValueError(f'{which}.name is None, must be one of {", ".join(models.names())}.')
+  return models.create(config[which].name, config.dataset.num_classes)
+
+
 def module(config: Config, which: str):
   """The 'teacher', 'student' or 'judge' without variables, made sure to take the images of the data set."""
-  section, options = config[which], _plain(config[which].options)
-  if section.name is None:
-    raise ValueError(f'{which}.name is None, must be one of {", ".join(models.names())}.')
-  plain = models.create(section.name, config.dataset.num_classes)  # An unknown name is no matter of options.
+  section, options = config[which], plain(config[which].options)
+  bare = model(config, which)  # An unknown name is no matter of options.
   images = jax.ShapeDtypeStruct((1, *_input_shape(config, section)), jnp.float32)
   try:
-    found = models.create(section.name, config.dataset.num_classes, **options, **_computed(config, plain))
+    found = models.create(section.name, config.dataset.num_classes, **options, **_computed(config, bare))
     jax.eval_shape(found.init, jax.random.key(0), images)
   except Exception as error:  # Whatever a value of another type, or a width of 0, leads to.
     raise ValueError(
@@ -125,19 +136,19 @@ def module(config: Config, which: str):
   return found
 
 
-def _computed(config: Config, plain) -> dict:
+def _computed(config: Config, bare) -> dict:
   """How a module computes, as far as the config speaks of all: its type, and what it keeps for the backward pass."""
   found = {}
   if config.compute_dtype is not None:
-    found['dtype'] = jnp.dtype(known(config.compute_dtype, _DTYPES, 'compute_dtype'))
-  if config.remat and hasattr(plain, 'remat'):  # Small networks have no such switch, nor need it.
+    found['dtype'] = jnp.dtype(known(config.compute_dtype, DTYPES, 'compute_dtype'))
+  if config.remat and hasattr(bare, 'remat'):  # Small networks have no such switch, nor need it.
     found['remat'] = True
   return found
 
 
 def augmentation(section: Config) -> Callable:
   """An augmentation by its name and numbers."""
-  options = _plain(section)
+  options = plain(section)
   return augment.create(options.pop('name'), **options)
 
 
@@ -154,21 +165,16 @@ def synthesizer(
     num_devices: Over which tasks are spread.
     factors: Of the terms; None: those of the config.
   """
-  numbers = _plain(config.method)
+  numbers = plain(config.method)
   name = numbers.pop('name', None)
-  if name is None:
-    raise ValueError(f'method.name is None, must be one of {", ".join(synth.names())}.')
-  taken = synth.parameters(name)
-  num_tasks, local_tasks = tasks_of(config), local_tasks_of(config, num_devices)
+  taken = method_takes(name)
+  local_tasks = local_tasks_of(config, num_devices)
   if 'num_tasks' in numbers:
     numbers['num_tasks'] = local_tasks
-  share = parallel.even_share(config.distill.batch_size, num_tasks, 'distill.batch_size') * local_tasks
-  least = numbers.get('batch_size', 1) * num_tasks
-  if numbers.get('capacity', least) < least:
-    raise ValueError(f'method.capacity is {numbers["capacity"]}, must be at least {least}, the images of one call.')
+  share = share_of_batch(config) * local_tasks
   for of_all in ('capacity', 'bank_size'):
     if of_all in numbers:
-      numbers[of_all] = parallel.even_share(numbers[of_all], num_tasks, f'method.{of_all}') * local_tasks
+      numbers[of_all] = share_of(config, of_all) * local_tasks
   if known(numbers.pop('generator_schedule', 'constant'), GENERATOR_SCHEDULES, 'generator schedule') == 'cosine':
     section = config.distill
     steps = section.rounds * section.calls_per_round * config.method.num_steps
@@ -188,6 +194,26 @@ def synthesizer(
   return lambda axis: synth.create(name, **at_hand, **numbers, axis=axis)
 
 
+def method_takes(name: str | None) -> tuple[str, ...]:
+  """Names of what a method may be given."""
+  if name is None:
+    raise ValueError(f'method.name is None, must be one of {", ".join(synth.names())}.')
+  return synth.parameters(name)
+
+
+def share_of_batch(config: Config) -> int:
+  """A task's share of the student's batch."""
+  return parallel.even_share(config.distill.batch_size, tasks_of(config), 'distill.batch_size')
+
+
+def share_of(config: Config, name: str) -> int:
+  """A task's share of a number of the method, 'capacity' or 'bank_size', that is of all."""
+  number, least = config.method[name], (config.method.get('batch_size') or 1) * tasks_of(config)
+  if name == 'capacity' and number < least:
+    raise ValueError(f'method.capacity is {number}, must be at least {least}, the images of one call.')
+  return parallel.even_share(number, tasks_of(config), f'method.{name}')
+
+
 def _made(section: str, make: Callable, numbers: dict):
   """What a section of the method's config stands for."""
   for name in numbers:
@@ -197,7 +223,7 @@ def _made(section: str, make: Callable, numbers: dict):
 
 def tasks_of(config: Config) -> int:
   """Inversions in one round, on all devices together."""
-  return config.method.get('num_tasks', 1)
+  return config.method.get('num_tasks') or 1
 
 
 def local_tasks_of(config: Config, num_devices: int) -> int:
@@ -210,7 +236,7 @@ def generator(config: Config):
   kind = _GENERATORS[known(config.generator.name, tuple(_GENERATORS), 'generator')]
   height, width, channels = config.dataset.image_shape
   shape = dict(channels=channels) if kind is models.SpatialGenerator else dict(image_shape=(height, width, channels))
-  options = _plain(config.generator.options)
+  options = plain(config.generator.options)
   try:
     return kind(**shape, **options, **_computed(config, kind()))
   except TypeError as error:
@@ -221,39 +247,6 @@ def latent_dim(config: Config) -> int | tuple[int, int, int]:
   """Z, or (h, w, Z) of a generator whose latents have the shape of an image."""
   made, number = generator(config), config.method.latent_dim
   return made.latent_shape(tuple(config.dataset.image_shape), number) if hasattr(made, 'latent_shape') else number
-
-
-def optimizer(config: Config, rounds: int, steps_per_round: int) -> optax.GradientTransformation:
-  """The student's optimizer; weight decay is coupled, on all parameters, as published.
-
-  Args:
-    config: Its section `optimizer` is read.
-    rounds: Over which the learning rate falls: epochs, or rounds that distil.
-    steps_per_round: Steps in each.
-  """
-  section = config.optimizer
-  rate = schedule(section, rounds, steps_per_round)
-  name = known(section.name, ('sgd', 'adam'), 'optimizer')
-  if name == 'adam':
-    return optax.chain(optax.add_decayed_weights(section.weight_decay), optax.adam(rate))
-  return distill.coupled_sgd(rate, section.momentum, section.weight_decay, section.nesterov)
-
-
-def schedule(section: Config, rounds: int, steps_per_round: int) -> optax.Schedule:
-  """Learning rate by step."""
-  name = known(section.schedule, _SCHEDULES, 'schedule')
-  rate, warmup, total = section.learning_rate, section.warmup_steps, rounds * steps_per_round
-  if warmup and name != 'cosine_by_step':
-    raise ValueError(f'optimizer.warmup_steps is {warmup}, must be 0 with the schedule {name!r}.')
-  if name == 'constant':
-    return optax.constant_schedule(rate)
-  if name == 'steps':
-    return optax.piecewise_constant_schedule(
-        rate, {epoch * steps_per_round: section.gamma for epoch in section.milestones})
-  if name == 'cosine_by_round':
-    return distill.cosine_by_round(rate, rounds, steps_per_round, section.end_value)
-  return optax.warmup_cosine_decay_schedule(
-      rate if not warmup else 0.0, rate, warmup, max(total, warmup + 1), section.end_value)
 
 
 def mesh(config: Config) -> jax.sharding.Mesh:
@@ -282,6 +275,6 @@ def _spread(config: Config) -> tuple[str, int]:
   return 'train.batch_size', config.train.batch_size
 
 
-def _plain(section: Config) -> dict:
+def plain(section: Config) -> dict:
   """A section as a dict, without the placeholders that were left open."""
   return {key: value for key, value in section.to_dict().items() if value is not None}

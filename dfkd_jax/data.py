@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import io
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -103,20 +104,36 @@ def _roots(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
   return [EMBEDDED, pathlib.Path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()]
 
 
+def check_prepared(name: str, split: str, data_dir: str | os.PathLike | None = None) -> None:
+  """Raises ValueError, as `load` does, if a data set or its split is not there; reads only what says so."""
+  _folder(name, split, _roots(data_dir))
+
+
+def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
+  """Whether a data set is there, with whatever splits."""
+  return any(_newest(root, name) is not None for root in _roots(data_dir))
+
+
 def _builder(name: str, split: str, roots: list[pathlib.Path]) -> Any:
   """TFDS' builder from the first place that has all of the split's parts."""
   import tensorflow_datasets as tfds  # Here: seconds to import.
 
+  folder = _folder(name, split, roots)
+  return _readable(
+      _attempt(lambda: tfds.builder_from_directory(os.fspath(folder)), f'Data set in {folder}'), name, folder)
+
+
+def _folder(name: str, split: str, roots: list[pathlib.Path]) -> pathlib.Path:
+  """The first that has all of the split's parts."""
   wanted = {re.split(r'[\[ ]', part.strip())[0] for part in split.split('+')}
   present = {}
   for root in roots:
     folder = _newest(root, name)
     if folder is None:
       continue
-    builder = _attempt(lambda folder=folder: tfds.builder_from_directory(os.fspath(folder)), f'Data set in {folder}')
-    present[folder] = sorted(builder.info.splits)
+    present[folder] = _attempt(lambda folder=folder: _splits(folder), f'Data set in {folder}')
     if wanted <= set(present[folder]):
-      return _readable(builder, name, folder)
+      return folder
   plain = name.split(':')[0]
   kind = plain if plain in _WELL_KNOWN else f'folder --name {plain} --split {sorted(wanted)[0]}'
   command = f'python -m dfkd_jax.prepare {kind} --source ... --data_dir {roots[-1]}'
@@ -127,6 +144,12 @@ def _builder(name: str, split: str, roots: list[pathlib.Path]) -> Any:
   hint = f' (did you mean {near[0]!r}?)' if near and plain not in _WELL_KNOWN else ''
   raise ValueError(
       f'Data set {name!r} is not prepared in {" or ".join(map(str, roots))}{hint}. To prepare it: {command}')
+
+
+def _splits(folder: pathlib.Path) -> list[str]:
+  """Names of the splits of a data set, without TFDS."""
+  found = json.loads((folder / 'dataset_info.json').read_text(encoding='utf-8'))
+  return sorted(split['name'] for split in found.get('splits', []))
 
 
 def _readable(builder: Any, name: str, folder: pathlib.Path) -> Any:
@@ -187,7 +210,10 @@ def _decode(
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in range(0, size, _DECODED_AT_ONCE):  # Since the pool's map takes all that it is given at once.
       part = _attempt(lambda: list(itertools.islice(records, _DECODED_AT_ONCE)), f'Data set {name!r}')
-      labels[start:start + len(part)] = [record['label'] for record in part]
+      if len(part) < min(_DECODED_AT_ONCE, size - start):
+        raise ValueError(f'Data set {name!r} is cut off: it has {start + len(part)} images and should have {size}.')
+      labels[start:start + len(part)] = _attempt(
+          lambda part=part: [int(record['label']) for record in part], f'Data set {name!r}')
       for row, image in enumerate(pool.map(attempt, itertools.count(start), part), start):
         shape = shape or image.shape
         if image.shape != shape:

@@ -20,9 +20,23 @@ _FIELDS = ('meta_params', 'params', 'batch_stats')  # Of a generator in either.
 
 def digests(config: build.Config) -> dict[str, str]:
   """SHA-256 of what is taken over, by its name in the config."""
-  return {
-      f'init_from.{which}': pretrained.digest(_checkpoint(source) or build.weights_path(source, f'init_from.{which}'))
-      for which, source in sorted(config.init_from.items()) if source is not None}
+  return {f'init_from.{which}': pretrained.digest(place(config, which))
+          for which, source in sorted(config.init_from.items()) if source is not None}
+
+
+def place(config: build.Config, which: str) -> pathlib.Path | None:
+  """Where the 'student' or the 'generator' is taken from; None: it is not.
+
+  Raises:
+    ValueError: There is no such place, or it has no generator.
+  """
+  source = config.init_from[which]
+  if source is None:
+    return None
+  found = _checkpoint(source)
+  if found is None and which == 'generator':
+    raise ValueError(f'init_from.generator is {source!r}, must be the folder of a run with a checkpoint.')
+  return found or build.weights_path(source, f'init_from.{which}')
 
 
 def student(config: build.Config, network: Network, which: str = 'student') -> Network:
@@ -34,10 +48,10 @@ def student(config: build.Config, network: Network, which: str = 'student') -> N
   source = config.init_from.student
   if source is None:
     return network
-  path = _checkpoint(source) or build.weights_path(source, 'init_from.student')
   height, width, channels = config.dataset.image_shape
+  path, shape = place(config, 'student'), (*(config[which].resize or (height, width)), channels)
   try:
-    found = pretrained.load(path, network.module, (*(config[which].resize or (height, width)), channels))
+    found = pretrained.load(path, network.module, shape)
   except (OSError, ValueError) as error:
     raise ValueError(f'init_from.student is {source!r}: {error}') from None
   return network.replace(params=found['params'], batch_stats=found.get('batch_stats', network.batch_stats))
@@ -52,13 +66,10 @@ def generator(config: build.Config, mesh: Mesh, synthesis: PyTree) -> PyTree:
   source = config.init_from.generator
   if source is None:
     return synthesis
-  folder = _checkpoint(source)
-  if folder is None:
-    raise ValueError(f'init_from.generator is {source!r}, must be the folder of a run with a checkpoint.')
   if not any(_is_generator(node) for node in jax.tree.leaves(synthesis, is_leaf=_is_generator)):
     raise ValueError(f'init_from.generator is {source!r}, must be None: this method has no generator that lasts.')
   try:
-    arrays = pretrained.read_under(folder, 'synthesis')
+    arrays = pretrained.read_under(place(config, 'generator'), 'synthesis')
   except ValueError as error:
     raise ValueError(f'init_from.generator is {source!r}: {error}') from None
   there = {_name(path): array for path, array in arrays.items() if _name(path)}

@@ -252,7 +252,8 @@ def together() -> Iterator[None]:
     error = found
   if jax.process_count() == 1:
     return
-  texts = _texts('' if error is None else f'{type(error).__name__}: {error}'.removeprefix('ValueError: '))
+  kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+  texts = _texts('' if error is None else f'{kind}{error}')
   if error is not None:
     raise error
   failed = [(process, text) for process, text in enumerate(texts) if text]

@@ -20,19 +20,33 @@ FREE = (
     'distributed.coordinator', 'distributed.num_processes', 'distributed.process_id', 'distributed.timeout',
     'faults.reseed', 'num_devices')
 FORCE = 'force'
+_LONGEST_NAME = 255  # Of a file or folder, on the usual file systems.
+_FILES = (
+    'metrics.jsonl', 'summary.json', 'images.png', 'fault.json', 'student.safetensors', 'student_best.safetensors',
+    'weights.safetensors', 'weights_best.safetensors')
 _SHOWN = 4  # Differences that an error lists.
 _OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.tmp')
 
 
 def check_place(workdir: pathlib.Path) -> None:
   """Raises ValueError if the folder could not be made or written, without trying to."""
-  nearest = workdir.absolute()
-  while not os.path.exists(nearest):
+  what, nearest = f'workdir is {str(workdir)!r}', workdir.absolute()
+  if '\0' in str(workdir):
+    raise ValueError(f'{what}, must be a path.')
+  if (longest := max(map(len, map(os.fsencode, workdir.parts)), default=0)) > _LONGEST_NAME:
+    raise ValueError(f'{what}, must have names of at most {_LONGEST_NAME} bytes, not {longest}.')
+  while not os.path.lexists(nearest):
     nearest = nearest.parent
   if not nearest.is_dir():
-    raise ValueError(f'workdir is {str(workdir)!r}, must be a folder: {nearest} is a file.')
+    kind = 'file' if nearest.exists() else 'link that leads nowhere'
+    raise ValueError(f'{what}, must be a folder: {nearest} is a {kind}.')
   if not os.access(nearest, os.W_OK | os.X_OK):
-    raise ValueError(f'workdir is {str(workdir)!r}, must be writable: {nearest} is not.')
+    raise ValueError(f'{what}, must be writable: {nearest} is not.')
+  for name in _FILES:  # Else a run would come to its end, and fail there.
+    if (workdir / name).is_dir():
+      raise ValueError(f'{what}, must be a folder for a run: {name} in it is no file.')
+  if os.path.lexists(workdir / 'checkpoints') and not (workdir / 'checkpoints').is_dir():
+    raise ValueError(f'{what}, must be a folder for a run: checkpoints in it is no folder.')
 
 
 def stored(workdir: pathlib.Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from dfkd_jax import build, distill, faults, inheritance, parallel, stopping
+from dfkd_jax import build, distill, faults, inheritance, parallel, report, stopping
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import pretrained
@@ -159,8 +159,9 @@ def write_weights(path: pathlib.Path, network: Network, name: str, image_shape: 
     return
   network = jax.device_get(parallel.local(network))
   about = {'model': name, 'mean': network.mean, 'std': network.std, 'bgr': network.bgr, 'resize': network.resize}
-  temporary = path.with_name(f'{path.name}.tmp')
-  pretrained.save_safetensors(
-      temporary, {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
-      probe=pretrained.make_probe(network, image_shape))
-  os.replace(temporary, path)
+  probe, temporary = pretrained.make_probe(network, image_shape), path.with_name(f'{path.name}.tmp')
+  with report.writing(path):
+    pretrained.save_safetensors(
+        temporary, {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
+        probe=probe)
+    os.replace(temporary, path)

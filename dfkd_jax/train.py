@@ -28,6 +28,7 @@ from dfkd_jax import (
   store,
   supervised,
   synth,
+  validation,
 )
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
@@ -57,19 +58,21 @@ def run(
     signals: Whether SIGTERM and SIGINT are listened to, so that a run ends after its round, and is saved.
 
   Raises:
-    ValueError: Something in the config, the data or the weights does not fit, in one line, and nothing was written; or
-      a number was not finite, or the disk refuses a file.
+    ValueError: Something in the config, the data or the weights does not fit; in one line, or where the config has
+      several mistakes as `validation.InvalidError` with one for each; nothing was written. Or a number was not finite,
+      or the disk refuses a file.
   """
-  checks.check(config)
+  if not validation.alone(config):
+    checks.check(config)  # Before anybody waits for others.
   processes.initialize(**config.distributed.to_dict())
   parallel.check_alike(store.fingerprint(config), 'The config')
+  with parallel.together():
+    validation.check(config, workdir, teacher)
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
-  if config.job == 'train' and teacher is not None:
-    raise ValueError("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
   if config.job == 'check':
     return preflight.run(config, workdir, command, teacher)
   try:

@@ -170,7 +170,7 @@ def test_bad_input_exits_with_2_one_line_and_nothing_left(tmp_path, arrays_, mes
   done = run('-m', 'dfkd_jax.prepare', 'mine', '--source', tmp_path / 'a.npz', '--data_dir', tmp_path / 'd',
              '--splits', 'train')
   assert done.returncode == 2
-  assert re.fullmatch(rf'python -m dfkd_jax.prepare: .*{message}.*\n', done.stderr)
+  assert re.fullmatch(rf'error: .*{message}.*\n', done.stderr)
   assert not (tmp_path / 'd').exists()
 
 

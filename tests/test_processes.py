@@ -201,7 +201,7 @@ def test_training_on_real_data_is_that_of_one_process(several, tmp_path):
 def test_what_is_wrong_on_one_process_is_told_to_all(several):
   folder, results, _ = several
   first, second = (of_process[3] for of_process in results)
-  assert second.startswith("ValueError: Data set 'toy' is not prepared in")
+  assert second.startswith("InvalidError: Data set 'toy' is not prepared in")
   assert first.startswith("ValueError: Process 1 of 2: Data set 'toy' is not prepared in")
   assert not (folder / 'lacking').exists()
   for of_process in results:

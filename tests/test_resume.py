@@ -348,7 +348,7 @@ def test_a_new_run_begins_with_an_old_ones_networks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(init_from__student='nowhere'), r"init_from\.student is 'nowhere': there is no such file"),
-    (dict(init_from__generator='nowhere'), r"init_from\.generator is 'nowhere': there is no such file"),
+    (dict(init_from__generator='nowhere'), r"init_from\.generator is 'nowhere', must be the folder of a run"),
     (dict(init_from__generator='OLD', generator__options=dict(width=3)),
      r"init_from\.generator is .*'params/.*must be"),
     (dict(init_from__student='OLD', student__options=dict(widths=(2, 4), strides=(1, 2))), r'init_from\.student is ')])

@@ -11,22 +11,28 @@ from dfkd_jax import prepare
 _OWN = ('folder', 'arrays')
 
 
+class _Parser(argparse.ArgumentParser):
+  """Raises where argparse would print its usage and exit."""
+
+  def error(self, message: str) -> None:
+    raise ValueError(f'{message}; see --help.')
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line; returns the exit status."""
-  parser = _parser()
-  flags = parser.parse_args(argv)
   try:
+    flags = _parser().parse_args(argv)
     name, splits, class_names = _read(flags)
     target = prepare.write(name, splits, flags.data_dir, class_names=class_names)
   except (ValueError, OSError) as error:
-    print(f'{parser.prog}: {" ".join(str(error).split())}', file=sys.stderr)
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
   print(f'Wrote {", ".join(f"{len(split[0])} {key}" for key, split in splits.items())} images to {target}')
   return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
       prog='python -m dfkd_jax.prepare', description='Writes a data set that TFDS reads, without TensorFlow.')
   parser.add_argument('what', help='mnist, fashion_mnist, kmnist, cifar10, cifar100 or a name of your own; '
                                    'or folder or arrays, for images of your own')

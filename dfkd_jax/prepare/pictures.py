@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -66,7 +67,8 @@ def stored(path: str | os.PathLike) -> bytes:
         return raw
       return png(np.asarray(image.convert('RGBA' if transparent else 'RGB').convert('RGB')))
   except Exception as error:  # PIL has errors of many kinds.
-    raise ValueError(f'Image {os.fspath(path)!r} cannot be read: {" ".join(str(error).split())}') from error
+    reason = re.sub(r' <_io\.BytesIO.*?>', '', ' '.join(str(error).split()))  # An address says nothing.
+    raise ValueError(f'Image {os.fspath(path)!r} cannot be read: {reason}') from error
 
 
 def png(image: np.ndarray) -> bytes:

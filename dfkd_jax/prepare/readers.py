@@ -95,12 +95,18 @@ def _npz_arrays(
   """Splits of the arrays with these names, and if there `class_names`."""
   if source.exists() and not zipfile.is_zipfile(source):
     raise ValueError(f'{str(source)!r} is not an .npz file.')
-  with np.load(source) as arrays:
+  with np.load(source, allow_pickle=False) as arrays:
     for key in (key for of_split in keys.values() for key in of_split):
       if key not in arrays:
         raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {list(arrays)}.')
-    found = {split: (arrays[images], arrays[labels]) for split, (images, labels) in keys.items()}
-    return found, arrays['class_names'].tolist() if 'class_names' in arrays else None
+    try:
+      found = {split: (arrays[images], arrays[labels]) for split, (images, labels) in keys.items()}
+      names = arrays.get('class_names')
+    except ValueError as error:  # Of pickled ones, or of damaged headers.
+      raise ValueError(f'{str(source)!r} cannot be read: {error}') from error
+  if names is not None and (names.ndim != 1 or names.dtype.kind not in 'US'):
+    raise ValueError(f"'class_names' in {str(source)!r} must be text [K], got {names.dtype} {names.shape}.")
+  return found, None if names is None else names.tolist()
 
 
 def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> tuple[dict[str, Split], Sequence[str] | None]:
@@ -133,6 +139,8 @@ def read_arrays(
 
 
 def _read(read: Callable[[], Any], source: pathlib.Path) -> Any:
+  if not source.exists():
+    raise ValueError(f'{str(source)!r} cannot be read: No such file or folder.')
   try:
     return read()
   except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:

@@ -1,5 +1,6 @@
 """Records and metadata of a data set as TFDS has them."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ class _Known(NamedTuple):
   class_names: tuple[str, ...] | None = None
 
 
+_MOST_CLASSES = 2**20  # That are numbered: more is a mistake, and would fill the memory.
 _KNOWN = {
     'mnist': _Known('3.0.1', (28, 28, 1), tuple('0123456789')),
     'kmnist': _Known('3.0.1', (28, 28, 1), tuple('0123456789')),
@@ -65,10 +67,10 @@ def write(
   there = present.find(target, name, splits)
   class_names = _class_names(name, splits, class_names, known.class_names, there)
   _check(name, splits, known.image_shape, len(class_names), there)
-  data_dir.mkdir(parents=True, exist_ok=True)
+  new = [each for each in (target.parent, data_dir, *data_dir.parents) if not os.path.lexists(each)]
   unfinished = data_dir / f'.{name}-{known.version}.incomplete-{uuid.uuid4().hex[:8]}'
-  unfinished.mkdir()
   try:
+    unfinished.mkdir(parents=True)
     _write_files(unfinished, name, known.version, splits, class_names, there)
     if there:
       present.merge(unfinished, target, there)
@@ -77,6 +79,9 @@ def write(
       unfinished.rename(target)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
+    for each in new:  # Those that are still empty.
+      with contextlib.suppress(OSError):
+        each.rmdir()
   return target
 
 
@@ -87,12 +92,22 @@ def _class_names(
   if class_names is None:
     class_names = there.features['label'].names if there else known
   if class_names is None:
-    return [str(i) for i in range(1 + max(int(np.max(labels, initial=0)) for _, labels, *_ in splits.values()))]
+    highest = max(_highest(labels) for _, labels, *_ in splits.values())
+    if highest >= _MOST_CLASSES:
+      raise ValueError(f'Labels of {name!r} reach {highest}, must be below {_MOST_CLASSES} without class names.')
+    return [str(i) for i in range(1 + highest)]
   if known and len(class_names) != len(known):
     raise ValueError(f'{name!r} has {len(known)} classes, got {len(class_names)} class names.')
+  if twice := next((each for i, each in enumerate(class_names) if each in class_names[:i]), None):
+    raise ValueError(f'Classes of {name!r} must have different names, got {twice!r} twice.')
   if there:
     present.check_names(there, name, class_names)
   return class_names
+
+
+def _highest(labels: np.ndarray) -> int:
+  labels = np.asarray(labels)
+  return int(labels.max()) if labels.size and labels.dtype.kind in 'iu' else 0  # Others are refused later.
 
 
 def _check(

@@ -1,0 +1,308 @@
+"""All that is wrong with a config and a folder, at once and before anything is spent on it.
+
+What is found here is what can be found in a second or two, from names, numbers, shapes and paths: nothing is read
+but what says that a data set is there, nothing is compiled, and nothing is written. Weights and images are read later.
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dfkd_jax import (
+  build,
+  checks,
+  data,
+  distill,
+  embeddings,
+  inheritance,
+  optimizers,
+  parallel,
+  processes,
+  programs,
+  run_folder,
+)
+from dfkd_jax.checks import InvalidError, Problems
+from dfkd_jax.losses import inversion
+from dfkd_jax.models.network import Network
+from dfkd_jax.names import known
+
+__all__ = ['InvalidError', 'alone', 'check']
+
+_SHAPES = ((32, 32), (224, 224))  # Of images that a network is tried with, where it takes none of the config's.
+_ON_IMAGES = ('dataset.image_shape', 'dataset.num_classes', 'compute_dtype')
+
+
+def alone(config: build.Config) -> bool:
+  """Whether a run is one process by itself, which waits for no other before it is checked."""
+  given = [config.distributed.get(name) for name in ('coordinator', 'num_processes', 'process_id')]
+  return given in ([None] * 3, [None, 1, None]) and (given[1] == 1 or processes.started_together() == 1)
+
+
+def check(config: build.Config, workdir: str | os.PathLike | None = None, teacher: Network | None = None) -> None:
+  """Looks at all that a run of a config stands on, but for the numbers in its files.
+
+  Args:
+    config: Of the run.
+    workdir: Of its results; None: there is none, or it is looked at elsewhere.
+    teacher: A network in the place of the config's, if there is one.
+
+  Raises:
+    InvalidError: Has a line for each thing that is wrong by itself, and none for what only follows from another.
+  """
+  problems = Problems()
+  checks.look(config, problems)
+  if not problems.concern('fields'):
+    _look(config, problems, teacher)
+  if workdir is not None and config.get('job') != 'check':
+    problems.ask(lambda: run_folder.check_place(pathlib.Path(workdir).expanduser()), 'workdir')
+  problems.tell()
+
+
+def _look(config: build.Config, problems: Problems, teacher: Network | None) -> None:
+  job = config.job
+  _names(config, problems)
+  if problems.concern('job'):
+    return
+  if job == 'train':
+    _training(config, problems, teacher)
+  else:
+    _method(config, problems)
+    _network(config, problems, 'student', needed=job == 'distill')
+    if teacher is None:
+      _teacher(config, problems)
+  if job == 'distill':
+    _judge(config, problems)
+    _distillation(config, problems)
+  if job != 'check':
+    _dataset(config, problems)
+    for which in config.init_from:
+      problems.ask(lambda which=which: inheritance.place(config, which), f'init_from.{which}')
+
+
+def _names(config: build.Config, problems: Problems) -> None:
+  """Those that any job looks up."""
+  if config.compute_dtype is not None:
+    problems.ask(lambda: known(config.compute_dtype, build.DTYPES, 'compute_dtype'), 'compute_dtype')
+  problems.ask(lambda: _precision(config.precision), 'precision')
+  problems.ask(lambda: known(config.labels, build.LABELS, 'labels'), 'labels')
+  problems.ask(lambda: _cache(config.compilation_cache), 'compilation_cache')
+
+
+def _precision(name: str | None) -> None:
+  """Matrix products', as JAX calls them."""
+  if name:
+    try:
+      with jax.default_matmul_precision(name):
+        pass
+    except ValueError as error:
+      raise ValueError(f'precision is {name!r}, must be a precision of JAX: {error}') from error
+
+
+def _cache(folder: str | None) -> None:
+  path = pathlib.Path(folder).expanduser() if folder else None
+  if path is not None and os.path.lexists(path) and not path.is_dir():
+    raise ValueError(f'compilation_cache is {folder!r}, must be a folder: it is a file.')
+
+
+def _training(config: build.Config, problems: Problems, teacher: Network | None) -> None:
+  """The job 'train'."""
+  section = config.train
+  if teacher is not None:
+    problems.add("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
+  which = problems.ask(
+      lambda: known(section.network, ('teacher', 'student'), 'train.network'), 'train.network')
+  if not problems.concern('train.label_factor', 'train.teacher_factor') and not (
+      section.label_factor or section.teacher_factor):
+    problems.add('train.label_factor and train.teacher_factor are 0, one must be above: there is nothing to learn.')
+  if section.teacher_factor and teacher is None:
+    _teacher(config, problems)
+  if which is not None:
+    _network(config, problems, which)
+  mesh = problems.ask(lambda: build.mesh(config), 'num_devices', on=['train.batch_size'])
+  if mesh is not None:
+    problems.ask(
+        lambda: parallel.even_share(section.batch_size, mesh.size, 'train.batch_size'), 'train.batch_size')
+  _augmentation(config, problems, 'student')
+  _optimizer(config, problems, section.epochs, 1)
+
+
+def _teacher(config: build.Config, problems: Problems) -> None:
+  _network(config, problems, 'teacher')
+  problems.ask(lambda: _weights(config, 'teacher'), 'teacher.source')
+
+
+def _weights(config: build.Config, which: str) -> str | None:
+  """What the weights are called, if they are there, as far as this machine knows."""
+  found = build.source(config, which)
+  if found is not None and not found.startswith('hf:'):
+    build.weights_path(found, f'{which}.source')
+  return found
+
+
+def _judge(config: build.Config, problems: Problems) -> None:
+  named = problems.ask(lambda: _weights(config, 'judge'), 'judge.source')
+  if named or config.judge.name is not None:
+    _network(config, problems, 'judge')
+
+
+def _network(config: build.Config, problems: Problems, which: str, needed: bool = True) -> None:
+  """The name of a network, and whether it takes the images."""
+  if not needed and config[which].name is None:
+    return
+  problems.ask(lambda: build.model(config, which), f'{which}.name', on=['dataset.num_classes'])
+  _takes_images(config, problems, lambda of: build.module(of, which), f'{which}.options', f'{which}.name',
+                f'{which}.resize')
+
+
+def _takes_images(
+    config: build.Config, problems: Problems, make: Callable[[build.Config], object], field: str, *on: str) -> None:
+  """Whether something is made for the images of a config; where it is for others, their shape is what is wrong."""
+  if problems.concern(field, *on, *_ON_IMAGES):
+    return
+  try:
+    make(config)
+  except ValueError as error:
+    problems.add(str(error), 'dataset.image_shape' if _for_others(config, make) else field)
+
+
+def _for_others(config: build.Config, make: Callable[[build.Config], object]) -> bool:
+  for height, width in _SHAPES:
+    other = build.Config(config.to_dict())
+    other.dataset.image_shape = (height, width, config.dataset.image_shape[-1])
+    try:
+      make(other)
+      return True
+    except ValueError:
+      continue
+  return False
+
+
+def _method(config: build.Config, problems: Problems) -> None:
+  """The method and the numbers that any job needs of it, and the generator."""
+  taken = problems.ask(lambda: build.method_takes(config.method.name), 'method.name') or ()
+  if 'factors' in taken and not problems.concern('factors') and not any(config.factors.to_dict().values()):
+    problems.add('all factors are 0, at least one must be above: there is nothing to minimise.', 'factors')
+  if 'generator' in taken and not problems.concern('method.latent_dim'):
+    _takes_images(config, problems, _generator, 'generator')
+  adversary = config.method.get('adversary')
+  if isinstance(adversary, build.Config) and 'divergence' in adversary:
+    like = jnp.zeros((1, 2))
+    problems.ask(lambda: inversion.adversarial(like, like, divergence=adversary.divergence),
+                 'method.adversary.divergence')
+
+
+def _generator(config: build.Config) -> None:
+  """Raises ValueError unless the generator makes the images of the data set."""
+  made, shape = build.generator(config), tuple(config.dataset.image_shape)
+  latents = build.latent_dim(config) if 'latent_dim' in config.method else 2
+  latents = jax.ShapeDtypeStruct((2, *((latents,) if isinstance(latents, int) else latents)), jnp.float32)
+  try:
+    images = jax.eval_shape(lambda key, drawn: made.init_with_output(key, drawn)[0], jax.random.key(0), latents)
+  except Exception as error:  # Whatever a width of 0, or one of another type, leads to.
+    reason = ' '.join(str(error).split())[:200]
+    raise ValueError(f'generator.options is {build.plain(config.generator.options)}, with which generator '
+                     f'{config.generator.name!r} makes no images {shape}: {reason}') from error
+  if images.shape[1:] != shape:
+    raise ValueError(f'dataset.image_shape is {shape}, but the generator makes images {images.shape[1:]}.')
+
+
+def _distillation(config: build.Config, problems: Problems) -> None:
+  section = config.distill
+  like = jnp.zeros((1, 2))
+  problems.ask(lambda: distill.divergence_of(section.divergence, like, like, 1.0), 'distill.divergence')
+  problems.ask(lambda: programs.steps_per_call(config), 'distill.steps_per_round', on=['distill.calls_per_round'])
+  for which in ('synthesis', 'student'):
+    _augmentation(config, problems, which)
+  _optimizer(config, problems, section.rounds - section.distill_after if not problems.concern(
+      'distill.rounds', 'distill.distill_after') else 1, section.steps_per_round)
+  mesh = problems.ask(lambda: build.mesh(config), 'num_devices', on=['method.num_tasks'])
+  if mesh is not None:
+    problems.ask(lambda: build.local_tasks_of(config, mesh.size), 'method.num_tasks')
+  problems.ask(lambda: build.share_of_batch(config), 'distill.batch_size', on=['method.num_tasks'])
+  if not problems.concern('method.name'):
+    _shares(config, problems)
+    _numbers_of_method(config, problems, mesh)
+
+
+def _shares(config: build.Config, problems: Problems) -> None:
+  """Numbers of the method, each by itself."""
+  numbers, taken = config.method, (*build.method_takes(config.method.name), 'generator_schedule')
+  for name in numbers:
+    if name != 'name':
+      problems.ask(lambda name=name: known(name, taken, f'argument of {numbers.name}'), f'method.{name}')
+  for name in ('capacity', 'bank_size'):
+    if numbers.get(name) is not None:
+      problems.ask(lambda name=name: build.share_of(config, name), f'method.{name}',
+                   on=['method.num_tasks', 'method.batch_size'])
+  if numbers.get('generator_schedule') is not None:
+    problems.ask(lambda: known(numbers.generator_schedule, build.GENERATOR_SCHEDULES, 'generator schedule'),
+                 'method.generator_schedule')
+  if numbers.get('embeddings') is not None:
+    problems.ask(lambda: embeddings.load(numbers.embeddings), 'method.embeddings')
+
+
+def _numbers_of_method(config: build.Config, problems: Problems, mesh: jax.sharding.Mesh | None) -> None:
+  """What the method itself says of its numbers, but for those that are known to be wrong already."""
+  on = ('method.num_tasks', 'distill.batch_size', 'generator', 'labels', 'augment.synthesis', 'factors')
+  if mesh is None or problems.concern(*on, *_ON_IMAGES):
+    return
+  left = build.Config(config.to_dict())
+  dropped = [name for name in config.method if name != 'name' and problems.concern(f'method.{name}')]
+  for name in dropped:
+    del left.method[name]
+  while True:
+    try:
+      build.synthesizer(left, mesh.size)(None)
+      return
+    except ValueError as error:
+      line = str(error)
+    if any(re.search(rf'\b{name}\b', line) for name in dropped):
+      return  # It may be wrong only beside what took the place of another.
+    problems.add(line, 'method.numbers')
+    named = re.match(r'(?:method\.)?(\w+)( of a ramp)? (?:is|are) ', line)
+    name = named and ('adversarial' if named[2] else named[1])
+    if name in (None, 'name') or name not in left.method:
+      return
+    dropped.append(name)
+    del left.method[name]
+
+
+def _augmentation(config: build.Config, problems: Problems, which: str) -> None:
+  """Its name and options, and that it runs on the images."""
+  section, field = config.augment[which], f'augment.{which}'
+  if problems.concern(field):
+    return
+  make = problems.ask(lambda: build.augmentation(section), field)
+  if make is None or problems.concern('dataset.image_shape'):
+    return
+  images = jax.ShapeDtypeStruct((2, *config.dataset.image_shape), jnp.float32)
+  try:
+    jax.eval_shape(make, jax.random.key(0), images)
+  except Exception as error:  # Whatever an option of another type leads to.
+    reason = ' '.join(str(error).split())[:200]
+    problems.add(f'{field} is {build.plain(section)}, which cannot be applied to images '
+                 f'{tuple(config.dataset.image_shape)}: {reason}', field)
+
+
+def _optimizer(config: build.Config, problems: Problems, rounds: int, steps: int) -> None:
+  section = config.optimizer
+  problems.ask(lambda: known(section.name, optimizers.NAMES, 'optimizer'), 'optimizer.name')
+  problems.ask(lambda: known(section.schedule, optimizers.SCHEDULES, 'schedule'), 'optimizer.schedule')
+  numbers = ('learning_rate', 'warmup_steps', 'milestones', 'gamma', 'end_value', 'schedule')
+  if not problems.concern('distill.steps_per_round', *(f'optimizer.{name}' for name in numbers)):
+    problems.ask(lambda: build.schedule(section, rounds, steps), 'optimizer.schedule')
+
+
+def _dataset(config: build.Config, problems: Problems) -> None:
+  section = config.dataset
+  if section.name is None:
+    return
+  prepared = problems.ask(lambda: data.is_prepared(section.name, section.data_dir), 'dataset.data_dir')
+  for which in ('test', *(('train',) if config.job == 'train' else ())):
+    split = section[f'{which}_split']
+    problems.ask(lambda split=split: data.check_prepared(section.name, split, section.data_dir),
+                 f'dataset.{which}_split' if prepared else 'dataset.name')
