@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -108,7 +109,7 @@ class Checkpoints:
     leaves, _ = flat_state.flatten(state)
     entry = {
         'format': FORMAT, 'leaves': flat_state.specs(leaves), 'checksums': flat_state.checksums(leaves), 'meta': meta}
-    _canonical(meta, 'meta data of a checkpoint')
+    entry['checksum'] = _checksum(entry)
     arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements.
     self.wait()
     with self._storage_errors(f'save step {step}'):
@@ -236,9 +237,10 @@ class Checkpoints:
     with parallel.together(), self._storage_errors('set a damaged checkpoint aside'):
       for step in self.damaged if parallel.is_first() else ():
         source = os.path.join(self.directory, str(step))
-        names = (f'damaged-{step}{suffix}' for suffix in ('', *(f'-{n}' for n in itertools.count(2))))
+        suffixes = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
+        targets = (os.path.join(self.directory, f'damaged-{step}{suffix}') for suffix in suffixes)
         if os.path.isdir(source):
-          os.rename(source, next(p for n in names if not os.path.exists(p := os.path.join(self.directory, n))))
+          os.rename(source, next(target for target in targets if not os.path.exists(target)))
     self._manager.reload()
 
   def _existing(self, step: int) -> int:
@@ -256,6 +258,8 @@ class Checkpoints:
       raise DamagedError(f'Step {step} in {self.directory} is not a checkpoint of this program.')
     if entry['format'] != FORMAT:
       raise ValueError(f'Step {step} in {self.directory} has format {entry["format"]}; this version reads {FORMAT}.')
+    if entry.pop('checksum', None) not in (None, _checksum(entry)):
+      raise DamagedError(f'Cannot read step {step} in {self.directory}: its meta data is not what was saved.')
     return entry
 
   def _check_fit(self, step: int, stored: dict[str, tuple], leaves: dict) -> None:
@@ -276,6 +280,10 @@ class Checkpoints:
       yield
     except Exception as error:
       raise kind(f'Cannot {action} in {self.directory}: {_reason(error)}') from error
+
+
+def _checksum(entry: dict) -> int:
+  return zlib.crc32(_canonical(entry, 'meta data of a checkpoint').encode())
 
 
 def _canonical(value: dict, name: str) -> str:
@@ -320,12 +328,19 @@ def _silence_orbax() -> None:
   if _not_orbax in logger.filters:
     return
   logger.addFilter(_not_orbax)
+  logging.getLogger('asyncio').addFilter(_not_echo)
 
   def hook(unraisable):
     if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
       report(unraisable)
 
   sys.unraisablehook = hook
+
+
+def _not_echo(record: logging.LogRecord) -> bool:
+  """Not of a read that has failed already, whose other parts nobody waits for."""
+  text = record.getMessage()
+  return not ('was never retrieved' in text and 'tensorstore_spec' in text)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
