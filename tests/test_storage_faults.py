@@ -115,12 +115,14 @@ def test_a_cut_off_checkpoint_is_passed_over(tmp_path, tenths, capfd):
   """To so many tenths of the length of its arrays, or of its meta data; test_checkpoint_faults.py cuts every file."""
   wanted, stopped = undisturbed()
   latest = stopped / 'checkpoints' / '4'
-  arrays = max(latest.glob('state/**/d/*'), key=lambda path: path.stat().st_size)
-  for path in (arrays, latest / 'meta' / 'metadata') if tenths % 3 == 0 else (arrays,):
-    workdir = tmp_path / path.name
+  arrays, about = [*latest.glob('state/**/d/*')], [latest / 'meta' / 'metadata']
+  assert arrays
+  for number, paths in enumerate((arrays, about) if tenths % 3 == 0 else (arrays,)):
+    workdir = tmp_path / str(number)
     shutil.copytree(stopped, workdir)
-    cut = workdir / path.relative_to(stopped)
-    cut.write_bytes(path.read_bytes()[:path.stat().st_size * tenths // 10])
+    for path in paths:
+      cut = workdir / path.relative_to(stopped)
+      cut.write_bytes(path.read_bytes()[:path.stat().st_size * tenths // 10])
     capfd.readouterr()
     train.run(toy_runs.config(), workdir)
     err = capfd.readouterr().err
