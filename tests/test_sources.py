@@ -1,5 +1,6 @@
 """Where weights come from: paths, and the hub with a stand-in for its library."""
 
+import json
 import sys
 import types
 
@@ -70,6 +71,23 @@ def test_a_file_of_the_hub_is_chosen(source, files, name, revision, hub, tmp_pat
   assert fake.asked[-1] == ('timm/net.a1', name, revision)
   assert fake.asked[:-1] == ([('timm/net.a1', revision)] if files else [])
   assert pretrained.resolve(f'{source}#ema') == tmp_path / f'{name}#ema'
+
+
+@pytest.mark.parametrize(('source', 'name', 'files'), [
+    ('hf:a/b@v2', 'model.json', ['README.md', 'model.json', 'shard1of2', 'shard2of2']),
+    ('hf:a/b@v2/sub/net.json', 'sub/net.json', [])])
+def test_a_model_of_tensorflow_js_comes_with_the_files_that_it_names(source, name, files, hub, tmp_path):
+  path = tmp_path / name
+  path.parent.mkdir(exist_ok=True)
+  groups = [{'paths': [f'shard{number}of2'], 'weights': []} for number in (1, 2)]
+  path.write_text(json.dumps({'weightsManifest': groups}))
+  fake = hub(files)
+  assert pretrained.resolve(source) == path
+  place = name.rpartition('/')[0] and 'sub/'
+  assert fake.asked[-3:] == [('a/b', file, 'v2') for file in (name, f'{place}shard1of2', f'{place}shard2of2')]
+  path.write_text('{"a": 1}')
+  with pytest.raises(ValueError, match=f"^'{name}' of 'a/b' is JSON, but has no weightsManifest"):
+    pretrained.resolve(source)
 
 
 @pytest.mark.parametrize(('files', 'message'), [

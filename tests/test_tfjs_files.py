@@ -76,6 +76,27 @@ def test_what_is_not_supported_is_refused_by_name(entries, model, message, tmp_p
     pretrained.read(folder)
 
 
+@pytest.mark.parametrize('name', [
+    '../secret.bin', '/etc/passwd', 'a/../../secret.bin', 'C:\\secret.bin', '..\\secret.bin'])
+def test_names_that_lead_elsewhere_are_refused(name, tmp_path):
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, weightsManifest=[{'paths': [name], 'weights': PLAIN}])
+  (tmp_path / 'secret.bin').write_bytes(PLAIN_DATA)
+  with pytest.raises(ValueError, match='which lies outside of its folder'):
+    pretrained.read(folder)
+
+
+def test_shards_may_be_links_as_in_the_cache_of_the_hub(tmp_path):
+  folder = write(tmp_path / 'snapshots', PLAIN, PLAIN_DATA, cuts=(7,))
+  wanted, names = pretrained.read(folder), [path.name for path in folder.iterdir()]
+  assert len(names) == 3
+  for name in names:
+    (tmp_path / f'blob-{name}').write_bytes((folder / name).read_bytes())
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / f'blob-{name}')
+  found = pretrained.read(folder)
+  assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_other_json_is_refused(tmp_path):
   (tmp_path / 'model.json').write_text('{"weights": [1, 2]}')
   with pytest.raises(ValueError, match='has no weightsManifest'):

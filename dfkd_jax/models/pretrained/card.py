@@ -11,6 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from dfkd_jax.models.network import Network
+from dfkd_jax.models.pretrained import tfjs_files
 from dfkd_jax.models.pretrained.reading import read_metadata, split_entry
 from dfkd_jax.types import Array
 
@@ -211,11 +212,17 @@ def _difference(logits: np.ndarray, expected: Probe) -> float:
 
 
 def digest(path: pathlib.Path) -> str:
-  """Of a file, as sha256sum gives it; of a folder, over the names and digests of its files in order."""
-  path = path.parent if path.suffix == '.json' else path  # Beside which the weights lie.
-  if not path.is_dir():
+  """Of a file, as sha256sum gives it; of several, over their names and digests in order.
+
+  Several are a model.json, or the folder that it lies in, with the files that it names; and any other folder, whole.
+  """
+  model = path / 'model.json' if path.is_dir() else path
+  if model.suffix == '.json' and model.is_file():
+    path, names = model.parent, sorted([model.name, *tfjs_files.shards(model.read_bytes())])
+  elif path.is_dir():
+    names = sorted(item.relative_to(path).as_posix() for item in path.rglob('*') if item.is_file())
+  else:
     return _of_file(path)
-  names = sorted(item.relative_to(path).as_posix() for item in path.rglob('*') if item.is_file())
   return hashlib.sha256(''.join(f'{_of_file(path / name)}  {name}\n' for name in names).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dfkd_jax.models.pretrained import numpy_files
 from dfkd_jax.models.pretrained.errors import RefusedError
 
 _LARGEST = 1100  # Times the file: more than its compression can make of it.
@@ -62,6 +63,7 @@ def read_h5(data: bytes) -> dict[str, np.ndarray]:
 def read_keras(data: bytes) -> dict[str, np.ndarray]:
   """As `read_h5`, of the archive that Keras 3 saves."""
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    numpy_files.check_total(archive)
     return read_h5(archive.read('model.weights.h5'))
 
 

@@ -5,9 +5,12 @@ import pathlib
 import re
 from typing import Any
 
+from dfkd_jax.models.pretrained import tfjs_files
+from dfkd_jax.models.pretrained.errors import RefusedError
 from dfkd_jax.models.pretrained.reading import IN_FOLDERS, split_entry
 
 _HUB = re.compile(r'hf:(?P<repo>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^/#]+))?(?:/(?P<file>[^#]+))?(?:#(?P<entry>.+))?')
+_MODEL = 'model.json'  # Of TensorFlow.js, which names further files.
 _ENDINGS = ('.safetensors', '.bin', '.pth', '.pt', '.ckpt', '.tar', '.h5', '.keras', '.npz')
 
 
@@ -16,8 +19,9 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
 
   Args:
     source: A path, of a folder too, with '#ENTRY' to choose within a checkpoint (see `read`); or
-      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', which is fetched once and kept in the hub's cache. Without FILE it is
-      model.safetensors, else pytorch_model.bin, else the only file of weights.
+      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', which is fetched once and kept in the hub's cache, a model.json with
+      the files that it names. Without FILE it is model.safetensors, else pytorch_model.bin, else the only file of
+      weights, else model.json.
 
   Raises:
     ValueError: There is no such file, or it cannot be fetched; in one line.
@@ -48,7 +52,9 @@ def _from_hub(source: str) -> pathlib.Path:
   repo, revision, name = match['repo'], match['revision'], match['file']
   try:
     path = hub.hf_hub_download(repo, name, revision=revision) if name else _best(hub, repo, revision, source)
-  except _NoWeightsError as error:
+    if path.endswith('.json'):
+      _fetch_shards(hub, repo, revision, pathlib.Path(path), name or _MODEL)
+  except (_NoWeightsError, RefusedError) as error:
     raise ValueError(str(error)) from None
   except Exception as error:  # Of the hub's own kinds, of its HTTP library, or of the disk.
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -71,11 +77,23 @@ def _best(hub: Any, repo: str, revision: str | None, source: str) -> str:
   return hub.hf_hub_download(repo, _chosen(names, source), revision=revision)
 
 
+def _fetch_shards(hub: Any, repo: str, revision: str | None, path: pathlib.Path, name: str) -> None:
+  """What a model.json names, beside it."""
+  try:
+    shards = tfjs_files.shards(path.read_bytes())
+  except RefusedError as error:
+    raise RefusedError(f'{name!r} of {repo!r} {error}.') from None
+  for shard in shards:
+    hub.hf_hub_download(repo, (pathlib.PurePosixPath(name).parent / shard).as_posix(), revision=revision)
+
+
 def _chosen(names: list[str], source: str) -> str:
   for name in IN_FOLDERS:
     if name in names:
       return name
   found = sorted(name for name in names if name.endswith(_ENDINGS))
+  if not found and _MODEL in names:
+    return _MODEL
   if len(found) != 1:
     raise _NoWeightsError(f'{source!r} has {len(found) or "no"} files of weights{": " if found else ""}'
                           f'{", ".join(found[:5])}; name one as hf:OWNER/REPO/FILE.')

@@ -26,15 +26,32 @@ def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
     RefusedError: If it is another kind of JSON or model, or a file is not there.
     Exception: Of any kind, if it is damaged.
   """
+  arrays = []
+  for group in _manifest(data):
+    arrays += _group(group['weights'], b''.join(_shard(folder, name) for name in group['paths']))
+  return named(arrays)
+
+
+def shards(data: bytes) -> list[str]:
+  """The files that a model.json names, to be looked for beside it.
+
+  Args:
+    data: Of model.json.
+
+  Raises:
+    RefusedError: If it is another kind of JSON or model, or a name leads out of its folder.
+    Exception: Of any kind, if it is damaged.
+  """
+  return [_inside(name) for group in _manifest(data) for name in group['paths']]
+
+
+def _manifest(data: bytes) -> list[Mapping[str, Any]]:
   model = json.loads(data)
   if not isinstance(model, dict) or 'weightsManifest' not in model:
     raise RefusedError('is JSON, but has no weightsManifest, as a model of TensorFlow.js would')
   if model.get('format', 'layers-model') != 'layers-model':
     raise RefusedError(f'is a {model["format"]} of TensorFlow.js, of which the layers-model is supported')
-  arrays = []
-  for group in model['weightsManifest']:
-    arrays += _group(group['weights'], b''.join(_shard(folder, name) for name in group['paths']))
-  return named(arrays)
+  return model['weightsManifest']
 
 
 def _group(entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str, np.ndarray]]:
@@ -54,12 +71,18 @@ def _group(entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str,
 
 
 def _shard(folder: pathlib.Path, name: str) -> bytes:
-  path = folder / name
-  if not path.resolve().is_relative_to(folder.resolve()):
-    raise RefusedError(f'names {name!r}, which lies outside of its folder')
+  path = folder / _inside(name)
   if not path.is_file():
     raise RefusedError(f'lacks its file {name}')
   return path.read_bytes()
+
+
+def _inside(name: str) -> str:
+  """A name that leads nowhere else by itself. A link may lie there: the hub's cache is made of them."""
+  if any(path.is_absolute() or path.drive or '..' in path.parts
+         for path in (pathlib.PurePosixPath(name), pathlib.PureWindowsPath(name))):
+    raise RefusedError(f'names {name!r}, which lies outside of its folder')
+  return name
 
 
 def _stored(entry: Mapping[str, Any]) -> np.dtype:

@@ -123,6 +123,7 @@ def read_zip(data: bytes) -> Any:
     Exception: Of any kind, if the file is damaged.
   """
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    _check_sizes(archive, len(data))
     pickles = [name for name in archive.namelist() if name.split('/')[1:] == ['data.pkl']]
     if len(pickles) != 1:
       raise RefusedError(f'is a zip archive with {len(pickles)} entries <name>/data.pkl instead of 1')
@@ -131,6 +132,16 @@ def read_zip(data: bytes) -> Any:
       raise RefusedError('is big-endian, which is not supported')
     tree = _Unpickler(_Stream(archive.read(pickles[0]))).load()
     return _resolve(tree, functools.cache(lambda key: archive.read(f'{folder}data/{key}')), {})
+
+
+def _check_sizes(archive: zipfile.ZipFile, limit: int) -> None:
+  """PyTorch stores and does not compress, so that all members together are no more than the file."""
+  for member in archive.infolist():
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+      raise RefusedError(f'holds {member.filename} compressed, which PyTorch never does; it would be '
+                         f'{member.file_size:,} bytes')
+  if (total := sum(member.file_size for member in archive.infolist())) > limit:
+    raise RefusedError(f'holds entries of {total:,} bytes in a file of {limit:,}')
 
 
 def read_legacy(data: bytes) -> Any:
