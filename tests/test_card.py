@@ -62,24 +62,57 @@ def test_the_card_names_a_source_that_is_no_path(tmp_path):
   assert (found.batch_norms, found.channels, found.num_classes) == (0, 0, None)
 
 
-def test_the_digest_of_a_folder_changes_with_any_name_and_content(tmp_path):
-  def digest(files):
-    folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    for name, data in files.items():
-      (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      (folder / name).write_bytes(data)
-    if 'model.json' in files:
-      assert card.digest(folder) == card.digest(folder / 'model.json')  # Whose weights lie beside it.
-    return card.digest(folder)
+MODEL = json.dumps({'weightsManifest': [{'paths': ['b.bin', 'sub/a.bin'], 'weights': []}]}).encode()
+SHARDED = {'model.json': MODEL, 'b.bin': b'12', 'sub/a.bin': b'34'}
 
-  same = {'meta': b'{}', 'a/b': b'12'}
+
+def written(folder, files):
+  for name, data in files.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+  return folder
+
+
+def test_the_digest_of_a_folder_changes_with_any_name_and_content(tmp_path):
+  folders = iter(range(9))
+  digest = lambda files: card.digest(written(tmp_path / str(next(folders)), files))
+  same = {'_METADATA': b'{}', 'd/b': b'12'}
   assert digest(same) == digest(dict(reversed(same.items())))
-  others = [same | {'a/b': b'13'}, {'meta': b'{}', 'a/c': b'12'}, same | {'c': b''}]
-  assert len({digest(files) for files in [same, *others]}) == 4
-  model = {'model.json': b'{"weightsManifest": [{"paths": ["x", "d/y"], "weights": []}]}', 'x': b'1', 'd/y': b'2'}
-  assert digest(model) == digest(model | {'unrelated': b'of 50 GB'})
-  others = [model | {'x': b'2'}, model | {'d/y': b'3'}, model | {'model.json': model['model.json'] + b' '}]
-  assert len({digest(files) for files in [model, *others]}) == 4
+  others = [same | {'d/b': b'13'}, {'_METADATA': b'{}', 'd/c': b'12'}, same | {'c': b''}, same | {'model.json': b'{}'}]
+  assert len({digest(files) for files in [same, *others]}) == 5
+
+
+def test_the_digest_of_a_model_covers_its_json_and_the_shards_that_it_names(tmp_path):
+  """By hand: as sha256sum lists them, in order of their names."""
+  folder = written(tmp_path / 'model', SHARDED)
+  names = 'b.bin', 'model.json', 'sub/a.bin'
+  lines = ''.join(f'{hashlib.sha256(SHARDED[name]).hexdigest()}  {name}\n' for name in names)
+  before = hashlib.sha256(lines.encode()).hexdigest()
+  assert card.digest(folder) == card.digest(folder / 'model.json') == before
+  written(folder, {'other.bin': b'56', 'sub/b.bin': b'12', 'model.safetensors': b'78', 'film/long.mp4': b'9'})
+  assert card.digest(folder) == card.digest(folder / 'model.json') == before
+  for name, data in {'b.bin': b'13', 'sub/a.bin': b'3', 'model.json': MODEL + b' '}.items():
+    written(folder, {name: data})
+    assert card.digest(folder) == card.digest(folder / 'model.json') != before
+    written(folder, {name: SHARDED[name]})
+  assert card.digest(folder) == before
+
+
+def test_the_digest_of_a_model_without_a_shard_is_refused(tmp_path):
+  folder = written(tmp_path / 'model', SHARDED)
+  (folder / 'b.bin').unlink()
+  for path in (folder, folder / 'model.json'):
+    with pytest.raises(ValueError, match=rf'^Refused to read {path}: it lacks its file b\.bin\.$'):
+      card.digest(path)
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin'])
+def test_the_digest_of_a_folder_of_the_hub_covers_its_weights(name, tmp_path):
+  folder = written(tmp_path / 'net', {name: b'12', 'README.md': b'a'})
+  before = card.digest(folder)
+  assert before == hashlib.sha256(f'{hashlib.sha256(b"12").hexdigest()}  {name}\n'.encode()).hexdigest()
+  assert card.digest(written(folder, {'README.md': b'b', 'more': b''})) == before
+  assert card.digest(written(folder, {name: b'13'})) != before
 
 
 def test_probe_images_are_the_same_everywhere():

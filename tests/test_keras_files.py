@@ -117,6 +117,16 @@ def test_what_are_no_weights_is_refused(change, message, read_bytes):
     read_bytes(h5(ARRAYS, change))
 
 
+def test_arrays_that_were_never_written_are_bounded_together(read_bytes):
+  """Each alone is less than 1100 times the file."""
+  make = lambda file: [file.create_dataset(f'w{index}', (2**18,), 'f4', chunks=(1024,)) for index in range(8)]
+  data = h5({}, make)
+  count = 1100 * len(data) // 2**20
+  assert 1 <= count < 8
+  with pytest.raises(ValueError, match=rf'announces 1048576 bytes of w{count}, and has {len(data)} bytes itself\.$'):
+    read_bytes(data)
+
+
 def test_other_files_are_never_opened(tmp_path, read_bytes):
   secret = tmp_path / 'secret.h5'
   secret.write_bytes(h5({'kernel': np.full(3, 7.0)}))

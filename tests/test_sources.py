@@ -73,21 +73,65 @@ def test_a_file_of_the_hub_is_chosen(source, files, name, revision, hub, tmp_pat
   assert pretrained.resolve(f'{source}#ema') == tmp_path / f'{name}#ema'
 
 
-@pytest.mark.parametrize(('source', 'name', 'files'), [
-    ('hf:a/b@v2', 'model.json', ['README.md', 'model.json', 'shard1of2', 'shard2of2']),
-    ('hf:a/b@v2/sub/net.json', 'sub/net.json', [])])
-def test_a_model_of_tensorflow_js_comes_with_the_files_that_it_names(source, name, files, hub, tmp_path):
-  path = tmp_path / name
+SHARDS = ['group1-shard1of2.bin', 'group1-shard2of2.bin']
+
+
+def write_model(path, shards=SHARDS):
+  """A model.json that names these shards, in two groups."""
   path.parent.mkdir(exist_ok=True)
-  groups = [{'paths': [f'shard{number}of2'], 'weights': []} for number in (1, 2)]
-  path.write_text(json.dumps({'weightsManifest': groups}))
-  fake = hub(files)
-  assert pretrained.resolve(source) == path
-  place = name.rpartition('/')[0] and 'sub/'
-  assert fake.asked[-3:] == [('a/b', file, 'v2') for file in (name, f'{place}shard1of2', f'{place}shard2of2')]
-  path.write_text('{"a": 1}')
-  with pytest.raises(ValueError, match=f"^'{name}' of 'a/b' is JSON, but has no weightsManifest"):
-    pretrained.resolve(source)
+  path.write_text(json.dumps({'weightsManifest': [{'paths': [name], 'weights': []} for name in shards]}))
+
+
+@pytest.mark.parametrize('folder', ['', 'sub/'])
+def test_a_model_of_tensorflow_js_comes_with_its_shards(folder, hub, tmp_path):
+  names = [f'{folder}{name}' for name in ('model.json', *SHARDS)]
+  write_model(tmp_path / names[0])
+  fake = hub(['README.md', 'config.json', *names])
+  assert pretrained.resolve('hf:timm/net@v2') == tmp_path / names[0]
+  assert fake.asked[0] == ('timm/net', 'v2')
+  assert fake.asked[-3:] == [('timm/net', name, 'v2') for name in names]
+  fake.asked.clear()
+  assert pretrained.resolve(f'hf:timm/net@v2/{names[0]}') == tmp_path / names[0]
+  assert fake.asked == [('timm/net', name, 'v2') for name in names]
+
+
+def test_a_json_may_have_any_name(hub, tmp_path):
+  write_model(tmp_path / 'resnet.json', ['parts/a', './b'])
+  fake = hub()
+  assert pretrained.resolve('hf:timm/net/resnet.json') == tmp_path / 'resnet.json'
+  assert fake.asked == [('timm/net', name, None) for name in ('resnet.json', 'parts/a', 'b')]
+
+
+@pytest.mark.parametrize(('files', 'chosen'), [
+    (['model.json', *SHARDS, 'pytorch_model.bin'], 'pytorch_model.bin'),
+    (['model.json', *SHARDS, 'w.h5'], r'has 2 files of weights: model\.json, w\.h5; name one'),
+    (['model.json', *SHARDS, 'shard3.bin'], r'has 2 files of weights: model\.json, shard3\.bin; name one'),
+    (['model.json', *SHARDS, 'sub/model.json', 'sub/x.bin'],
+     r'has 2 files of weights: model\.json, sub/model\.json; name one'),
+    (['other/model.json', 'w.h5'], 'w.h5')])
+def test_a_model_of_tensorflow_js_is_one_file_of_weights_among_others(files, chosen, hub, tmp_path):
+  write_model(tmp_path / 'model.json')
+  write_model(tmp_path / 'sub' / 'model.json', ['x.bin'])
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / 'model.json').write_text('{"is": "another kind"}')
+  hub(files)
+  if chosen in files:
+    assert pretrained.resolve('hf:timm/net') == tmp_path / chosen
+  else:
+    with pytest.raises(ValueError, match=f"^'hf:timm/net' {chosen}"):
+      pretrained.resolve('hf:timm/net')
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{"weightsManifest": [{"paths": ["../b"]}]}', r"names '\.\./b', which lies outside of its folder"),
+    ('{"a": 1}', 'is JSON, but has no weightsManifest'), ('{"weightsManifest": [{}]}', 'is truncated or damaged'),
+    ('{"weights', 'is truncated or damaged'), ('{"weightsManifest": [{"paths": [5]}]}', 'is truncated or damaged')])
+def test_json_that_names_no_shards_is_refused(text, message, hub, tmp_path):
+  (tmp_path / 'model.json').write_text(text)
+  fake = hub()
+  with pytest.raises(ValueError, match=rf"^'hf:timm/net/model\.json' {message}[^\n]*\.$"):
+    pretrained.resolve('hf:timm/net/model.json')
+  assert fake.asked == [('timm/net', 'model.json', None)]
 
 
 @pytest.mark.parametrize(('files', 'message'), [
@@ -109,6 +153,15 @@ def test_what_the_hub_says_is_told_in_one_line(source, hub):
 def test_without_a_connection_the_file_kept_before_is_taken(hub, tmp_path):
   hub(error=ConnectionError('No connection.'), cached=['pytorch_model.bin'])
   assert pretrained.resolve('hf:timm/net') == tmp_path / 'pytorch_model.bin'
+
+
+def test_without_a_connection_a_model_is_taken_with_all_its_shards(hub, tmp_path):
+  write_model(tmp_path / 'model.json')
+  hub(error=ConnectionError('No connection.'), cached=['model.json', *SHARDS])
+  assert pretrained.resolve('hf:timm/net') == tmp_path / 'model.json'
+  hub(error=ConnectionError('No connection.'), cached=['model.json', SHARDS[0]])
+  with pytest.raises(ValueError, match=r'cannot be fetched: No connection\.$'):
+    pretrained.resolve('hf:timm/net')
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):

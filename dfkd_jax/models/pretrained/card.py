@@ -11,8 +11,8 @@ import numpy as np
 from jax import numpy as jnp
 
 from dfkd_jax.models.network import Network
-from dfkd_jax.models.pretrained import tfjs_files
-from dfkd_jax.models.pretrained.reading import read_metadata, split_entry
+from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.reading import parts, read_metadata, split_entry
 from dfkd_jax.types import Array
 
 _IMAGES, _NUMBERS = 3, 16  # Of a probe: images, and logits kept of each.
@@ -22,7 +22,7 @@ class Card(NamedTuple):
   """What a network is, as plain data; `_asdict()` is JSON."""
 
   source: str
-  sha256: str  # Of the file; of a folder: of its files' names and contents; of neither: of the variables.
+  sha256: str  # Of the weights' files, as `digest` gives it; of the variables, where there are none.
   num_classes: int | None  # None where the module does not say.
   num_params: int
   batch_norms: int
@@ -212,18 +212,23 @@ def _difference(logits: np.ndarray, expected: Probe) -> float:
 
 
 def digest(path: pathlib.Path) -> str:
-  """Of a file, as sha256sum gives it; of several, over their names and digests in order.
+  """SHA-256 of the weights that lie at a path, whatever else lies beside them.
 
-  Several are a model.json, or the folder that it lies in, with the files that it names; and any other folder, whole.
+  Of a file, as sha256sum gives it. Of a model.json, over the names and digests of it and of the shards that it names,
+  in order, and the same for its folder; of a folder with model.safetensors or pytorch_model.bin, over that one; of a
+  folder of Orbax, over all files in it.
+
+  Raises:
+    OSError: If there is no such file.
+    ValueError: If a model.json is damaged, of another kind, or lacks a shard.
   """
-  model = path / 'model.json' if path.is_dir() else path
-  if model.suffix == '.json' and model.is_file():
-    path, names = model.parent, sorted([model.name, *tfjs_files.shards(model.read_bytes())])
-  elif path.is_dir():
-    names = sorted(item.relative_to(path).as_posix() for item in path.rglob('*') if item.is_file())
-  else:
+  try:
+    folder, names = parts(path)
+  except RefusedError as error:
+    raise ValueError(f'Refused to read {path}: it {error}.') from None
+  if names == [path.name] and not path.is_dir():
     return _of_file(path)
-  return hashlib.sha256(''.join(f'{_of_file(path / name)}  {name}\n' for name in names).encode()).hexdigest()
+  return hashlib.sha256(''.join(f'{_of_file(folder / name)}  {name}\n' for name in names).encode()).hexdigest()
 
 
 def _of_arrays(network: Network) -> str:

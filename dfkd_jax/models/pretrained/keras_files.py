@@ -12,10 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dfkd_jax.models.pretrained import numpy_files
+from dfkd_jax.models.pretrained import archives
 from dfkd_jax.models.pretrained.errors import RefusedError
 
-_LARGEST = 1100  # Times the file: more than its compression can make of it.
+_LARGEST = 1100  # Times the file, all arrays together: more than its compression can make of it.
 _NOT_WEIGHTS = ('optimizer/', 'optimizer_weights/')
 
 # Keras 3 numbers a layer's variables. The names that go with the numbers, by the layer's class and how many there are;
@@ -49,7 +49,8 @@ def read_h5(data: bytes) -> dict[str, np.ndarray]:
   def visit(path: str, item: Any) -> None:  # Nothing that a link leads to, which may be another file.
     if not path.startswith(_NOT_WEIGHTS):
       if isinstance(item, h5py.Dataset):
-        arrays[path.removeprefix('model_weights/')] = _array(path, item, len(data))
+        before = sum(array.nbytes for array in arrays.values())
+        arrays[path.removeprefix('model_weights/')] = _array(path, item, _LARGEST * len(data) - before, len(data))
       elif 'name' in item.attrs:
         labels[path] = str(item.attrs['name'])
 
@@ -61,10 +62,12 @@ def read_h5(data: bytes) -> dict[str, np.ndarray]:
 
 
 def read_keras(data: bytes) -> dict[str, np.ndarray]:
-  """As `read_h5`, of the archive that Keras 3 saves."""
+  """As `read_h5`, of the archive that Keras 3 saves; refused too if its weights are larger than `archives.LARGEST`."""
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    numpy_files.check_total(archive)
-    return read_h5(archive.read('model.weights.h5'))
+    weights = archive.getinfo('model.weights.h5')
+    archives.check_sizes([weights])
+    data = archives.unpacked(archive, weights)
+  return read_h5(data)
 
 
 def named(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -83,10 +86,11 @@ def named(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
   return result
 
 
-def _array(path: str, dataset: Any, num_bytes: int) -> np.ndarray:
+def _array(path: str, dataset: Any, left: int, num_bytes: int) -> np.ndarray:
+  """What a file of `num_bytes` holds; `left` of it are what it may yet unpack to."""
   if dataset.is_virtual or dataset.external is not None:
     raise RefusedError(f'keeps {path} in another file, which is not looked for')
-  if dataset.nbytes > _LARGEST * num_bytes:
+  if dataset.nbytes > left:  # Arrays that were never written take no room in a file, however large.
     raise RefusedError(f'announces {dataset.nbytes} bytes of {path}, and has {num_bytes} bytes itself')
   if dataset.attrs.get('dtype') == 'bfloat16' and dataset.dtype.itemsize == 2:
     array = dataset[()].view(ml_dtypes.bfloat16)

@@ -6,10 +6,10 @@ import zipfile
 
 import numpy as np
 
+from dfkd_jax.models.pretrained import archives
 from dfkd_jax.models.pretrained.errors import RefusedError
 
-LARGEST = 2**34  # Bytes that an archive may unpack to.
-_HEADER = 2**14  # Bytes in which an array's header ends.
+_HEADER = 16 * 2**10  # Bytes to look for a header in: NumPy itself reads none above 10,000.
 
 
 def read_npz(data: bytes) -> dict[str, np.ndarray]:
@@ -19,30 +19,25 @@ def read_npz(data: bytes) -> dict[str, np.ndarray]:
     data: All bytes of the file.
 
   Raises:
-    RefusedError: If an array does not hold numbers.
+    RefusedError: If an array does not hold numbers, is not as long as its header says, or all together are larger
+      than `archives.LARGEST`.
     Exception: Of any kind, if the file is damaged.
   """
   arrays = {}
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    check_total(archive)
-    for member in archive.infolist():
-      name = member.filename.removesuffix('.npy')
-      with archive.open(member) as stream:
-        size = _size(name, io.BytesIO(stream.read(_HEADER)))
-      if size != member.file_size:
-        raise RefusedError(f'holds {name} of {size:,} bytes by its header, but {member.file_size:,} in the archive')
-      arrays[name] = np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False)
+    archives.check_sizes(archive.infolist())
+    for info in archive.infolist():
+      name = info.filename.removesuffix('.npy')
+      _check_header(archive, info, name)
+      stream = io.BytesIO(archives.unpacked(archive, info))
+      arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
   return arrays
 
 
-def check_total(archive: zipfile.ZipFile) -> None:
-  """Raises RefusedError if an archive would be larger unpacked than any weights are: zeros shrink by a thousand."""
-  if (total := sum(member.file_size for member in archive.infolist())) > LARGEST:
-    raise RefusedError(f'unpacks to {total:,} bytes, may be {LARGEST:,} at most')
-
-
-def _size(name: str, stream: io.BytesIO) -> int:
-  """Bytes of an array of numbers and its header, by the latter."""
+def _check_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> None:
+  """Looks at the beginning of a member alone."""
+  with archive.open(info) as member:
+    stream = io.BytesIO(member.read(_HEADER))
   version = np.lib.format.read_magic(stream)
   header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
   if header is None:
@@ -50,4 +45,5 @@ def _size(name: str, stream: io.BytesIO) -> int:
   shape, _, dtype = header(stream)
   if dtype.kind not in 'fiub':
     raise RefusedError(f'holds {name} of dtype {dtype}, which is not one of numbers')
-  return stream.tell() + math.prod(shape) * dtype.itemsize
+  if (size := stream.tell() + math.prod(shape) * dtype.itemsize) != info.file_size:
+    raise RefusedError(f'has {info.file_size} bytes of {name}, whose header says {size}')

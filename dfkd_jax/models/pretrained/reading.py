@@ -74,6 +74,27 @@ def split_entry(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None]
   return pathlib.Path(name), entry
 
 
+def parts(path: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
+  """The files that `read` takes of a path: their folder, and their names in it, in order.
+
+  That is the file itself; with a model.json the shards that it names; of a folder of Orbax, or one that is not read,
+  all that lie in it; of other folders what is read of them, and nothing that lies beside it.
+
+  Raises:
+    OSError: If there is no such file.
+    RefusedError: If a model.json is damaged, of another kind, or lacks a shard.
+  """
+  if path.is_dir():
+    if (file := _weights_in(path)) is None:
+      return path, sorted(item.relative_to(path).as_posix() for item in path.rglob('*') if item.is_file())
+    return parts(file)
+  with path.open('rb') as file:
+    found = tfjs_files.shards(file.read()) if tfjs_files.begins(file.peek(8)) else []
+  if lacking := [name for name in found if not (path.parent / name).is_file()]:
+    raise RefusedError(f'lacks its file {lacking[0]}')
+  return path.parent, sorted({path.name, *found})
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
   """The free text that a safetensors file carries; empty if none.
 
@@ -116,7 +137,7 @@ def unwrap(tree: Any, entry: str | None = None) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: pathlib.Path, data: bytes, entry: str | None) -> dict[str, np.ndarray]:
-  if data.startswith(b'{') and data[4:8] != b'\0\0\0\0':
+  if tfjs_files.begins(data):
     return unwrap(tfjs_files.read(data, path.parent), entry)
   for (offset, magic), name in _OTHERS.items():
     if data.startswith(magic, offset):
@@ -151,11 +172,16 @@ def _read_archive(data: bytes) -> Any:
 def _read_folder(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]:
   if tree := orbax_files.found_in(path):
     return orbax_files.read(tree, entry)
-  for name in ('model.json', *IN_FOLDERS):
-    if (path / name).is_file():
-      return _read_file(path / name, (path / name).read_bytes(), entry)
+  if file := _weights_in(path):
+    return _read_file(file, file.read_bytes(), entry)
   raise RefusedError(f'is a folder without model.json of TensorFlow.js, a checkpoint of Orbax or {IN_FOLDERS[0]}; '
                      f'it holds {sorted(item.name for item in path.iterdir())[:5]}')
+
+
+def _weights_in(folder: pathlib.Path) -> pathlib.Path | None:
+  """The file that stands for a folder; None if there is none, or a tree of Orbax comes first."""
+  files = [folder / name for name in ('model.json', *IN_FOLDERS) if (folder / name).is_file()]
+  return files[0] if files and not orbax_files.found_in(folder) else None
 
 
 def _entry(tree: Any, key: str) -> Any:

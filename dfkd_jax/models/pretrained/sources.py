@@ -1,8 +1,10 @@
 """Where weights come from: a path, or a repository of the Hugging Face hub."""
 
+import functools
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dfkd_jax.models.pretrained import tfjs_files
@@ -10,7 +12,6 @@ from dfkd_jax.models.pretrained.errors import RefusedError
 from dfkd_jax.models.pretrained.reading import IN_FOLDERS, split_entry
 
 _HUB = re.compile(r'hf:(?P<repo>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^/#]+))?(?:/(?P<file>[^#]+))?(?:#(?P<entry>.+))?')
-_MODEL = 'model.json'  # Of TensorFlow.js, which names further files.
 _ENDINGS = ('.safetensors', '.bin', '.pth', '.pt', '.ckpt', '.tar', '.h5', '.keras', '.npz')
 
 
@@ -19,9 +20,9 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
 
   Args:
     source: A path, of a folder too, with '#ENTRY' to choose within a checkpoint (see `read`); or
-      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', which is fetched once and kept in the hub's cache, a model.json with
-      the files that it names. Without FILE it is model.safetensors, else pytorch_model.bin, else the only file of
-      weights, else model.json.
+      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', which is fetched once and kept in the hub's cache. Without FILE it is
+      model.safetensors, else pytorch_model.bin, else the only file of weights. A model.json of TensorFlow.js is fetched
+      with the shards that it names.
 
   Raises:
     ValueError: There is no such file, or it cannot be fetched; in one line.
@@ -49,12 +50,12 @@ def _from_hub(source: str) -> pathlib.Path:
     import huggingface_hub as hub  # An extra, which no other source needs.
   except ImportError:
     raise ValueError(f"{source!r} needs huggingface_hub: pip install 'dfkd_jax[hf]'.") from None
-  repo, revision, name = match['repo'], match['revision'], match['file']
+  fetch = functools.partial(_fetched, hub, match['repo'], match['revision'])
   try:
-    path = hub.hf_hub_download(repo, name, revision=revision) if name else _best(hub, repo, revision, source)
-    if path.endswith('.json'):
-      _fetch_shards(hub, repo, revision, pathlib.Path(path), name or _MODEL)
-  except (_NoWeightsError, RefusedError) as error:
+    path = fetch(match['file']) if match['file'] else _best(hub, match['repo'], match['revision'], source)
+  except RefusedError as error:
+    raise ValueError(f'{source!r} {error}.') from None
+  except _NoWeightsError as error:
     raise ValueError(str(error)) from None
   except Exception as error:  # Of the hub's own kinds, of its HTTP library, or of the disk.
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -66,6 +67,19 @@ class _NoWeightsError(Exception):
   """The hub answered, and has no file that could be meant."""
 
 
+def _fetched(hub: Any, repo: str, revision: str | None, name: str) -> str:
+  """Where a file lies; with the shards that it names beside it, if it is a model.json."""
+  path = hub.hf_hub_download(repo, name, revision=revision)
+  if name.endswith('.json'):
+    for shard in tfjs_files.shards(pathlib.Path(path).read_bytes()):
+      hub.hf_hub_download(repo, _beside(name, shard), revision=revision)
+  return path
+
+
+def _beside(name: str, shard: str) -> str:
+  return (pathlib.PurePosixPath(name).parent / shard).as_posix()
+
+
 def _best(hub: Any, repo: str, revision: str | None, source: str) -> str:
   """Of a repository's files, that of the weights, fetched; without a connection, the one that was fetched before."""
   try:
@@ -74,35 +88,40 @@ def _best(hub: Any, repo: str, revision: str | None, source: str) -> str:
     if path := _kept(hub, repo, revision):
       return path
     raise
-  return hub.hf_hub_download(repo, _chosen(names, source), revision=revision)
+  shards = lambda name: _shards(hub.hf_hub_download(repo, name, revision=revision), name)
+  return _fetched(hub, repo, revision, _chosen(names, shards, source))
 
 
-def _fetch_shards(hub: Any, repo: str, revision: str | None, path: pathlib.Path, name: str) -> None:
-  """What a model.json names, beside it."""
-  try:
-    shards = tfjs_files.shards(path.read_bytes())
-  except RefusedError as error:
-    raise RefusedError(f'{name!r} of {repo!r} {error}.') from None
-  for shard in shards:
-    hub.hf_hub_download(repo, (pathlib.PurePosixPath(name).parent / shard).as_posix(), revision=revision)
-
-
-def _chosen(names: list[str], source: str) -> str:
+def _chosen(names: list[str], shards: Callable[[str], list[str]], source: str) -> str:
+  """The name of the weights; `shards` are those of a model.json, which end as files of PyTorch do."""
   for name in IN_FOLDERS:
     if name in names:
       return name
-  found = sorted(name for name in names if name.endswith(_ENDINGS))
-  if not found and _MODEL in names:
-    return _MODEL
+  found = {name for name in names if name.endswith(_ENDINGS)}
+  for model in (name for name in names if pathlib.PurePosixPath(name).name == 'model.json'):
+    if parts := shards(model):
+      found = {*found, model}.difference(parts)
+  found = sorted(found)
   if len(found) != 1:
     raise _NoWeightsError(f'{source!r} has {len(found) or "no"} files of weights{": " if found else ""}'
                           f'{", ".join(found[:5])}; name one as hf:OWNER/REPO/FILE.')
   return found[0]
 
 
+def _shards(path: str, name: str) -> list[str]:
+  """As the repository calls them; empty where a model.json describes anything else."""
+  try:
+    return [_beside(name, shard) for shard in tfjs_files.shards(pathlib.Path(path).read_bytes())]
+  except RefusedError:
+    return []
+
+
 def _kept(hub: Any, repo: str, revision: str | None) -> str | None:
-  for name in IN_FOLDERS:
+  """Of the files that `_best` would choose by their names, the one in the hub's cache, with all that belongs to it."""
+  for name in (*IN_FOLDERS, 'model.json'):
     path = hub.try_to_load_from_cache(repo, name, revision=revision)
-    if isinstance(path, str):
+    parts = _shards(path, name) if isinstance(path, str) and name == 'model.json' else []
+    whole = all(isinstance(hub.try_to_load_from_cache(repo, part, revision=revision), str) for part in parts)
+    if isinstance(path, str) and whole and (parts or name != 'model.json'):
       return path
   return None

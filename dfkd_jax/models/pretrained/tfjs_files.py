@@ -15,6 +15,11 @@ _DTYPES = {name: np.dtype(name) for name in ('float32', 'float16', 'int32', 'uin
 _STORED = {name: np.dtype(name) for name in ('float16', 'uint8', 'uint16')}  # What numbers are quantized to.
 
 
+def begins(data: bytes) -> bool:
+  """Whether a file that begins so may be a model.json, and no safetensors file whose length looks like one."""
+  return data.startswith(b'{') and data[4:8] != b'\0\0\0\0'
+
+
 def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays of a model, quantized ones decoded, by names such as 'conv1/kernel'.
 
@@ -33,19 +38,20 @@ def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def shards(data: bytes) -> list[str]:
-  """The files that a model.json names, to be looked for beside it.
-
-  Args:
-    data: Of model.json.
+  """The files that a model.json names, in order, each within its folder.
 
   Raises:
-    RefusedError: If it is another kind of JSON or model, or a name leads out of its folder.
-    Exception: Of any kind, if it is damaged.
+    RefusedError: If it is another kind of JSON or model, is damaged, or names a file that is elsewhere.
   """
-  return [_inside(name) for group in _manifest(data) for name in group['paths']]
+  try:
+    return [_inside(name) for group in _manifest(data) for name in group['paths']]
+  except RefusedError:
+    raise
+  except Exception as error:  # Of JSON that is nested too deep, too.
+    raise RefusedError(f'is truncated or damaged ({" ".join(str(error).split())[:300]})') from error
 
 
-def _manifest(data: bytes) -> list[Mapping[str, Any]]:
+def _manifest(data: bytes) -> Sequence[Mapping[str, Any]]:
   model = json.loads(data)
   if not isinstance(model, dict) or 'weightsManifest' not in model:
     raise RefusedError('is JSON, but has no weightsManifest, as a model of TensorFlow.js would')
@@ -70,19 +76,19 @@ def _group(entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str,
   return arrays
 
 
+def _inside(name: str) -> str:
+  """The name as it is; links are the user's own, such as those to the blobs of the hub's cache, and are followed."""
+  path = pathlib.PurePosixPath(name)
+  if path.is_absolute() or '..' in path.parts or '\\' in name or pathlib.PureWindowsPath(name).drive:
+    raise RefusedError(f'names {name!r}, which lies outside of its folder')
+  return name
+
+
 def _shard(folder: pathlib.Path, name: str) -> bytes:
   path = folder / _inside(name)
   if not path.is_file():
     raise RefusedError(f'lacks its file {name}')
   return path.read_bytes()
-
-
-def _inside(name: str) -> str:
-  """A name that leads nowhere else by itself. A link may lie there: the hub's cache is made of them."""
-  if any(path.is_absolute() or path.drive or '..' in path.parts
-         for path in (pathlib.PurePosixPath(name), pathlib.PureWindowsPath(name))):
-    raise RefusedError(f'names {name!r}, which lies outside of its folder')
-  return name
 
 
 def _stored(entry: Mapping[str, Any]) -> np.dtype:

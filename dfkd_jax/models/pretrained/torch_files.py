@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dfkd_jax.models.pretrained import archives
 from dfkd_jax.models.pretrained.errors import RefusedError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -119,11 +120,11 @@ def read_zip(data: bytes) -> Any:
     data: All bytes of the file.
 
   Raises:
-    RefusedError: If the pickle names what it must not, or is not a PyTorch file.
+    RefusedError: If the pickle names what it must not, or is not a PyTorch file: those have no compressed members.
     Exception: Of any kind, if the file is damaged.
   """
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    _check_sizes(archive, len(data))
+    archives.check_stored(archive, len(data))
     pickles = [name for name in archive.namelist() if name.split('/')[1:] == ['data.pkl']]
     if len(pickles) != 1:
       raise RefusedError(f'is a zip archive with {len(pickles)} entries <name>/data.pkl instead of 1')
@@ -132,16 +133,6 @@ def read_zip(data: bytes) -> Any:
       raise RefusedError('is big-endian, which is not supported')
     tree = _Unpickler(_Stream(archive.read(pickles[0]))).load()
     return _resolve(tree, functools.cache(lambda key: archive.read(f'{folder}data/{key}')), {})
-
-
-def _check_sizes(archive: zipfile.ZipFile, limit: int) -> None:
-  """PyTorch stores and does not compress, so that all members together are no more than the file."""
-  for member in archive.infolist():
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-      raise RefusedError(f'holds {member.filename} compressed, which PyTorch never does; it would be '
-                         f'{member.file_size:,} bytes')
-  if (total := sum(member.file_size for member in archive.infolist())) > limit:
-    raise RefusedError(f'holds entries of {total:,} bytes in a file of {limit:,}')
 
 
 def read_legacy(data: bytes) -> Any:
