@@ -26,6 +26,8 @@ class Stopped(Exception):  # noqa: N818 (no error: the run is in order, and goes
 def signals(listen: bool = True) -> Iterator[Asked]:
   """Within, the first SIGTERM or SIGINT is only noted; a second one does what it did before.
 
+  One that is ignored stays so: shells start what goes to the background like that.
+
   Args:
     listen: Whether to; also not where Python would not allow it, on threads other than the main one.
   """
@@ -34,6 +36,7 @@ def signals(listen: bool = True) -> Iterator[Asked]:
     yield lambda: None
     return
   before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+  before = {name: handler for name, handler in before.items() if handler != signal.SIG_IGN}
 
   def note(number, frame):
     came.append(signal.Signals(number).name)
@@ -43,7 +46,7 @@ def signals(listen: bool = True) -> Iterator[Asked]:
     for name, handler in before.items():
       signal.signal(getattr(signal, name), signal.SIG_DFL if handler is None else handler)
 
-  for name in NAMES:
+  for name in before:
     signal.signal(getattr(signal, name), note)
   try:
     yield lambda: came[0] if came else None

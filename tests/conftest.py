@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # Tolerances are those of CPU, and four devices are wanted.
 os.environ.setdefault('XLA_FLAGS', ' '.join((  # Most of the time here goes to compiling what runs for milliseconds.
@@ -28,6 +29,14 @@ def x64():
   """Float64 for the length of a test."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def heeded():
+  """Signals as a terminal has them, also where the tests are started in the background, which ignores SIGINT."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

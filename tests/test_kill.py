@@ -62,13 +62,13 @@ def test_what_differs_is_named(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_process_in_order(arguments, tmp_path, number, status):
+def test_a_signal_ends_the_process_in_order(arguments, tmp_path, number, status, heeded):
   workdir = tmp_path / 'run'
   command = [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments, f'--workdir={workdir}',
              '--config.distill.rounds=100000', '--config.optimizer.schedule=constant']
   with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
     for line in run.stderr:
-      if line.startswith('round 1/'):
+      if line.startswith('round 1/100000  '):
         os.kill(run.pid, number)
         break
     out, err = run.communicate(timeout=120)

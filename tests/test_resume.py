@@ -133,7 +133,7 @@ def test_without_the_best_there_is_no_file_of_it(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
-def test_a_signal_ends_a_run_after_its_round(tmp_path, name, capsys):
+def test_a_signal_ends_a_run_after_its_round(tmp_path, name, capsys, heeded):
   def update(self, **numbers):
     updated(self, **numbers)
     if self._done == 3:
@@ -164,13 +164,23 @@ def whole():
   return train.run(toy_runs.config(), workdir), toy_runs.metrics(workdir)
 
 
-def test_a_second_signal_does_what_it_always_did():
+def test_a_second_signal_does_what_it_always_did(heeded):
   with stopping.signals() as asked:
     assert asked() is None
     signal.raise_signal(signal.SIGINT)
     assert asked() == 'SIGINT'
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so(heeded):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with stopping.signals() as asked:
+    signal.raise_signal(signal.SIGINT)
+    assert asked() is None
+    signal.raise_signal(signal.SIGTERM)
+    assert asked() == 'SIGTERM'
+  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_signals_are_left_alone_where_they_are_not_asked_for_or_not_to_be_had():
