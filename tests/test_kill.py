@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import test_processes
 import toy_runs
 
 spec = importlib.util.spec_from_file_location('kill', toy_runs.ROOT / 'benchmarks' / 'kill.py')
@@ -79,3 +80,42 @@ def test_a_signal_ends_the_process_in_order(arguments, tmp_path, number, status,
   assert last.endswith(f'saved in {workdir}; the same command goes on.')
   done = int(last.split('after round ')[1].split()[0])
   assert (workdir / 'checkpoints' / str(done)).is_dir()
+
+
+SHARED_CONFIG = """
+import os
+from ml_collections import config_dict
+
+def get_config():
+  config = config_dict.ConfigDict({fields!r})
+  config.distributed.update(coordinator='127.0.0.1:{port}', num_processes=2, process_id=int(os.environ['PROCESS']))
+  return config
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  monkeypatch.setenv('PJRT_NPROC', '32')
+  config = test_processes.config(
+      distill__rounds=100_000, optimizer__schedule='constant', checkpoint__every=1_000)
+  path, workdir = tmp_path / 'config.py', tmp_path / 'run'
+  path.write_text(SHARED_CONFIG.format(fields=config.to_dict(), port=test_processes.free_port()))
+  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), f'--config={path}', f'--workdir={workdir}']
+  first, second = (
+      subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                       env=os.environ | {'PROCESS': str(index)}) for index in range(2))
+  with first, second:
+    try:
+      for line in first.stderr:
+        if line.startswith('round 1/100000  '):
+          second.send_signal(signal.SIGTERM)
+          break
+      said, _ = first.communicate(timeout=120)[1], second.communicate(timeout=120)
+    finally:
+      first.kill()
+      second.kill()
+  assert (first.returncode, second.returncode) == (0, 0)
+  assert said.splitlines()[-1].startswith('Stopped by SIGTERM after round ')
+  step, = (int(found.name) for found in (workdir / 'checkpoints').iterdir())
+  assert f'after round {step} of 100000, saved' in said
