@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 import zipfile
+import zlib
 
 import h5py
 import hypothesis
@@ -170,3 +171,17 @@ def test_damaged_files_give_arrays_or_a_value_error(data, where, what, read_byte
   data[where:where + len(what)] = what
   with contextlib.suppress(ValueError):
     assert all(isinstance(array, np.ndarray) for array in read_bytes(bytes(data)).values())
+
+
+def test_a_chunk_that_unpacks_to_more_than_it_announces_is_refused(tmp_path):
+  for name, size in (('good', 4_000), ('bomb', 2**22)):
+    with h5py.File(tmp_path / name, 'w') as file:
+      dataset = file.create_dataset('a/kernel', (1_000,), np.float32, chunks=(1_000,), compression='gzip')
+      dataset.id.write_direct_chunk((0,), zlib.compress(bytes(size)))
+  np.testing.assert_array_equal(pretrained.read(tmp_path / 'good')['a/kernel'], np.zeros(1_000, np.float32))
+  with pytest.raises(ValueError, match='holds a chunk of a/kernel that unpacks to more than the 4000 bytes'):
+    pretrained.read(tmp_path / 'bomb')
+  with h5py.File(tmp_path / 'other', 'w') as file:
+    file.create_dataset('a/kernel', data=np.ones(1_000, np.float32), chunks=(1_000,), compression='lzf')
+  with pytest.raises(ValueError, match='packs a/kernel by filters'):
+    pretrained.read(tmp_path / 'other')

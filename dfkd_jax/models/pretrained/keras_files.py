@@ -4,8 +4,10 @@ Only arrays are read. A model's configuration, which Keras would build layers an
 """
 
 import io
+import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from dfkd_jax.models.pretrained import archives
 from dfkd_jax.models.pretrained.errors import RefusedError
 
 _LARGEST = 1100  # Times the file, all arrays together: more than its compression can make of it.
+_GZIP, _FILTERS = 1, (1, 2, 3)  # Of HDF5: gzip, shuffle, fletcher32.
 _NOT_WEIGHTS = ('optimizer/', 'optimizer_weights/')
 
 # Keras 3 numbers a layer's variables. The names that go with the numbers, by the layer's class and how many there are;
@@ -92,6 +95,7 @@ def _array(path: str, dataset: Any, left: int, num_bytes: int) -> np.ndarray:
     raise RefusedError(f'keeps {path} in another file, which is not looked for')
   if dataset.nbytes > left:  # Arrays that were never written take no room in a file, however large.
     raise RefusedError(f'announces {dataset.nbytes} bytes of {path}, and has {num_bytes} bytes itself')
+  _check_chunks(path, dataset)
   if dataset.attrs.get('dtype') == 'bfloat16' and dataset.dtype.itemsize == 2:
     array = dataset[()].view(ml_dtypes.bfloat16)
   elif dataset.dtype.kind in 'fiub':
@@ -100,6 +104,22 @@ def _array(path: str, dataset: Any, left: int, num_bytes: int) -> np.ndarray:
     raise RefusedError(f'holds {path} of dtype {dataset.dtype}, which is not one of numbers')
   array.flags.writeable = False
   return array
+
+
+def _check_chunks(path: str, dataset: Any) -> None:
+  """HDF5 itself would unpack all that a chunk holds, however much more that is than it announces."""
+  properties = dataset.id.get_create_plist()
+  filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
+  if set(filters) - set(_FILTERS) or len(set(filters)) < len(filters):
+    raise RefusedError(f'packs {path} by filters {filters} of HDF5, of which {_FILTERS} are supported, once each')
+  if _GZIP not in filters:
+    return
+  offsets, size = [], math.prod(dataset.chunks) * dataset.id.get_type().get_size() + 4  # With a checksum.
+  dataset.id.chunk_iter(lambda info: offsets.append(info.chunk_offset))
+  for offset in offsets:
+    skipped, data = dataset.id.read_direct_chunk(offset)
+    if not skipped >> filters.index(_GZIP) & 1 and len(zlib.decompressobj().decompress(data, size + 1)) > size:
+      raise RefusedError(f'holds a chunk of {path} that unpacks to more than the {size - 4} bytes that it announces')
 
 
 def _named_by_class(paths: Iterable[str], labels: Mapping[str, str]) -> list[str]:
