@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,7 +68,9 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
   return found if isinstance(found, dict) and 'config' in found else None
 
 
-def changed(there: dict | None, here: dict, workdir: pathlib.Path, resume: str | None = None) -> dict[str, Any]:
+def changed(
+    there: dict | None, here: dict, workdir: pathlib.Path, resume: str | None = None,
+    passed_over: Callable[[str], bool] = lambda field: False) -> dict[str, Any]:
   """In what a run that is there may go on otherwise than it began: {field: {'there': value, 'here': value}}.
 
   Args:
@@ -76,6 +78,7 @@ def changed(there: dict | None, here: dict, workdir: pathlib.Path, resume: str |
     here: As it is wanted.
     workdir: The folder, for the error.
     resume: None: in nothing; 'force': in whatever differs; 'force:FIELD,SECTION,...': in these alone.
+    passed_over: Whether no word is to be lost on a field, since it is wrong by itself.
 
   Raises:
     ValueError: It differs in something else, or `resume` is none of these.
@@ -84,7 +87,8 @@ def changed(there: dict | None, here: dict, workdir: pathlib.Path, resume: str |
   free = _forced(resume, wanted.keys() | at_hand.keys())
   differ = {name: {'there': wanted.get(name), 'here': at_hand.get(name)} for name in sorted(wanted.keys() | at_hand)
             if wanted.get(name) != at_hand.get(name)}
-  refused = [name for name in differ if not any(f'{name}.'.startswith(f'{field}.') for field in free) and free != '*']
+  refused = [name for name in differ if free != '*' and not passed_over(name)
+             and not any(f'{name}.'.startswith(f'{field}.') for field in free)]
   if refused:
     shown = '; '.join(f'{name} is {differ[name]["there"]!r} there, {differ[name]["here"]!r} here'
                       for name in refused[:_SHOWN])
@@ -93,6 +97,14 @@ def changed(there: dict | None, here: dict, workdir: pathlib.Path, resume: str |
         f'{workdir} holds a run with another config: {shown}{more}. Name another --workdir, or go on with '
         f'--resume=force{f":{refused[0]}" if len(refused) == 1 else ""}.')
   return differ
+
+
+def jsonable(config: Any) -> dict:
+  """A config (`ConfigDict`) as JSON has it: tuples as lists."""
+  plain = lambda value: (
+      {k: plain(v) for k, v in value.items()} if isinstance(value, dict)
+      else [plain(v) for v in value] if isinstance(value, (list, tuple)) else value)
+  return plain(config.to_dict())
 
 
 def flat(config: dict) -> dict[str, Any]:

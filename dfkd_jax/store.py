@@ -32,7 +32,7 @@ class Store:
   def __init__(self, config: build.Config, workdir: pathlib.Path, ledger: report.Ledger, resume: str | None = None):
     self._began = time.perf_counter()
     self.workdir, self.ledger, self._resume = workdir, ledger, resume
-    plain = _jsonable(config)
+    plain = run_folder.jsonable(config)
     self._section = config.checkpoint
     self.meta: dict[str, Any] = {'config': plain, 'hash': fingerprint(config), 'changed': []}
     run_folder.check_place(workdir)
@@ -161,15 +161,7 @@ class Store:
 
 def fingerprint(config: build.Config) -> str:
   """Alike of configs that compute the same."""
-  return config_hash(run_folder.flat(_jsonable(config)))
-
-
-def _jsonable(config: build.Config) -> dict:
-  """A config as JSON has it: tuples as lists."""
-  plain = lambda value: (
-      {k: plain(v) for k, v in value.items()} if isinstance(value, dict)
-      else [plain(v) for v in value] if isinstance(value, (list, tuple)) else value)
-  return plain(config.to_dict())
+  return config_hash(run_folder.flat(run_folder.jsonable(config)))
 
 
 def network_of(state: PyTree) -> Network:

@@ -67,7 +67,7 @@ def run(
   processes.initialize(**config.distributed.to_dict())
   parallel.check_alike(store.fingerprint(config), 'The config')
   with parallel.together():
-    validation.check(config, workdir, teacher)
+    validation.check(config, workdir, teacher, resume)
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:

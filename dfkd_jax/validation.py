@@ -42,13 +42,16 @@ def alone(config: build.Config) -> bool:
   return given in ([None] * 3, [None, 1, None]) and (given[1] == 1 or processes.started_together() == 1)
 
 
-def check(config: build.Config, workdir: str | os.PathLike | None = None, teacher: Network | None = None) -> None:
+def check(
+    config: build.Config, workdir: str | os.PathLike | None = None, teacher: Network | None = None,
+    resume: str | None = None) -> None:
   """Looks at all that a run of a config stands on, but for the numbers in its files.
 
   Args:
     config: Of the run.
     workdir: Of its results; None: there is none, or it is looked at elsewhere.
     teacher: A network in the place of the config's, if there is one.
+    resume: In what a run that is in the folder may go on with another config, see `run_folder.changed`.
 
   Raises:
     InvalidError: Has a line for each thing that is wrong by itself, and none for what only follows from another.
@@ -58,8 +61,16 @@ def check(config: build.Config, workdir: str | os.PathLike | None = None, teache
   if not problems.concern('fields'):
     _look(config, problems, teacher)
   if workdir is not None and config.get('job') != 'check':
-    problems.ask(lambda: run_folder.check_place(pathlib.Path(workdir).expanduser()), 'workdir')
+    _folder(config, problems, pathlib.Path(workdir).expanduser(), resume)
   problems.tell()
+
+
+def _folder(config: build.Config, problems: Problems, workdir: pathlib.Path, resume: str | None) -> None:
+  """Whether it may be written, and holds no run of another config."""
+  problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
+  there = problems.ask(lambda: run_folder.stored(workdir), 'workdir') or {}
+  problems.ask(lambda: run_folder.changed(
+      there.get('config'), run_folder.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
 
 
 def _look(config: build.Config, problems: Problems, teacher: Network | None) -> None:

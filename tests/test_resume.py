@@ -14,7 +14,7 @@ import toy_runs
 from test_train import equal
 from toy_runs import stopped
 
-from dfkd_jax import build, models, preflight, programs, report, stopping, tasks, train
+from dfkd_jax import build, models, preflight, programs, report, stopping, tasks, train, validation
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models import pretrained
 from dfkd_jax.store import Store
@@ -303,6 +303,12 @@ def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
     train.run(other, tmp_path, resume='force:distill.round')
   with pytest.raises(ValueError, match="resume is 'forced', must be 'force'"):
     train.run(other, tmp_path, resume='forced')
+  with pytest.raises(validation.InvalidError) as error:  # All that is wrong at once, and each field once.
+    train.run(toy_runs.config(seed=1, labels='blanced', distill__temperature=-5.0), tmp_path)
+  temperature, labels, folder = error.value.problems
+  assert 'distill.temperature is -5.0, must be in' in temperature
+  assert "'blanced'. Did you mean 'balanced'" in labels
+  assert 'another config: seed is 0 there, 1 here. Name' in folder
   summary = train.run(other, tmp_path, resume='force:distill')
   assert summary['student']['last']['round'] == 6
   assert summary['changed'] == [{'after': 2, 'fields': {
