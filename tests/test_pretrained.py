@@ -165,6 +165,15 @@ def test_refuses_views_beyond_their_storage(form, options, read_bytes):
     read_bytes(getattr(saver, form)({'a': tensor}))
 
 
+@pytest.mark.parametrize('form', ['zip', 'legacy'])
+@pytest.mark.parametrize('shape', [(2**40,), (4, 2**30), (61,)])
+def test_refuses_tensors_that_repeat_their_storage(form, shape, read_bytes):
+  saver = Saver()
+  tensor = saver.tensor(np.zeros(60, np.float32), shape=shape, strides=(0,) * len(shape))
+  with pytest.raises(ValueError, match=r'Refused to read .*repeats the 60 numbers of a storage as a tensor'):
+    read_bytes(getattr(saver, form)({'a': tensor}))
+
+
 def test_reads_what_this_pytorch_saves(tmp_path):
   torch = pytest.importorskip('torch')
   weight = torch.randn(4, 3, 5, 2)

@@ -83,6 +83,14 @@ def test_names_that_leave_the_folder_are_refused(name, tmp_path):
     pretrained.read(folder)
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path):
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(60,))
+  manifest = json.loads((folder / 'model.json').read_text())['weightsManifest']
+  folder = write(folder, PLAIN, PLAIN_DATA, weightsManifest=[{**manifest[0], 'paths': manifest[0]['paths'] * 2}])
+  with pytest.raises(ValueError, match=rf"names its file {manifest[0]['paths'][0]} twice"):
+    pretrained.read(folder / 'model.json')
+
+
 def test_links_in_a_folder_are_followed(tmp_path):
   """As the hub's cache has them: snapshots/<revision>/sub/file is a link to blobs/<hash>."""
   folder = write(tmp_path / 'snapshots' / 'v1' / 'sub', PLAIN, PLAIN_DATA, cuts=(60,))

@@ -1,5 +1,6 @@
 """A layers model of TensorFlow.js: model.json, which lists the weights, and files that hold them end to end."""
 
+import collections
 import json
 import math
 import pathlib
@@ -57,6 +58,9 @@ def _manifest(data: bytes) -> Sequence[Mapping[str, Any]]:
     raise RefusedError('is JSON, but has no weightsManifest, as a model of TensorFlow.js would')
   if model.get('format', 'layers-model') != 'layers-model':
     raise RefusedError(f'is a {model["format"]} of TensorFlow.js, of which the layers-model is supported')
+  times = collections.Counter(name for group in model['weightsManifest'] for name in group['paths'])
+  if twice := [name for name, count in times.items() if count > 1]:
+    raise RefusedError(f'names its file {twice[0]} twice')
   return model['weightsManifest']
 
 

@@ -8,6 +8,7 @@ take notes of where a tensor lies; all other names are refused.
 
 import functools
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -175,5 +176,8 @@ def _view(tensor: _Tensor, buffer: bytes) -> np.ndarray:
     return np.empty(tensor.shape, dtype)
   if min(tensor.shape + tensor.strides + (tensor.offset,)) < 0 or last >= numbers.size:
     raise ValueError('a tensor reaches beyond its storage')
+  if math.prod(tensor.shape) > numbers.size:  # It costs nothing here, and all memory where it is copied.
+    raise RefusedError(f'repeats the {numbers.size} numbers of a storage as a tensor {tensor.shape}, '
+                       'as no network has it')
   strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
   return np.lib.stride_tricks.as_strided(numbers[tensor.offset:], tensor.shape, strides, writeable=False)
