@@ -30,10 +30,11 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
+from dfkd_jax import stopping
 from dfkd_jax.names import nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
-_INTERRUPTED = 130  # Exit status by the habit of shells.
+_STATUS = {'SIGTERM': 0, 'SIGINT': 130}  # Exit status: what schedulers ask for is no error; the habit of shells.
 _LINES = 3  # That an error has at most.
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: "a tuple such as '(1, 2)'"}
 
@@ -47,6 +48,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str]) -> int:
   """Runs what the arguments name; returns the exit status: 2 after one line on what is wrong with them."""
+  try:
+    with stopping.signals() as asked:
+      return _main(argv, asked)
+  except KeyboardInterrupt as error:
+    name = error.name if isinstance(error, stopping.Interrupted) else 'SIGINT'
+    print(f'Stopped by {name}. The same command goes on from the last checkpoint.', file=sys.stderr)
+    return _STATUS[name]
+
+
+def _main(argv: Sequence[str], asked: stopping.Asked) -> int:
   wanted = None
   try:
     wanted, overrides = _arguments(argv)
@@ -57,17 +68,14 @@ def main(argv: Sequence[str]) -> int:
 
     found = train.run(
         config, wanted.workdir or default_workdir(wanted.config), command=shlex.join(['python', *argv]),
-        resume=wanted.resume, signals=True)
+        resume=wanted.resume, signals=asked)
   except ValueError as error:
     if wanted and wanted.traceback:
       raise
     for line in _lines(error):
       print(f'error: {line}', file=sys.stderr)
     return 2
-  except KeyboardInterrupt:
-    print('Interrupted. The same command goes on from the last checkpoint.', file=sys.stderr)
-    return _INTERRUPTED
-  return _INTERRUPTED if found.get('stopped') == 'SIGINT' else 0
+  return _STATUS.get(found.get('stopped'), 0)
 
 
 def _lines(error: ValueError) -> list[str]:

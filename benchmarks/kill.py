@@ -13,6 +13,7 @@ status is 1 if anything differs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -53,7 +54,7 @@ def kill(run: subprocess.Popen, kind: str, draw: random.Random, seconds: float, 
   else:
     happens = {'compile': Compiling(workdir, draw.randrange(40)), 'write': lambda: writing(workdir)}[kind]
     wait_until(run, happens, 10 * seconds)
-    time.sleep(draw.uniform(0, 0.02))
+    time.sleep(draw.uniform(0, {'compile': 0.02, 'write': 0.2}[kind]))
   if run.poll() is not None:
     return None
   os.killpg(run.pid, signal.SIGKILL)
@@ -84,11 +85,11 @@ class Compiling:
 
 def writing(workdir: pathlib.Path) -> bool:
   """Whether a checkpoint is being written."""
-  folder = workdir / 'checkpoints'
-  try:
-    return any('tmp' in name for name in os.listdir(folder))
-  except OSError:
-    return False
+  for folder in ('checkpoints', 'control'):
+    with contextlib.suppress(OSError):
+      if any('tmp' in name for name in os.listdir(workdir / folder)):
+        return True
+  return False
 
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
   parser.add_argument('--kills', type=int, default=50)
-  parser.add_argument('--a_run', type=int, default=10, help='kills of one run before it may come to its end')
+  parser.add_argument('--a_run', type=int, default=17, help='kills of one run before it may come to its end')
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='a new folder')
   wanted, arguments = parser.parse_known_args(argv)
   wanted.workdir.mkdir(parents=True)
@@ -147,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
         seconds = min(seconds, time.monotonic() - began) if len(kills) == before else seconds
       else:
         kills.append({'run': len(runs), 'seed': seed, 'kind': KINDS[seed % len(KINDS)], 'seconds': after,
-                      'rounds': rounds(workdir), 'saved': saved(workdir)})
+                      'rounds': rounds(workdir), 'saved': saved(workdir), 'control': saved(workdir, 'control')})
         print(f'kill {seed + 1}: {kills[-1]}', flush=True)
     run_through(arguments, workdir)
     runs.append({'kills': len(kills) - before, 'differing': differing(results(workdir), undisturbed)})
@@ -166,9 +167,9 @@ def rounds(workdir: pathlib.Path) -> int:
   return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-def saved(workdir: pathlib.Path) -> int:
-  """Rounds in the latest complete checkpoint."""
-  folder = workdir / 'checkpoints'
+def saved(workdir: pathlib.Path, folder: str = 'checkpoints') -> int:
+  """Rounds, or steps, in the latest complete checkpoint."""
+  folder = workdir / folder
   found = [int(path.name) for path in folder.iterdir() if re.fullmatch(r'\d+', path.name)] if folder.exists() else []
   return max(found, default=0)
 

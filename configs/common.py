@@ -46,7 +46,7 @@ def base() -> config_dict.ConfigDict:
           every=10, max_to_keep=2,
           keep_best=True),  # the best student too: in the checkpoints, and at the end in a file of its own
       budget=dict(  # what may be spent; the run ends after the round that does, and may be gone on with
-          minutes=config_dict.placeholder(float),  # since this process began
+          minutes=config_dict.placeholder(float),  # of each start, which does a round at least
           images=config_dict.placeholder(int)),  # synthesised, in the whole run
       faults=dict(reseed=0),  # how often a round with a number that is not finite is done again with other keys
       init_from=dict(  # an old run's folder, in which to look for what a new run begins with

@@ -56,7 +56,7 @@ def get_config(arguments: str = ''):
   config.optimizer.update(
       name='adam', learning_rate=8e-3, weight_decay=0.0, schedule='cosine_by_step', end_value=8e-5, warmup_steps=50)
   config.evaluate.update(every=25, batch_size=1000)
-  config.checkpoint.every = 50
+  config.checkpoint.every = 20
   config.control = True
   _METHODS[picked['method']](config)
   if picked['length'] == 'smoke':
@@ -72,7 +72,7 @@ def _fast_dfkd(config):
   config.factors.update(batch_norm=10.0, one_hot=1.0, adversarial=1.0)
   config.distill.update(rounds=84, steps_per_round=120)
   config.evaluate.every = 12
-  config.checkpoint.every = 28
+  config.checkpoint.every = 6
 
 
 def _ssd_kd(config):
@@ -87,6 +87,7 @@ def _nayer(config):
       embeddings=config_dict.placeholder(str))
   config.distill.update(rounds=60, steps_per_round=240)
   config.evaluate.every = 5
+  config.checkpoint.every = 4
 
 
 def _online(config, name: str, calls: int, **factors: float):
@@ -114,6 +115,7 @@ def _deep_inversion(config):
   config.augment.synthesis.update(name='roll_and_flip', pad=None)
   config.distill.update(rounds=40, steps_per_round=240, distill_after=2)
   config.evaluate.every = 5
+  config.checkpoint.every = 4
 
 
 def _cmi(config):
@@ -124,6 +126,7 @@ def _cmi(config):
   config.factors.update(batch_norm=1.0, one_hot=1.0, adversarial=0.5, contrast=0.8)
   config.distill.update(rounds=40, steps_per_round=240, distill_after=2)
   config.evaluate.every = 5
+  config.checkpoint.every = 4
 
 
 def _zskt(config):

@@ -10,10 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import logging
 import os
-import re
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dfkd_jax import flat_state, parallel
+from dfkd_jax import complaints, flat_state, parallel
 from dfkd_jax.types import PyTree
 
 FORMAT = 1  # Of the meta data; another one is refused.
@@ -73,14 +70,15 @@ class Checkpoints:
     if max_to_keep is not None and max_to_keep < 1:
       raise ValueError(f'max_to_keep is {max_to_keep}; it must be at least 1, or None to keep all.')
     _check_directory(self.directory, read_only)
-    _silence_orbax()
+    complaints.silence()
     self._read_only = read_only
     self.damaged: dict[int, str] = {}  # Steps that could not be read, with the reason.
     options = ocp.CheckpointManagerOptions(
       max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=not read_only, read_only=read_only,
       multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions()
     )
-    self._manager = ocp.CheckpointManager(self.directory, options=options)
+    with self._storage_errors('look'):
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -145,11 +143,13 @@ class Checkpoints:
       return self._entry(self._existing(step))['meta']
     return self._latest_readable(lambda step: self._entry(step)['meta'])
 
-  def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict]:
+  def restore(
+      self, template: PyTree | Callable[[set[str]], PyTree], step: int | None = None) -> tuple[PyTree, dict]:
     """Reads a checkpoint into the structure of `template`.
 
     Args:
-      template: As the state saved: arrays or `jax.ShapeDtypeStruct`s. A JAX array takes the place (sharding) of its
+      template: As the state saved, or a function of the first parts of its paths, such as {'student', 'best'}, that
+        gives it: arrays or `jax.ShapeDtypeStruct`s. A JAX array takes the place (sharding) of its
         counterpart here, whatever it was saved from, or the first device where that has none; a NumPy array stays one.
       step: None: the latest that can be read. Those passed over are kept, under names such as 'damaged-8'.
 
@@ -166,8 +166,10 @@ class Checkpoints:
     self._set_aside()
     return found
 
-  def _restore(self, template: PyTree, step: int) -> tuple[PyTree, dict]:
+  def _restore(self, template: PyTree | Callable[[set[str]], PyTree], step: int) -> tuple[PyTree, dict]:
     entry = self._entry(step)
+    if callable(template):
+      template = template({path.split('/')[0] for path, _, _ in entry['leaves']})
     leaves, structure = flat_state.flatten(template)
     self._check_fit(step, {path: (tuple(shape), dtype) for path, shape, dtype in entry['leaves']}, leaves)
     targets = {path: flat_state.target(leaf) for path, leaf in leaves.items()}
@@ -279,7 +281,8 @@ class Checkpoints:
     try:
       yield
     except Exception as error:
-      raise kind(f'Cannot {action} in {self.directory}: {_reason(error)}') from error
+      kind = ValueError if complaints.is_passing(error) else kind
+      raise kind(f'Cannot {action} in {self.directory}: {complaints.reason(error)}') from error
 
 
 def _checksum(entry: dict) -> int:
@@ -313,35 +316,3 @@ def _check_directory(directory: str, read_only: bool) -> None:
     except OSError as error:
       raise ValueError(f'Cannot write to {directory}: {error.strerror}.') from error
   parallel.check_shared(directory)
-
-
-def _reason(error: Exception) -> str:
-  """First line of an error, less the internals that TensorStore appends in brackets."""
-  line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-  line = re.split(r" \[\w+(\[\d+\])?='", line, maxsplit=1)[0]
-  return line if len(line) <= 300 else f'{line[:80]} ... {line[-200:]}'  # What the system says comes last.
-
-
-def _silence_orbax() -> None:
-  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read that has failed."""
-  logger, report = logging.getLogger('absl'), sys.unraisablehook
-  if _not_orbax in logger.filters:
-    return
-  logger.addFilter(_not_orbax)
-  logging.getLogger('asyncio').addFilter(_not_echo)
-
-  def hook(unraisable):
-    if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
-      report(unraisable)
-
-  sys.unraisablehook = hook
-
-
-def _not_echo(record: logging.LogRecord) -> bool:
-  """Not of a read that has failed already, whose other parts nobody waits for."""
-  text = record.getMessage()
-  return not ('was never retrieved' in text and 'tensorstore_spec' in text)
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-  return f'{os.sep}orbax{os.sep}' not in record.pathname

@@ -1,13 +1,15 @@
 """What every run of a config has: a test set, a ledger, a store, a loop over rounds."""
 
+import contextlib
 import pathlib
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from dfkd_jax import build, data, evaluate, faults, parallel, report, stopping
+from dfkd_jax import build, data, evaluate, faults, parallel, report, run_folder, stopping
 from dfkd_jax.models.network import Network
 from dfkd_jax.store import Store
 from dfkd_jax.types import PyTree
@@ -37,7 +39,7 @@ class Experiment:
 
   def __init__(
       self, config: build.Config, workdir: str, unit: str, command: str | None = None, resume: str | None = None,
-      asked: stopping.Asked = lambda: None):
+      asked: stopping.Asked | None = None):
     self._began = time.perf_counter()
     self.config, self.unit, self.command = config, unit, command
     self.workdir = pathlib.Path(workdir).expanduser()
@@ -46,7 +48,7 @@ class Experiment:
       self.store = Store(config, self.workdir, self.ledger, resume)
       self.task = build.task(config)
       self.test = self.load(config.dataset.test_split, parallel.share()) if config.dataset.name is not None else None
-    self._asked = asked
+    self._asked = asked or stopping.Asked()
     self._at = 0  # The round that is under way.
     self._answers: np.ndarray | None = None  # The teacher's, on the test images.
     self._compiled: set = set()  # Modules whose evaluation is.
@@ -71,6 +73,7 @@ class Experiment:
     return found
 
   def __enter__(self) -> 'Experiment':
+    self._asked.at_once = False  # From now on there is something to save.
     self.store.__enter__()
     return self
 
@@ -120,6 +123,8 @@ class Experiment:
       stopping.Stopped: The run was asked to end early, and is saved.
       ValueError: A number was not finite, more often than may be.
     """
+    if done > total:
+      raise ValueError(f'{self.workdir} holds {done} {self.unit}s, more than the {total} that are wanted.')
     if self.config.faults.reseed and not done:  # Else there would be nothing to go back to.
       self.store.save(0, state)
     while True:
@@ -130,44 +135,51 @@ class Experiment:
 
   def _rounds(self, state: PyTree, done: int, total: int, advance: Advance, evaluate: Callable) -> PyTree:
     every, save_every = self.config.evaluate.every, self.config.checkpoint.every
-    with (report.MetricsWriter(self.workdir, resume_step=done) as writer,
-          report.Progress(total, initial=done, unit=self.unit) as progress):
-      self.stop_if_asked(done, total)
+    with contextlib.ExitStack() as stack:
+      with parallel.together():  # What the first process alone writes, and cannot, is told on all.
+        writer = stack.enter_context(report.MetricsWriter(self.workdir, resume_step=done))
+      progress = stack.enter_context(report.Progress(total, initial=done, unit=self.unit))
+      self.stop(self.reason(images=done < total), done, total)
       for self._at in range(done, total):
         state, numbers = advance(state, self._at, self.store.reseeded.get(self._at, 0))
         done = self._at + 1
         if done % every == 0 or done == total:
           self.store.judge(evaluate(state, done), done, state, self.selection)
           numbers = numbers | {name: value for name, value in self.store.last.items() if name != 'round'}
-        writer.write(done, **numbers, **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
+        with parallel.together():
+          writer.write(done, **numbers, **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
         progress.update(**{name: numbers[name] for name in _SHOWN if name in numbers})
-        reason = self._reason(done, total)
+        reason = self.reason(minutes=done < total, images=done < total)
         if reason or done == total or done % save_every == 0:
+          with parallel.together():
+            writer.sync()  # No checkpoint is without the lines before it.
           self.store.save(done, state)
-        self._stop(reason, done, total)
+        self.stop(reason, done, total)
     return state
 
-  def stop_if_asked(self, done: int, total: int) -> None:
-    """Raises Stopped if the run is to end now, after `done` of its rounds, of which none is unsaved."""
-    self._stop(self._reason(done, total), done, total)
+  def reason(self, *, minutes: bool = False, images: bool = False) -> str | None:
+    """Why to end early, if there is a reason; the same on all processes.
 
-  def _reason(self, done: int, total: int) -> str | None:
-    """Why to end early, if there is a reason; the same on all processes."""
+    Args:
+      minutes: Whether the budget of time counts. A start that has done nothing yet goes on, or none ever would.
+      images: Whether that of images does.
+    """
     budget, reasons = self.config.budget, {self._asked()}
-    if done < total and budget.minutes is not None and time.perf_counter() - self._began >= 60 * budget.minutes:
+    if minutes and budget.minutes is not None and time.perf_counter() - self._began >= 60 * budget.minutes:
       reasons.add('budget.minutes')
-    if done < total and budget.images is not None and self.ledger.counts()['synthesised'] >= budget.images:
+    if images and budget.images is not None and self.ledger.counts()['synthesised'] >= budget.images:
       reasons.add('budget.images')
     own = max(_REASONS.index(reason) for reason in reasons)
     return _REASONS[int(parallel.of_processes(np.int64(own)).max())]
 
-  def _stop(self, reason: str | None, done: int, total: int) -> None:
+  def stop(self, reason: str | None, done: int, total: int, more: str = '') -> None:
+    """Raises stopping.Stopped if there is a reason, after `done` of `total` rounds, and what `more` says."""
     if reason is None:
       return
     self.store.wait()
     place = f'saved in {self.workdir}' if done else 'before anything was to be saved'
     then = f'a larger config.{reason}' if reason == 'budget.images' else 'the same command'
-    report.note(f'Stopped by {reason} after {self.unit} {done} of {total}, {place}; {then} goes on.')
+    report.note(f'Stopped by {reason} after {self.unit} {done} of {total}{more}, {place}; {then} goes on.')
     raise stopping.Stopped({
         'stopped': reason, 'done': done, 'total': total, 'student': {'last': self.store.last, 'best': self.store.best},
         'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(), 'wall_seconds': self.store.wall_seconds(),
@@ -179,16 +191,20 @@ class Experiment:
     Raises:
       ValueError: It has failed too often.
     """
-    index, saved = self._at, self.store.latest()
+    index = self._at
     times, most = self.store.reseeded.get(index, 0), self.config.faults.reseed
-    where = f'{self.unit} {index + 1}: {fault}'
-    faults.write(self.workdir, fault.about | {
+    where, saved = f'{self.unit} {index + 1}: {fault}', None
+    with contextlib.suppress(ValueError):  # Of a checkpoint that could not be written, which is not what went wrong.
+      saved = self.store.latest()
+    # That of a round which is done again stays beside what becomes of it.
+    path = self.workdir / (faults.REPORT if times >= most else f'fault_{index + 1}_{times + 1}.json')
+    faults.write(path, fault.about | {
         self.unit: index + 1, 'reseeded': times, 'seed': self.config.seed, 'checkpoint': saved,
         'config_hash': self.store.meta['hash'], 'command': self.command})
     if times >= most:
       kept = 'No checkpoint was written yet' if saved is None else f'The checkpoint of {self.unit} {saved} is kept'
       raise ValueError(
-          f'In {where}. {kept}; {self.workdir / faults.REPORT} has what repeats it; '
+          f'In {where}. {kept}; {path} has what repeats it; '
           f'--config.faults.reseed={most + 1} does the {self.unit} again with other keys.') from fault
     self.store.reseeded[index] = times + 1
     self.ledger.count('reseeded')
@@ -212,8 +228,15 @@ class Experiment:
         'seed': self.config.seed, 'config_hash': meta['hash'], 'versions': report.versions(),
         **{name: meta[name] for name in ('config', 'changed', 'weights')},
         'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),
-        'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/']}
+        'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *self._faults()]}
     with parallel.together():  # So that no process reads what the first has not written yet.
       report.write_summary(self.workdir, found)
+    if parallel.is_first():
+      for name in run_folder.PASSING:
+        shutil.rmtree(self.workdir / name, ignore_errors=True)
     report.say(report.format_summary(found))
     return found
+
+  def _faults(self) -> list[str]:
+    """Names of the reports of rounds that failed."""
+    return sorted(path.name for path in self.workdir.glob('fault*.json'))

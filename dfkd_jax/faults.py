@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfkd_jax import parallel
-from dfkd_jax.report.metrics import replacing, writing
+from dfkd_jax import parallel, report
 from dfkd_jax.types import PRNGKey, PyTree
 
 REPORT = 'fault.json'
@@ -88,8 +87,9 @@ def _inexact(state: PyTree) -> dict[str, Any]:
       if jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, np.ndarray)}
 
 
-def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
-  """Writes fault.json, by which a fault may be found again. Of several processes the first alone writes."""
-  if parallel.is_first():
-    with writing(workdir / REPORT), replacing(workdir / REPORT) as file:
-      file.write(json.dumps(found, indent=2).encode() + b'\n')
+def write(path: pathlib.Path, found: Mapping[str, Any]) -> None:
+  """Writes what repeats a fault. Of several processes the first alone writes, and an error there is one on all."""
+  with parallel.together():
+    if parallel.is_first():
+      with report.writing(path), report.replacing(path) as file:
+        file.write(json.dumps(found, indent=2).encode() + b'\n')

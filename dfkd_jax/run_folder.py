@@ -1,6 +1,7 @@
 """The folder of a run: whether it may be written, what of an earlier run is there, and whether that may go on."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,8 +25,13 @@ _LONGEST_NAME = 255  # Of a file or folder, on the usual file systems.
 _FILES = (
     'metrics.jsonl', 'summary.json', 'images.png', 'fault.json', 'student.safetensors', 'student_best.safetensors',
     'weights.safetensors', 'weights_best.safetensors')
+_SOURCES = ('teacher.source', 'judge.source')  # Wherever they lie: their weights are compared.
+PASSING = ('control',)  # Folders that go when a run comes to its end.
+_FOLDERS = ('checkpoints', *PASSING)
+_LOCK = '.lock'
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # Of a file system that has none.
 _SHOWN = 4  # Differences that an error lists.
-_OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.tmp')
+_OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 
 
 def check_place(workdir: pathlib.Path) -> None:
@@ -45,8 +51,9 @@ def check_place(workdir: pathlib.Path) -> None:
   for name in _FILES:  # Else a run would come to its end, and fail there.
     if (workdir / name).is_dir():
       raise ValueError(f'{what}, must be a folder for a run: {name} in it is no file.')
-  if os.path.lexists(workdir / 'checkpoints') and not (workdir / 'checkpoints').is_dir():
-    raise ValueError(f'{what}, must be a folder for a run: checkpoints in it is no folder.')
+  for name in _FOLDERS:
+    if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
+      raise ValueError(f'{what}, must be a folder for a run: {name} in it is no folder.')
 
 
 def stored(workdir: pathlib.Path) -> dict[str, Any]:
@@ -69,26 +76,25 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
 
 
 def changed(
-    there: dict | None, here: dict, workdir: pathlib.Path, resume: str | None = None,
+    there: dict[str, Any], here: dict, workdir: pathlib.Path, resume: str | None = None,
     passed_over: Callable[[str], bool] = lambda field: False) -> dict[str, Any]:
   """In what a run that is there may go on otherwise than it began: {field: {'there': value, 'here': value}}.
 
   Args:
-    there: Config of the run in the folder, as JSON has it; None: there is none.
-    here: As it is wanted.
+    there: What is known of the run in the folder, by `stored`.
+    here: The config that is wanted, as JSON has it.
     workdir: The folder, for the error.
     resume: None: in nothing; 'force': in whatever differs; 'force:FIELD,SECTION,...': in these alone.
     passed_over: Whether no word is to be lost on a field, since it is wrong by itself.
 
   Raises:
-    ValueError: It differs in something else, or `resume` is none of these.
+    ValueError: It differs in something else, or `resume` is none of these; or it has ended and left no checkpoint to go
+      on from.
   """
-  wanted, at_hand = (flat(config) for config in (there or here, here))
-  free = _forced(resume, wanted.keys() | at_hand.keys())
-  differ = {name: {'there': wanted.get(name), 'here': at_hand.get(name)} for name in sorted(wanted.keys() | at_hand)
-            if wanted.get(name) != at_hand.get(name)}
-  refused = [name for name in differ if free != '*' and not passed_over(name)
-             and not any(f'{name}.'.startswith(f'{field}.') for field in free)]
+  before = there.get('config', here)
+  _check_resume(resume, flat(before).keys() | flat(here).keys())
+  differ = differing({'config': before}, {'config': here}) if there else {}
+  refused = [name for name in differ if not is_forced(resume, name) and not passed_over(name)]
   if refused:
     shown = '; '.join(f'{name} is {differ[name]["there"]!r} there, {differ[name]["here"]!r} here'
                       for name in refused[:_SHOWN])
@@ -96,7 +102,36 @@ def changed(
     raise ValueError(
         f'{workdir} holds a run with another config: {shown}{more}. Name another --workdir, or go on with '
         f'--resume=force{f":{refused[0]}" if len(refused) == 1 else ""}.')
+  if differ and not _has_checkpoint(workdir):
+    raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to go on from. Name another --workdir.')
   return differ
+
+
+def differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+  """In which fields of the config, and in which weights, two runs differ: {name: {'there': value, 'here': value}}."""
+  one, other = (flat(of['config']) | {f'weights.{name}': digest for name, digest in of.get('weights', {}).items()}
+                for of in (there, here))
+  return {name: {'there': one.get(name), 'here': other.get(name)} for name in sorted(one.keys() | other.keys())
+          if _compared(name, one.get(name)) != _compared(name, other.get(name))}
+
+
+def _compared(name: str, value: Any) -> Any:
+  """Of a source whether there is one, and its '#ENTRY': wherever it lies, its weights are compared by themselves."""
+  return value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
+
+
+def is_forced(resume: str | None, field: str) -> bool:
+  """Whether a run may go on with a field of the config changed, by the `resume` of `changed`."""
+  kind, _, names = (resume or '').partition(':')
+  return kind == FORCE and (not names or any(f'{field}.'.startswith(f'{name}.') for name in names.split(',')))
+
+
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+  folder = workdir / 'checkpoints'
+  if not folder.is_dir():
+    return False
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    return checkpoints.any()
 
 
 def jsonable(config: Any) -> dict:
@@ -114,49 +149,75 @@ def flat(config: dict) -> dict[str, Any]:
   return {name: value for name, value in found.items() if name not in FREE}
 
 
-def _forced(resume: str | None, fields: set[str]) -> tuple[str, ...] | str:
-  """The fields and sections that may differ; '*': all."""
+def _check_resume(resume: str | None, fields: set[str]) -> None:
+  """Raises ValueError unless `resume` is as `changed` takes it."""
   if resume is None:
-    return ()
+    return
   kind, colon, names = resume.partition(':')
   if kind != FORCE or (colon and not names):
     raise ValueError(f"resume is {resume!r}, must be 'force', or 'force:FIELD,...' for chosen fields of the config.")
   sections = {name.rsplit('.', depth)[0] for name in fields for depth in range(1, name.count('.') + 1)}
-  return tuple(known(name, sorted(fields | sections), 'field') for name in names.split(',')) if colon else '*'
+  for name in names.split(',') if colon else ():
+    if name in FREE:
+      raise ValueError(f'resume is {resume!r}, but {name} may change without it.')
+    known(name, sorted(fields | sections), 'field')
 
 
 @contextlib.contextmanager
-def taken(workdir: pathlib.Path) -> Iterator[None]:
+def taken(workdir: pathlib.Path, seen: dict[str, Any] | None = None) -> Iterator[None]:
   """Makes the folder, and keeps it from other runs until the block, or the process, ends; removes what was cut off.
 
+  Args:
+    workdir: The folder.
+    seen: What was there when this run was prepared, by `stored`; None: it is not looked at again.
+
   Raises:
-    ValueError: It cannot be made, or another process runs in it.
+    ValueError: It cannot be made, another process runs in it, or one has since `seen`.
   """
   with contextlib.ExitStack() as stack:
     with parallel.together():
       if parallel.is_first():
         stack.enter_context(_locked(workdir))
-        for pattern in _OURS:
-          for path in workdir.glob(pattern):
-            path.unlink()
+        if seen is not None and stored(workdir) != seen:
+          raise ValueError(f'Another process has run in {workdir} since this one began. Start again, to go on with it.')
+        _sweep(workdir)
     yield
+
+
+def check_free(workdir: pathlib.Path) -> None:
+  """Raises ValueError if another process runs in the folder, as far as can be told without writing."""
+  if parallel.is_first() and (workdir / _LOCK).is_file():
+    with _locked(workdir):
+      pass
+
+
+def _sweep(workdir: pathlib.Path) -> None:
+  """Removes what a process that was killed had not finished."""
+  for path in [path for pattern in _OURS for path in workdir.glob(pattern)]:
+    try:
+      path.unlink()
+    except OSError as error:
+      raise ValueError(f'Cannot remove {path}, which an earlier run left unfinished: {error.strerror}.') from error
 
 
 @contextlib.contextmanager
 def _locked(workdir: pathlib.Path) -> Iterator[None]:
+  """By a file that stays: to remove it would let two processes hold one each."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    folder = os.open(workdir, os.O_RDONLY)
+    file = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # Of NFS only what may be written can be locked.
   except OSError as error:
     raise ValueError(f'Cannot write to {workdir}: {error.strerror}.') from error
   try:
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    os.close(folder)
-    raise ValueError(f'Another process is running in {workdir}. Name another --workdir, or wait for it.') from None
-  except OSError:  # Of a file system without locks.
-    pass
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      os.close(file)
+      if isinstance(error, BlockingIOError):
+        raise ValueError(
+            f'Another process is running in {workdir}. Name another --workdir, or wait for it.') from None
+      raise ValueError(f'Cannot lock {workdir / _LOCK}: {error.strerror}.') from error
   try:
     yield
   finally:
-    os.close(folder)
+    os.close(file)

@@ -3,11 +3,10 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 NAMES = ('SIGTERM', 'SIGINT')
-Asked = Callable[[], str | None]  # The name of the signal that came, if one did.
 
 
 class Stopped(Exception):  # noqa: N818 (no error: the run is in order, and goes on another time)
@@ -22,25 +21,56 @@ class Stopped(Exception):  # noqa: N818 (no error: the run is in order, and goes
     super().__init__(summary['stopped'])
 
 
+class Interrupted(KeyboardInterrupt):
+  """A signal came while there was nothing to save yet.
+
+  Args:
+    name: Of the signal, one of NAMES.
+  """
+
+  def __init__(self, name: str):
+    self.name = name
+    super().__init__(name)
+
+
+class Asked:
+  """Which signal came; called, its name, None if none did.
+
+  Attributes:
+    at_once: Whether a signal raises `Interrupted` where it comes; else it is only noted. A process that others wait
+      for must note it, and so must one that has something to save.
+  """
+
+  def __init__(self):
+    self.at_once = True
+    self.came: str | None = None
+
+  def __call__(self) -> str | None:
+    """Its name, None if none came."""
+    return self.came
+
+
 @contextlib.contextmanager
 def signals(listen: bool = True) -> Iterator[Asked]:
-  """Within, the first SIGTERM or SIGINT is only noted; a second one does what it did before.
+  """Within, the first SIGTERM or SIGINT is as `Asked` has it; a second one does what it did before.
 
   One that is ignored stays so: shells start what goes to the background like that.
 
   Args:
     listen: Whether to; also not where Python would not allow it, on threads other than the main one.
   """
-  came: list[str] = []
+  asked = Asked()
   if not listen or threading.current_thread() is not threading.main_thread():
-    yield lambda: None
+    yield asked
     return
   before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
   before = {name: handler for name, handler in before.items() if handler != signal.SIG_IGN}
 
   def note(number, frame):
-    came.append(signal.Signals(number).name)
+    asked.came = signal.Signals(number).name
     restore()
+    if asked.at_once:
+      raise Interrupted(asked.came)
 
   def restore():
     for name, handler in before.items():
@@ -49,6 +79,6 @@ def signals(listen: bool = True) -> Iterator[Asked]:
   for name in before:
     signal.signal(getattr(signal, name), note)
   try:
-    yield lambda: came[0] if came else None
+    yield asked
   finally:
     restore()

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 
 from dfkd_jax import build, parallel, report, run_folder
-from dfkd_jax.checkpoint import Checkpoints, config_hash
+from dfkd_jax.checkpoint import Checkpoints, DamagedError, config_hash
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import PyTree
 
@@ -32,18 +34,19 @@ class Store:
   def __init__(self, config: build.Config, workdir: pathlib.Path, ledger: report.Ledger, resume: str | None = None):
     self._began = time.perf_counter()
     self.workdir, self.ledger, self._resume = workdir, ledger, resume
-    plain = run_folder.jsonable(config)
     self._section = config.checkpoint
-    self.meta: dict[str, Any] = {'config': plain, 'hash': fingerprint(config), 'changed': []}
+    self.meta: dict[str, Any] = {
+        'config': run_folder.jsonable(config), 'hash': fingerprint(config), 'changed': []}
     run_folder.check_place(workdir)
     self.stored = run_folder.stored(workdir)  # Of the run that is there.
-    self._changed = run_folder.changed(self.stored.get('config'), plain, workdir, resume)
+    self._changed = run_folder.changed(self.stored, self.meta['config'], workdir, resume)
     self.best: dict[str, Any] = {}
     self.last: dict[str, Any] = {}
     self.best_network: Network | None = None
     self.reseeded: dict[int, int] = {}  # Rounds that were done again, and how often.
-    self._saved = 0  # Rounds in the latest checkpoint.
+    self._saved: int | None = None  # Rounds in the latest checkpoint.
     self._wall = 0.0  # Seconds of the processes that this one goes on from.
+    self._taken: dict[str, Any] | None = None  # What was spent by these.
     self._template: PyTree = None
     self._checkpoints: Checkpoints | None = None
     self._stack = contextlib.ExitStack()
@@ -56,10 +59,11 @@ class Store:
     """
     there = self.stored.get('weights', weights)
     for which, digest in weights.items():
-      if there.get(which) != digest and self._resume != run_folder.FORCE:
-        raise ValueError(
-            f'{self.workdir} holds a run with another {which}, of SHA-256 {str(there.get(which))[:16]} there, '
-            f'{str(digest)[:16]} here. Name another --workdir.')
+      field = which if '.' in which else f'{which}.source'
+      if there.get(which) != digest and not run_folder.is_forced(self._resume, field):
+        before, now = (f'of SHA-256 {of[:16]}' if of else 'none' for of in (there.get(which), digest))
+        raise ValueError(f'{self.workdir} holds a run with another {which}, {before} there, {now} here. '
+                         f'Name another --workdir, or go on with --resume={run_folder.FORCE}:{field}.')
     self.meta['weights'] = weights
 
   def finished(self) -> dict[str, Any] | None:
@@ -72,7 +76,7 @@ class Store:
 
   def __enter__(self) -> 'Store':
     with contextlib.ExitStack() as stack:
-      stack.enter_context(run_folder.taken(self.workdir))
+      stack.enter_context(run_folder.taken(self.workdir, self.stored))
       self._checkpoints = stack.enter_context(
           Checkpoints(self.workdir / 'checkpoints', max_to_keep=self._section.max_to_keep))
       self._stack = stack.pop_all()
@@ -84,23 +88,31 @@ class Store:
   def begin(self, state: PyTree, unit: str) -> tuple[PyTree, int]:
     """The state where the run stopped, and how many rounds are done; else the state given, and 0."""
     self.ledger.count('starts')
-    if self._section.keep_best:
-      self.best_network = copied(network_of(state))
-    self._template = jax.tree.map(_shape_of, self._tree(state))
+    self._template = _shapes(_fields(state)), _shapes(network_of(state))
     if not self._checkpoints.any():
+      if (self.workdir / report.METRICS).exists():
+        report.note(f'A run in {self.workdir} had saved nothing; its {report.METRICS} is begun anew.')
       report.note(f'Results go to {self.workdir}')
       return state, 0
     state, meta = self._restored(state)
     for reason in self._checkpoints.damaged.values():
       report.note(f'{reason.rstrip(".")}. It is set aside, and the checkpoint before it taken.')
-    self._wall, self.reseeded = meta['wall_seconds'], {int(of): times for of, times in meta['reseeded'].items()}
-    self.ledger.load(meta['ledger'])
+    self.reseeded = {int(of): times for of, times in meta['reseeded'].items()}
+    self._take(meta)
     report.note(f'Going on in {self.workdir} after {unit} {meta["done"]}')
     self.meta['changed'] = meta['changed']
+    # Of the checkpoint that was read, which may be older than what the folder had been judged by.
+    if fields := run_folder.differing(meta, self.meta):
+      self.meta['changed'] = [*meta['changed'], {'after': meta['done'], 'fields': fields}]
     if self._changed:
-      self.meta['changed'] = [*meta['changed'], {'after': meta['done'], 'fields': self._changed}]
       self._set_aside(meta['done'])
     return state, meta['done']
+
+  def _take(self, record: dict[str, Any], but: dict[str, Any] | None = None) -> None:
+    """Adds the time and counts of the processes that this one goes on from, `but` those that were added before."""
+    self.ledger.load(record['ledger'], but and but['ledger'])
+    self._wall += record['wall_seconds'] - (but['wall_seconds'] if but else 0.0)
+    self._taken = {name: record[name] for name in ('ledger', 'wall_seconds')}
 
   def again(self, state: PyTree) -> tuple[PyTree, int]:
     """The state of the latest checkpoint, in the form of this one, whose arrays may be gone; and its rounds."""
@@ -108,42 +120,58 @@ class Store:
     return state, meta['done']
 
   def _restored(self, state: PyTree) -> tuple[PyTree, dict]:
+    fields, network = self._template
     with self.ledger.part('checkpoint'):
-      tree, meta = self._checkpoints.restore(self._template)
-    self.best_network = tree.pop('best', None)
+      tree, meta = self._checkpoints.restore(
+          lambda parts: fields | ({'best': network} if 'best' in parts else {}))
+    best = tree.pop('best', None)
+    self.best_network = best if self._section.keep_best else None
     self.best, self.last, self._saved = meta['best'], meta['last'], meta['done']
     return state.replace(**tree), meta
 
   def _tree(self, state: PyTree) -> dict[str, PyTree]:
-    """What is saved."""
-    tree = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return tree | ({} if self.best_network is None else {'best': self.best_network})
+    """What is saved; the best student once there is one."""
+    return _fields(state) | ({} if self.best_network is None else {'best': self.best_network})
 
   def _set_aside(self, done: int) -> None:
     """The summary of a run that had ended stays, under another name: else it would speak for the one that goes on."""
     with parallel.together():
       path = self.workdir / 'summary.json'
       if parallel.is_first() and path.exists():
+        numbers = itertools.chain([''], (f'_{number}' for number in itertools.count(2)))
+        names = (path.with_name(f'summary_after_{done}{number}.json') for number in numbers)
         with report.writing(path):
-          os.replace(path, path.with_name(f'summary_after_{done}.json'))
+          os.replace(path, next(name for name in names if not name.exists()))
 
   def judge(self, metrics: dict[str, float], done: int, state: PyTree, selection: str) -> None:
     """Notes what the student came to after `done` rounds, and keeps it if it is the best so far."""
     self.last = metrics | {'round': done}
     if self.last[selection] > self.best.get(selection, -1.0):
       self.best = self.last
-      if self.best_network is not None:
+      if self._section.keep_best:
         self.best_network = copied(network_of(state))
 
   def save(self, done: int, state: PyTree) -> None:
     """Begins to write a checkpoint after `done` rounds, unless it is there."""
-    if done == self._saved > 0:
+    if done == self._saved:
       return
     with self.ledger.part('checkpoint'):
-      self._checkpoints.save(done, self._tree(state), self.meta | {
-          'done': done, 'best': self.best, 'last': self.last, 'ledger': self.ledger.state(),
-          'reseeded': {str(of): times for of, times in self.reseeded.items()}, 'wall_seconds': self.wall_seconds()})
+      self._checkpoints.save(done, self._tree(state), self.meta | self.spent() | {
+          'done': done, 'best': self.best, 'last': self.last,
+          'reseeded': {str(of): times for of, times in self.reseeded.items()}})
     self._saved = done
+
+  def spent(self) -> dict[str, Any]:
+    """Time and counts so far, as JSON has them."""
+    return {'ledger': self.ledger.state(), 'wall_seconds': self.wall_seconds()}
+
+  def beside(self, name: str) -> 'Beside':
+    """The keeping of what is done after the rounds, in a folder of this name."""
+    return Beside(self, self.workdir / name)
+
+  def take_beside(self, record: dict[str, Any]) -> None:
+    """Adds what was spent after the last round, as `spent` told it."""
+    self._take(record, self._taken)
 
   def wait(self) -> None:
     """Returns when all that was saved is written."""
@@ -157,6 +185,63 @@ class Store:
   def wall_seconds(self) -> float:
     """Since the run began, without the time between one process and the next."""
     return self._wall + time.perf_counter() - self._began
+
+
+class Beside:
+  """The keeping of what a run does after its rounds; a context manager.
+
+  What is there of a run with another config or other weights is removed, and so is what cannot be read: it costs time,
+  and nothing else.
+
+  Args:
+    store: Of the run, entered.
+    folder: Made if missing.
+  """
+
+  def __init__(self, store: Store, folder: pathlib.Path):
+    self._store, self._folder = store, folder
+    self._identity = {name: store.meta[name] for name in ('hash', 'weights')}
+    self._checkpoints: Checkpoints | None = None
+
+  def __enter__(self) -> 'Beside':
+    with parallel.together():
+      if parallel.is_first() and self._folder.exists() and not self._is_own():
+        shutil.rmtree(self._folder, ignore_errors=True)
+    self._checkpoints = Checkpoints(self._folder, max_to_keep=1)
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._checkpoints.__exit__(*error)
+
+  def _is_own(self) -> bool:
+    with Checkpoints(self._folder, read_only=True) as found:
+      try:
+        return not found.any() or found.meta()['identity'] == self._identity
+      except DamagedError:
+        return False
+
+  def begin(self, state: PyTree) -> tuple[PyTree, int]:
+    """The state where it stopped, and how many of its steps are done; else the state given, and 0."""
+    if not self._checkpoints.any():
+      return state, 0
+    try:
+      with self._store.ledger.part('checkpoint'):
+        tree, meta = self._checkpoints.restore(_shapes(_fields(state)))
+    except DamagedError as error:
+      raise ValueError(f'{error}. Remove {self._folder}, and start again.') from error
+    self._store.take_beside(meta['spent'])
+    return state.replace(**tree), meta['done']
+
+  def save(self, done: int, state: PyTree) -> None:
+    """Begins to write the state after `done` steps."""
+    with self._store.ledger.part('checkpoint'):
+      self._checkpoints.save(
+          done, _fields(state), {'identity': self._identity, 'done': done, 'spent': self._store.spent()})
+
+  def wait(self) -> None:
+    """Returns when all that was saved is written."""
+    with self._store.ledger.part('checkpoint'):
+      self._checkpoints.wait()
 
 
 def fingerprint(config: build.Config) -> str:
@@ -174,6 +259,17 @@ def copied(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
 
 
+def _fields(state: PyTree) -> dict[str, PyTree]:
+  """Those of a state, by name."""
+  return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _shapes(tree: PyTree) -> PyTree:
+  return jax.tree.map(_shape_of, tree)
+
+
 def _shape_of(leaf: Any) -> Any:
-  """What a checkpoint is read into; arrays on the host stand for themselves."""
-  return leaf if isinstance(leaf, np.ndarray) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+  """What a checkpoint is read into; arrays on the host are new ones, that take no memory until they are written."""
+  if isinstance(leaf, np.ndarray):
+    return np.zeros(leaf.shape, leaf.dtype)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

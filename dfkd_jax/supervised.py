@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from dfkd_jax.types import Array, Metrics, PRNGKey
 
 def run(
     config: build.Config, workdir: str, command: str | None = None, resume: str | None = None,
-    asked: stopping.Asked = lambda: None,
+    asked: stopping.Asked | None = None,
 ) -> dict[str, Any]:
   """Trains `config.train.network` on `config.dataset`.
 
@@ -159,9 +158,8 @@ def write_weights(path: pathlib.Path, network: Network, name: str, image_shape: 
     return
   network = jax.device_get(parallel.local(network))
   about = {'model': name, 'mean': network.mean, 'std': network.std, 'bgr': network.bgr, 'resize': network.resize}
-  probe, temporary = pretrained.make_probe(network, image_shape), path.with_name(f'{path.name}.tmp')
-  with report.writing(path):
-    pretrained.save_safetensors(
-        temporary, {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
-        probe=probe)
-    os.replace(temporary, path)
+  data = pretrained.to_safetensors(
+      {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
+      probe=pretrained.make_probe(network, image_shape))
+  with report.writing(path), report.replacing(path) as file:
+    file.write(data)

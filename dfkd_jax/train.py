@@ -1,5 +1,6 @@
 """Data-free distillation as a run: rounds of synthesis and of student steps, evaluation, checkpoints, report."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from dfkd_jax import (
   build,
   checks,
+  control,
   distill,
   faults,
   gallery,
@@ -27,7 +29,6 @@ from dfkd_jax import (
   stopping,
   store,
   supervised,
-  synth,
   validation,
 )
 from dfkd_jax.experiment import Experiment
@@ -40,7 +41,7 @@ _FOR_LOOKING = 1 << 31  # Rounds are counted below it.
 
 def run(
     config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None, *,
-    resume: str | None = None, signals: bool = False,
+    resume: str | None = None, signals: bool | stopping.Asked = False,
 ) -> dict[str, Any]:
   """Runs a config; results go to `workdir`, and come back as the summary.
 
@@ -55,15 +56,29 @@ def run(
     teacher: A network of yours (`models.bind`), in the place of the one that the config's section `teacher` names.
     resume: None; 'force', to go on in a folder that holds a run of another config; or 'force:FIELD,...', of one that
       differs in these alone. What was changed, and after which round, is kept in the summary.
-    signals: Whether SIGTERM and SIGINT are listened to, so that a run ends after its round, and is saved.
+    signals: Whether SIGTERM and SIGINT are listened to, so that a run ends after its round, and is saved; or what
+      `stopping.signals` gave, where that listens already.
 
   Raises:
+    stopping.Interrupted: A KeyboardInterrupt: a signal was listened to, and came before there was anything to save.
     ValueError: Something in the config, the data or the weights does not fit; in one line, or where the config has
       several mistakes as `validation.InvalidError` with one for each; nothing was written. Or a number was not finite,
       or the disk refuses a file.
   """
+  with contextlib.ExitStack() as stack:
+    asked = stack.enter_context(stopping.signals(signals)) if isinstance(signals, bool) else signals
+    try:
+      return _run(config, workdir, command, teacher, resume, asked)
+    except stopping.Stopped as early:
+      return early.summary
+
+
+def _run(
+    config: build.Config, workdir: str, command: str | None, teacher: Network | None, resume: str | None,
+    asked: stopping.Asked) -> dict[str, Any]:
   if not validation.alone(config):
     checks.check(config)  # Before anybody waits for others.
+    asked.at_once = False  # As they will for this one.
   processes.initialize(**config.distributed.to_dict())
   parallel.check_alike(store.fingerprint(config), 'The config')
   with parallel.together():
@@ -75,18 +90,14 @@ def run(
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
   if config.job == 'check':
     return preflight.run(config, workdir, command, teacher)
-  try:
-    with stopping.signals(signals) as asked:
-      if config.job == 'train':
-        return supervised.run(config, workdir, command, resume, asked)
-      return run_distillation(config, workdir, command, teacher, resume, asked)
-  except stopping.Stopped as early:
-    return early.summary
+  if config.job == 'train':
+    return supervised.run(config, workdir, command, resume, asked)
+  return run_distillation(config, workdir, command, teacher, resume, asked)
 
 
 def run_distillation(
     config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None,
-    resume: str | None = None, asked: stopping.Asked = lambda: None,
+    resume: str | None = None, asked: stopping.Asked | None = None,
 ) -> dict[str, Any]:
   """Distils the teacher, that of the config unless another is given, into the student without data.
 
@@ -140,9 +151,9 @@ def run_distillation(
     state = experiment.loop(state, done, section.rounds, advance, evaluate)
     files = supervised.write_students(experiment, 'student', state.student.network)
     looked_at = gallery.write(experiment, mesh, make, state.synthesis, teacher, judge, picture_key)
-    control = _control(experiment, mesh, tx, network, teacher, control_key) if config.control else None
+    noise = control.run(experiment, mesh, tx, network, teacher, control_key) if config.control else None
     return experiment.summary(
-        num_devices=mesh.size, files=(*files, 'images.png'), teacher=metrics_of_teacher, control=control,
+        num_devices=mesh.size, files=(*files, 'images.png'), teacher=metrics_of_teacher, control=noise,
         preflight=experiment.store.meta['preflight'], images=looked_at, selection=experiment.selection,
         rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
         parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
@@ -228,22 +239,3 @@ def _round(
     numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement'],
                 **{name: means[name] for name in ('weight', 'weighed_loss')}}
   return state, numbers
-
-
-def _control(experiment, mesh, tx, network: Network, teacher: Network, key: PRNGKey) -> dict[str, float]:
-  """A student with the same start and as many steps on noise: what the images are worth is the difference."""
-  config = experiment.config
-  section, num_tasks = config.distill, build.local_tasks_of(config, mesh.size)
-  make = lambda axis: synth.create(
-      'noise', image_shape=tuple(config.dataset.image_shape), sample_batch_size=section.batch_size // mesh.size,
-      num_tasks=num_tasks, axis=axis)
-  with experiment.ledger.part('compile'):
-    state = programs.State(programs.init(make, mesh, key, teacher), parallel.place(mesh, distill.init(network, tx)))
-    program = programs.compiled_steps(config, mesh, make, tx, state, teacher)
-  with experiment.ledger.part('control'):
-    student, synthesis = state.student, state.synthesis
-    for index in range((section.rounds - section.distill_after) * section.calls_per_round):
-      experiment.stop_if_asked(section.rounds, section.rounds)
-      student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
-    jax.block_until_ready(student.step)
-  return experiment.evaluate(student.network)

@@ -68,9 +68,10 @@ def check(
 def _folder(config: build.Config, problems: Problems, workdir: pathlib.Path, resume: str | None) -> None:
   """Whether it may be written, and holds no run of another config."""
   problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
+  problems.ask(lambda: run_folder.check_free(workdir), 'workdir')
   there = problems.ask(lambda: run_folder.stored(workdir), 'workdir') or {}
   problems.ask(lambda: run_folder.changed(
-      there.get('config'), run_folder.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
+      there, run_folder.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
 
 
 def _look(config: build.Config, problems: Problems, teacher: Network | None) -> None:

@@ -44,7 +44,7 @@ def test_other_weights_in_the_same_file_are_another_run(tmp_path, rounds):
       config(teacher__source=source), tmp_path / 'run')
   before = toy_runs.tree_of(tmp_path / 'run')
   teacher_of(2, source)
-  with pytest.raises(ValueError, match=r'holds a run with another teacher, of SHA-256 \w{16} there, \w{16} here'):
+  with pytest.raises(ValueError, match=r'another teacher, of SHA-256 \w{16} there, of SHA-256 \w{16} here\. .*force'):
     train.run(config(teacher__source=source), tmp_path / 'run')
   assert toy_runs.tree_of(tmp_path / 'run') == before
 
@@ -166,16 +166,30 @@ def whole():
 
 def test_a_second_signal_does_what_it_always_did(heeded):
   with stopping.signals() as asked:
+    asked.at_once = False
     assert asked() is None
     signal.raise_signal(signal.SIGINT)
     assert asked() == 'SIGINT'
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as error:
       signal.raise_signal(signal.SIGINT)
+  assert not isinstance(error.value, stopping.Interrupted)
+
+
+@pytest.mark.parametrize('name', stopping.NAMES)
+def test_a_signal_ends_at_once_what_has_nothing_to_save(heeded, tmp_path, monkeypatch, name):
+  """While a run is prepared, which may take longer than a scheduler waits; a run that is there stays as it is."""
+  stopped(toy_runs.config(), tmp_path, 3)
+  before = toy_runs.tree_of(tmp_path)
+  monkeypatch.setattr(programs, 'placed', lambda *arguments: signal.raise_signal(getattr(signal, name)))
+  with pytest.raises(stopping.Interrupted, match=name):
+    train.run(toy_runs.config(), tmp_path, signals=True)
+  assert toy_runs.tree_of(tmp_path) == before
 
 
 def test_a_signal_that_is_ignored_stays_so(heeded):
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with stopping.signals() as asked:
+    asked.at_once = False
     signal.raise_signal(signal.SIGINT)
     assert asked() is None
     signal.raise_signal(signal.SIGTERM)
@@ -207,9 +221,9 @@ def test_a_budget_of_images_ends_a_run_that_a_larger_one_goes_on_with(tmp_path, 
 
 def test_a_budget_of_time_ends_each_start(tmp_path):
   config = toy_runs.config(budget__minutes=1e-9)
-  found = train.run(config, tmp_path)
-  assert (found['stopped'], found['done']) == ('budget.minutes', 0)
-  assert not toy_runs.tree_of(tmp_path / 'checkpoints')
+  for done in (1, 2, 3):  # Each start does something, however little it may spend; else none would ever end.
+    found = train.run(config, tmp_path)
+    assert (found['stopped'], found['done']) == ('budget.minutes', done)
   assert train.run(toy_runs.config(budget__minutes=60.0), tmp_path)['student'] == whole()[0]['student']
 
 

@@ -34,7 +34,8 @@ def equal(tree, other):
 def test_a_run_leaves_its_files_and_says_so(whole):
   workdir, summary, *_ = whole
   assert sorted(path.name for path in workdir.iterdir()) == [
-      'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors', 'student_best.safetensors', 'summary.json']
+      '.lock', 'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors', 'student_best.safetensors',
+      'summary.json']
   assert json.loads((workdir / 'summary.json').read_text()) == json.loads(json.dumps(summary))
   assert set(summary['files']) == {
       'checkpoints/', 'images.png', 'metrics.jsonl', 'student.safetensors', 'student_best.safetensors', 'summary.json'}

@@ -148,8 +148,9 @@ def metrics(workdir) -> list[dict]:
 
 
 def tree_of(path: pathlib.Path) -> dict[str, bytes]:
-  """All files under a folder."""
-  return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob('*')) if file.is_file()}
+  """All files under a folder, but for that by which a run keeps it to itself."""
+  return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob('*'))
+          if file.is_file() and file.name != '.lock'}
 
 
 __all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'data_dir', 'folder', 'metrics', 'observed', 'quick',

@@ -4,7 +4,7 @@ Nothing here knows a method or a config. Errors are ValueErrors of one line.
 """
 
 from dfkd_jax.report.ledger import COUNTS, PARTS, Ledger
-from dfkd_jax.report.metrics import MetricsWriter, writing
+from dfkd_jax.report.metrics import METRICS, MetricsWriter, replacing, writing
 from dfkd_jax.report.pictures import image_grid
 from dfkd_jax.report.progress import Progress, note, say
 from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
@@ -12,6 +12,7 @@ from dfkd_jax.report.surroundings import device, versions
 
 __all__ = [
   'COUNTS',
+  'METRICS',
   'PARTS',
   'PRIVACY',
   'Ledger',
@@ -21,6 +22,7 @@ __all__ = [
   'format_summary',
   'image_grid',
   'note',
+  'replacing',
   'say',
   'versions',
   'write_summary',

@@ -76,16 +76,21 @@ class Ledger:
     """What `load` takes, as JSON values for a checkpoint."""
     return {'seconds': self.seconds(), 'counts': self.counts()}
 
-  def load(self, state: dict[str, dict[str, float]]) -> None:
+  def load(self, state: dict[str, dict[str, float]], but: dict[str, dict[str, float]] | None = None) -> None:
     """Adds the seconds and counts of the run that is gone on with to those of this process.
+
+    Args:
+      state: As `state` gave it.
+      but: What is not to be added, since it was before.
 
     Raises:
       ValueError: There is no such part or count.
     """
+    before = but or {'seconds': {}, 'counts': {}}
     for name, seconds in state['seconds'].items():
-      self.add(name, seconds)
+      self.add(name, seconds - before['seconds'].get(name, 0.0))
     for name, number in state['counts'].items():
-      self.count(name, number)
+      self.count(name, number - before['counts'].get(name, 0))
 
   def _settle(self) -> None:
     now = self._clock()

@@ -33,7 +33,8 @@ class MetricsWriter:
         os.makedirs(workdir, exist_ok=True)
         if os.path.exists(self.path):
           _trim(self.path, math.inf if resume_step is None else resume_step)
-      self._file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115
+      # Without a buffer, which would hold what the disk had refused, and be written once more at the end.
+      self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
 
   def __enter__(self) -> 'MetricsWriter':
     return self
@@ -42,7 +43,7 @@ class MetricsWriter:
     self.close()
 
   def write(self, step: int, **numbers: Any) -> None:
-    """Writes and flushes a line `{"step": ..., ...}`.
+    """Writes a line `{"step": ..., ...}`, which a process that is killed leaves behind.
 
     Args:
       step: Round or step of the run.
@@ -56,9 +57,20 @@ class MetricsWriter:
       entry[name] = plain(value, name)
       if isinstance(entry[name], str | list | dict):
         raise ValueError(f'Metric {name!r} is {value!r}; it must be a number.')
+    left = json.dumps(entry).encode() + b'\n'
     with writing(self.path):
-      self._file.write(json.dumps(entry) + '\n')
-      self._file.flush()
+      while left:
+        left = left[self._file.write(left):]
+
+  def sync(self) -> None:
+    """Returns when the lines are on the disk, and outlast the machine.
+
+    Raises:
+      ValueError: The disk refuses them.
+    """
+    if parallel.is_first():
+      with writing(self.path):
+        os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the file; harmless a second time."""
@@ -107,10 +119,21 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
+    _sync_folder(path)
   except BaseException:
     with contextlib.suppress(OSError):
       os.remove(temporary)
     raise
+
+
+def _sync_folder(path: str | os.PathLike) -> None:
+  """Makes the new name of a file outlast the machine, where the file system can."""
+  folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):
+      os.fsync(folder)
+  finally:
+    os.close(folder)
 
 
 def _trim(path: str, last: float) -> None:

@@ -22,7 +22,8 @@ from dfkd_jax.types import PyTree
 
 __all__ = [
     'Card', 'Probe', 'check', 'describe', 'digest', 'found_in', 'from_flat', 'from_variables', 'load', 'make_probe',
-    'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe', 'to_variables', 'translate',
+    'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe', 'to_safetensors',
+    'to_variables', 'translate',
 ]
 
 _COLLECTIONS = ('params.', 'batch_stats.')
@@ -75,17 +76,20 @@ def _other_classes(
   return f'the weights have {classes} classes, the network is built for {own} (dataset.num_classes).'
 
 
-def save_safetensors(
-    path: str | os.PathLike[str],
+def save_safetensors(path: str | os.PathLike[str], *arguments: Any, **options: Any) -> None:
+  """Writes what `to_safetensors` makes of further arguments to a file, which is overwritten."""
+  pathlib.Path(path).write_bytes(to_safetensors(*arguments, **options))
+
+
+def to_safetensors(
     variables: Mapping[str, PyTree],
     metadata: Mapping[str, str] | None = None,
     dtype: Any = None,
     probe: Probe | None = None,
-) -> None:
-  """Writes variables in Flax's layout, called 'params.conv1.kernel' and so on.
+) -> bytes:
+  """Variables as a file in Flax's layout, called 'params.conv1.kernel' and so on.
 
   Args:
-    path: Of the file, which is overwritten.
     variables: As `module.init` gives them.
     metadata: Free text, which `read_metadata` gives back.
     dtype: Of kernels, such as 'float16' to halve the file; None as they are.
@@ -104,7 +108,7 @@ def save_safetensors(
       raise ValueError(f'Parameter {name} holds values that are not finite in {array.dtype}.')
     arrays[name] = array
   about = dict(metadata or {}) | ({'probe': probe.to_json()} if probe else {})
-  pathlib.Path(path).write_bytes(_ordered(safetensors_numpy.save(arrays, metadata=about)))
+  return _ordered(safetensors_numpy.save(arrays, metadata=about))
 
 
 def _ordered(data: bytes) -> bytes:

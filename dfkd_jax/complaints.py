@@ -1,0 +1,49 @@
+"""What Orbax and the disk have to say of a checkpoint: in one line, and nothing beside it."""
+
+import logging
+import os
+import re
+import sys
+
+# What says nothing of the file: it may be whole, and read another time.
+_PASSING = re.compile(
+    r'RESOURCE_EXHAUSTED|[Oo]ut of memory|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED'
+    r'|\b(EIO|ESTALE|EACCES|EPERM|EMFILE|ENFILE|ENOMEM|ETIMEDOUT|EAGAIN)\b|Permission denied|Too many open files'
+    r'|Input/output error|Stale file handle')
+
+
+def is_passing(error: Exception) -> bool:
+  """Whether a read failed for lack of memory, rights or a connection, which is no damage to what was to be read."""
+  return isinstance(error, (MemoryError, PermissionError, TimeoutError)) or bool(_PASSING.search(str(error)))
+
+
+def reason(error: Exception) -> str:
+  """First line of an error, less the internals that TensorStore appends in brackets."""
+  line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+  line = re.split(r" \[\w+(\[\d+\])?='", line, maxsplit=1)[0]
+  return line if len(line) <= 300 else f'{line[:80]} ... {line[-200:]}'  # What the system says comes last.
+
+
+def silence() -> None:
+  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read that has failed."""
+  logger, report = logging.getLogger('absl'), sys.unraisablehook
+  if _not_orbax in logger.filters:
+    return
+  logger.addFilter(_not_orbax)
+  logging.getLogger('asyncio').addFilter(_not_echo)
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
+      report(unraisable)
+
+  sys.unraisablehook = hook
+
+
+def _not_echo(record: logging.LogRecord) -> bool:
+  """Not of a read that has failed already, whose other parts nobody waits for."""
+  text = record.getMessage()
+  return not ('was never retrieved' in text and 'tensorstore_spec' in text)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return f'{os.sep}orbax{os.sep}' not in record.pathname
