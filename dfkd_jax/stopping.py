@@ -43,11 +43,33 @@ class Asked:
 
   def __init__(self):
     self.at_once = True
-    self.came: str | None = None
+    self._came: str | None = None
+    self._before: dict[str, Any] = {}  # Handlers.
 
   def __call__(self) -> str | None:
     """Its name, None if none came."""
-    return self.came
+    return self._came
+
+  def again(self) -> None:
+    """Listens, if it does, also where a library has begun to listen itself, as JAX does in one of several processes."""
+    for name in self._before:
+      signal.signal(getattr(signal, name), self._note)
+
+  def _begin(self) -> None:
+    before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    self._before = {name: handler for name, handler in before.items() if handler != signal.SIG_IGN}
+    self.again()
+
+  def _end(self) -> None:
+    for name, handler in self._before.items():
+      signal.signal(getattr(signal, name), signal.SIG_DFL if handler is None else handler)
+    self._before = {}
+
+  def _note(self, number: int, frame: Any) -> None:
+    self._came = signal.Signals(number).name
+    self._end()
+    if self.at_once:
+      raise Interrupted(self._came)
 
 
 @contextlib.contextmanager
@@ -60,25 +82,9 @@ def signals(listen: bool = True) -> Iterator[Asked]:
     listen: Whether to; also not where Python would not allow it, on threads other than the main one.
   """
   asked = Asked()
-  if not listen or threading.current_thread() is not threading.main_thread():
-    yield asked
-    return
-  before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
-  before = {name: handler for name, handler in before.items() if handler != signal.SIG_IGN}
-
-  def note(number, frame):
-    asked.came = signal.Signals(number).name
-    restore()
-    if asked.at_once:
-      raise Interrupted(asked.came)
-
-  def restore():
-    for name, handler in before.items():
-      signal.signal(getattr(signal, name), signal.SIG_DFL if handler is None else handler)
-
-  for name in before:
-    signal.signal(getattr(signal, name), note)
+  if listen and threading.current_thread() is threading.main_thread():
+    asked._begin()
   try:
     yield asked
   finally:
-    restore()
+    asked._end()

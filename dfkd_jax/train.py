@@ -80,6 +80,7 @@ def _run(
     checks.check(config)  # Before anybody waits for others.
     asked.at_once = False  # As they will for this one.
   processes.initialize(**config.distributed.to_dict())
+  asked.again()
   parallel.check_alike(store.fingerprint(config), 'The config')
   with parallel.together():
     validation.check(config, workdir, teacher, resume)
