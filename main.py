@@ -19,10 +19,12 @@ Kubernetes it needs none of these, and on other TPU pods --config.distributed.co
 import argparse
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import shlex
 import sys
+import traceback
 import types
 from collections.abc import Sequence
 
@@ -36,6 +38,8 @@ from dfkd_jax.names import nearest
 HERE = pathlib.Path(__file__).resolve().parent
 _STATUS = {'SIGTERM': 0, 'SIGINT': 130}  # Exit status: what schedulers ask for is no error; the habit of shells.
 _LINES = 3  # That an error has at most.
+_OF_MACHINES = ('JaxRuntimeError', 'MemoryError')  # Such as a device that has no room.
+_LONGEST = 1_000  # Letters of each.
 _KINDS = {int: 'a whole number', float: 'a number', bool: 'True or False', tuple: "a tuple such as '(1, 2)'"}
 
 
@@ -75,13 +79,24 @@ def _main(argv: Sequence[str], asked: stopping.Asked) -> int:
     for line in _lines(error):
       print(f'error: {line}', file=sys.stderr)
     return 2
+  except Exception as error:
+    if not wanted or wanted.traceback or type(error).__name__ not in _OF_MACHINES:
+      raise  # A mistake of ours, which its place tells.
+    print(f'error: {type(error).__name__}: {_printable(str(error))} (--traceback says where.)', file=sys.stderr)
+    return 1
   return _STATUS.get(found.get('stopped'), 0)
 
 
 def _lines(error: ValueError) -> list[str]:
   """A line for each thing that is wrong; three at most, the last of which has all that are left."""
-  problems = [' '.join(str(problem).split()) for problem in getattr(error, 'problems', (error,))]
+  problems = [_printable(str(problem)) for problem in getattr(error, 'problems', (error,))]
   return [*problems[:_LINES - 1], *filter(None, [' '.join(problems[_LINES - 1:])])]
+
+
+def _printable(text: str) -> str:
+  """One line that does nothing to a terminal, and ends within a screen: names in it may be those of a foreign file."""
+  line = ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in ' '.join(text.split()))
+  return line if len(line) <= _LONGEST else f'{line[:_LONGEST // 2]} ... {line[-_LONGEST // 2:]}'
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -102,7 +117,8 @@ def _begun_from(config: config_dict.ConfigDict, place: str | None) -> list[str]:
   """The fields that `--init_from` stands for: of a file, which holds no generator, the student alone."""
   if place is None:
     return []
-  fields = ['student'] if pathlib.Path(place).is_file() or config.job == 'train' else ['student', 'generator']
+  is_run = os.path.isdir(os.path.join(os.path.expanduser(place), 'checkpoints'))
+  fields = ['student', 'generator'] if is_run and config.job != 'train' else ['student']
   return [f'--config.init_from.{field}={place}' for field in fields]
 
 
@@ -119,10 +135,11 @@ def load(name: str) -> config_dict.ConfigDict:
     ValueError: There is no such file, it has no `get_config`, or it does not know the arguments.
   """
   file, _, arguments = name.partition(':')
-  paths = [path for path in (pathlib.Path(file), HERE / file) if path.is_file() and path.suffix == '.py']
+  paths = [path for path in (pathlib.Path(file), HERE / file) if os.path.isfile(path) and path.suffix == '.py']
   if not paths:
-    known = [path.relative_to(HERE).as_posix() for path in sorted((HERE / 'configs').glob('*.py'))]
-    raise ValueError(f'--config is {file!r}, must be a Python file.{nearest(file, known)}')
+    known = [path.relative_to(HERE).as_posix() for path in sorted((HERE / 'configs').glob('*.py'))
+             if 'def get_config(' in path.read_text(encoding='utf-8')]
+    raise ValueError(f'--config is {file!r}, must be a Python file that is there.{nearest(file, known)}')
   module = _module(paths[0], file)
   if not hasattr(module, 'get_config'):
     raise ValueError(f'--config is {file!r}, which has no get_config.')
@@ -133,8 +150,8 @@ def load(name: str) -> config_dict.ConfigDict:
     raise ValueError(f'--config is {name!r}, whose get_config is not for {given}: {error}.') from error
   try:
     config = module.get_config(*given)
-  except ValueError as error:
-    raise ValueError(f'--config is {name!r}: {error}') from error
+  except (Exception, SystemExit) as error:
+    raise ValueError(f'--config is {name!r}: {_of_file(error, paths[0])}{error}') from error
   if not isinstance(config, config_dict.ConfigDict):
     raise ValueError(f'--config is {file!r}, whose get_config gives a {type(config).__name__}, must be a ConfigDict.')
   return config.lock()
@@ -147,11 +164,21 @@ def _module(path: pathlib.Path, file: str) -> types.ModuleType:
   sys.dont_write_bytecode = True
   try:
     spec.loader.exec_module(module)
-  except (SyntaxError, ValueError, OSError) as error:
-    raise ValueError(f'--config is {file!r}, which is no Python file that can be run: {error}') from error
+  except (Exception, SystemExit) as error:
+    raise ValueError(
+        f'--config is {file!r}, which is no Python file that can be run: {_of_file(error, path)}{error}') from error
   finally:
     sys.dont_write_bytecode = before
   return module
+
+
+def _of_file(error: BaseException, path: pathlib.Path) -> str:
+  """What kind of error a config file raised, and where in it; nothing of a ValueError, which says what is wrong."""
+  if isinstance(error, (ValueError, SyntaxError)):
+    return ''
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+           if os.path.abspath(frame.filename) == os.path.abspath(path)]
+  return f'{f"line {lines[-1]}: " if lines else ""}{type(error).__name__}: '
 
 
 def override(config: config_dict.ConfigDict, arguments: Sequence[str]) -> None:
@@ -171,17 +198,21 @@ def override(config: config_dict.ConfigDict, arguments: Sequence[str]) -> None:
         kind = config_path.get_type(field, config)
         raise ValueError(f'config.{field} is {match[1]!r}, must be {_KINDS.get(kind, kind.__name__)}.') from error
     raise ValueError(str(error)) from error
+  except (LookupError, TypeError, ArithmeticError, MemoryError, RecursionError) as error:  # Of how Python reads it.
+    raise ValueError(f'{" ".join(arguments)!r} has a value that its field cannot take: {error}') from error
   if left:
     raise ValueError(f'Unknown argument {left[0]!r}; see --help.')
 
 
 def _field(config: config_dict.ConfigDict, argument: str) -> str:
   """The field that an argument sets, which must be there."""
-  match = re.fullmatch(r'--?(?:no)?config\.([\w.]+)(?:\[\d+\])*(?:=.*)?', argument, re.DOTALL)
+  match = re.fullmatch(r'--?(?:no)?config\.([\w.]+)((?:\[\d+\])*)(?:=.*)?', argument, re.DOTALL)
   if not match:
     name = argument.split('=')[0]
     raise ValueError(f'Unknown argument {name!r}.{nearest(name, ["--config", "--workdir"])} See --help.')
   known = _fields(config)
+  if match[1] in known and match[2]:
+    raise ValueError(f'config.{match[1]}{match[2]} is set, must be the whole tuple: --config.{match[1]}=(...).')
   if match[1] in known:
     return match[1]
   section = match[1].rpartition('.')[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from dfkd_jax import augment, embeddings, models, parallel, report, synth, tasks
+from dfkd_jax import augment, embeddings, models, parallel, paths, report, synth, tasks
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.names import known
@@ -77,6 +77,8 @@ def pretrained_network(config: Config, which: str) -> Network:
     variables = pretrained.load(path, found, _input_shape(config, section))
   except OSError as error:
     raise ValueError(f'{which}.source is {section.source!r}, which cannot be read: {error.strerror}.') from error
+  except ValueError as error:
+    raise ValueError(f'{which}.source is {section.source!r}: {error}') from error
   bound = models.bind(found, variables, **_preprocessing(section))
   try:
     pretrained.check(
@@ -96,9 +98,20 @@ def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
   """The file or folder that a field of the config names."""
   if source.startswith('embedded:'):
     names = tuple(sorted(path.stem for path in TEACHERS.glob('*.safetensors')))
-    return TEACHERS / f"{known(source.removeprefix('embedded:'), names, 'embedded teacher')}.safetensors"
+    name = known(source.removeprefix('embedded:'), names, f'embedded teacher of {field},')
+    return TEACHERS / f'{name}.safetensors'
+  if not source.startswith('hf:'):
+    paths.expanded(source.partition('#')[0], field)
   try:
     return pretrained.resolve(source)
+  except ValueError as error:
+    raise ValueError(f'{field} is {error}') from None
+
+
+def check_hub(source: str, field: str) -> None:
+  """Raises ValueError if a source of the hub is not spelt as one; without asking the hub."""
+  try:
+    pretrained.check_hub(source)
   except ValueError as error:
     raise ValueError(f'{field} is {error}') from None
 
@@ -216,6 +229,8 @@ def share_of(config: Config, name: str) -> int:
 
 def _made(section: str, make: Callable, numbers: dict):
   """What a section of the method's config stands for."""
+  if not isinstance(numbers, dict):
+    raise ValueError(f'method.{section} is {numbers!r}, must be a section of the config.')
   for name in numbers:
     known(name, tuple(inspect.signature(make).parameters), f'field of method.{section}')
   return make(**numbers)

@@ -1,92 +1,18 @@
 """What a config must be, as far as that can be judged without building anything."""
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from dfkd_jax import host_buffer
+from dfkd_jax import config_fields, host_buffer
 from dfkd_jax.names import known, nearest
-from dfkd_jax.synth import objective
+from dfkd_jax.paths import expanded, shortened
 
 JOBS = ('distill', 'train', 'check')
-
-# All fields by section, but for those of a method, of options and of an augmentation, which these know themselves.
-_NETWORK = ('name', 'options', 'mean', 'std', 'bgr', 'resize')
-FIELDS = {
-    '': ('job', 'seed', 'num_devices', 'precision', 'compute_dtype', 'remat', 'buffer', 'device_memory_gb', 'labels',
-         'control', 'compilation_cache'),
-    'dataset': ('name', 'data_dir', 'image_shape', 'num_classes', 'train_split', 'test_split', 'crop'),
-    'teacher': (*_NETWORK, 'source'), 'student': _NETWORK, 'judge': (*_NETWORK, 'source'),
-    'generator': ('name', 'options'), 'method': ('name',), 'factors': objective.Factors._fields,
-    'preflight': ('enabled', 'batch_size', 'fallback'), 'augment.synthesis': ('name',), 'augment.student': ('name',),
-    'distill': ('rounds', 'calls_per_round', 'steps_per_round', 'distill_after', 'batch_size', 'temperature',
-                'divergence', 'attention_factor'),
-    'train': ('network', 'epochs', 'batch_size', 'label_factor', 'teacher_factor', 'temperature', 'label_smoothing'),
-    'optimizer': ('name', 'learning_rate', 'momentum', 'nesterov', 'weight_decay', 'schedule', 'end_value',
-                  'warmup_steps', 'milestones', 'gamma'),
-    'evaluate': ('every', 'batch_size'), 'checkpoint': ('every', 'max_to_keep', 'keep_best'),
-    'budget': ('minutes', 'images'), 'faults': ('reseed',), 'init_from': ('student', 'generator'),
-    'grid': ('columns', 'rows'),
-    'distributed': ('coordinator', 'num_processes', 'process_id', 'timeout'),
-}
-_OPEN = ('method', 'augment.synthesis', 'augment.student', 'generator.options',
-         *(f'{which}.options' for which in ('teacher', 'student', 'judge')))
-_TEXTS = (
-    'job', 'buffer', 'labels', 'precision', 'compute_dtype', 'compilation_cache', 'dataset.name', 'dataset.data_dir',
-    'dataset.train_split', 'dataset.test_split', 'teacher.name', 'teacher.source', 'student.name', 'judge.name',
-    'judge.source', 'generator.name', 'method.name', 'augment.synthesis.name', 'augment.student.name',
-    'distill.divergence', 'train.network', 'optimizer.name', 'optimizer.schedule', 'distributed.coordinator',
-    'init_from.student', 'init_from.generator')
-_FLAGS = (
-    'remat', 'control', 'teacher.bgr', 'student.bgr', 'judge.bgr', 'preflight.enabled', 'preflight.fallback',
-    'optimizer.nesterov', 'checkpoint.keep_best')
-_NONE = (  # May be left open.
-    'precision', 'compute_dtype', 'compilation_cache', 'dataset.name', 'dataset.data_dir', 'teacher.name',
-    'teacher.source', 'student.name', 'judge.name', 'judge.source', 'method.name', 'distributed.coordinator',
-    'num_devices', 'device_memory_gb', 'dataset.crop', 'teacher.resize', 'student.resize', 'judge.resize',
-    'distributed.num_processes', 'distributed.process_id', 'init_from.student', 'init_from.generator',
-    'budget.minutes', 'budget.images')
-
-# Where a number must lie; what a method or an augmentation does not have, or leaves open, is passed over.
-RANGES = {
-    '[0, 4294967296)': ('seed',),
-    '[2, inf)': ('dataset.num_classes',),
-    '[1, inf)': (
-        'num_devices', 'distributed.num_processes', 'distributed.timeout',
-        'dataset.image_shape', 'distill.rounds', 'distill.calls_per_round', 'distill.steps_per_round',
-        'distill.batch_size',
-        'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
-        'checkpoint.max_to_keep', 'budget.images', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
-        'method.capacity', 'method.num_tasks', 'method.latent_dim', 'method.bank_size', 'method.num_negatives',
-        'method.projection_size', 'method.redraw_every', 'method.restart_every', 'preflight.batch_size',
-        'method.adversarial.every', 'teacher.resize', 'student.resize', 'judge.resize'),
-    '[0, inf)': (
-        'distributed.process_id', 'faults.reseed',
-        'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
-        'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
-        'augment.synthesis.pad', 'augment.student.pad', 'method.adversarial.init_value', 'method.adversarial.slope',
-        'method.adversarial.begin', 'method.adversarial.end', 'method.reset_after', 'method.gamma',
-        'method.beta', 'method.threshold_growth', 'distill.attention_factor',
-        *(f'factors.{name}' for name in objective.Factors._fields)),
-    '(0, inf)': (
-        'device_memory_gb', 'budget.minutes', 'teacher.std', 'student.std', 'judge.std', 'distill.temperature',
-        'train.temperature', 'optimizer.learning_rate',
-        'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
-        'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
-        'method.adversary.temperature', 'method.init_std', 'method.redraw_std', 'method.clip_weights'),
-    '[0, 1)': (
-        'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum',
-        'method.ema_decay'),
-    '(0, 1]': ('optimizer.gamma', 'dataset.crop', 'augment.synthesis.scale', 'augment.student.scale'),
-    '(0, 1)': ('method.ema_share',),
-    '(-inf, inf)': ('teacher.mean', 'student.mean', 'judge.mean'),
-}
-# Those that count something.
-_WHOLE = (
-    'seed', 'dataset.num_classes', *RANGES['[1, inf)'], 'distributed.process_id', 'distill.distill_after',
-    'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after', 'method.reset_after')
 
 
 class InvalidError(ValueError):
@@ -160,6 +86,7 @@ def look(config: ml_collections.ConfigDict, problems: Problems) -> None:
     return
   _types(config, problems)
   _numbers(config, problems)
+  _paths(config, problems)
   problems.ask(lambda: known(config.job, JOBS, 'job'), 'job')
   problems.ask(lambda: known(config.buffer, host_buffer.PLACES, 'buffer'), 'buffer')
   _dataset(config, problems)
@@ -174,9 +101,9 @@ def look(config: ml_collections.ConfigDict, problems: Problems) -> None:
 
 def _fields(config: ml_collections.ConfigDict, problems: Problems) -> None:
   """The fields that must be there, and no others."""
-  every = [f'{section}.{field}'.lstrip('.') for section, fields in FIELDS.items() for field in fields]
+  every = config_fields.every()
   there = dict(_leaves(config))
-  for section in sorted({*FIELDS, 'augment', *_OPEN} - {''}):
+  for section in sorted({*config_fields.FIELDS, 'augment', *config_fields.OPEN} - {''}):
     if section in there and not isinstance(there[section], ml_collections.ConfigDict):
       problems.add(f'{section} is {there[section]!r}, must be a section of the config.', 'fields')
   if problems.lines:
@@ -184,9 +111,10 @@ def _fields(config: ml_collections.ConfigDict, problems: Problems) -> None:
   if lacking := [name for name in every if name not in there]:
     problems.add(f'The config has no {", ".join(lacking[:5])}{" ..." * (len(lacking) > 5)}: it must have all fields of '
                  'configs/common.py.', 'fields')
-  sections = {*FIELDS, 'augment', *_OPEN}
+  sections = {*config_fields.FIELDS, 'augment', *config_fields.OPEN}
   for name in there:
-    if name not in every and name not in sections and not name.startswith(tuple(f'{each}.' for each in _OPEN)):
+    if name not in every and name not in sections and not name.startswith(
+        tuple(f'{each}.' for each in config_fields.OPEN)):
       problems.add(f'Unknown config field {name!r}.{nearest(name, every)} configs/common.py lists them all.', 'fields')
 
 
@@ -200,33 +128,60 @@ def _leaves(section: ml_collections.ConfigDict, prefix: str = '') -> Iterator[tu
 
 def _types(config: ml_collections.ConfigDict, problems: Problems) -> None:
   """Of what is no number; and numbers that are not there."""
-  for names, kind, what in ((_TEXTS, str, 'text'), (_FLAGS, bool, 'True or False')):
+  for names, kind, what in ((config_fields.TEXTS, str, 'text'), (config_fields.FLAGS, bool, 'True or False')):
     for name in names:
       value = _get(config, name)
-      if not isinstance(value, kind) and (value is not None or name not in _NONE):
+      if not isinstance(value, kind) and (value is not None or name not in config_fields.NONE):
         problems.add(f'{name} is {value!r}, must be {what}.', name)
-  fields = {f'{section}.{field}'.lstrip('.') for section, fields in FIELDS.items() for field in fields}
-  for interval, names in RANGES.items():
+  of_method = [name for name in config_fields.NEEDED if name.removeprefix('method.') in config.method]
+  fields = {*config_fields.every(), *of_method}
+  for interval, names in config_fields.RANGES.items():
     for name in names:
-      if name in fields and name not in _NONE and _get(config, name) is None:
+      if name in fields and name not in config_fields.NONE and _get(config, name) is None:
         problems.add(f'{name} is None, must be in {interval}.', name)
+  for name, value in _leaves(config):
+    if not _is_plain(value):
+      problems.add(f'{name} is {shortened(value)} of type {type(value).__name__}, must be a number, text, True, False, '
+                   'None or a tuple of these.', name)
+
+
+def _is_plain(value: Any) -> bool:
+  """Whether JSON has a word for a value."""
+  if isinstance(value, (tuple, list)):
+    return all(map(_is_plain, value))
+  return value is None or isinstance(value, config_fields.VALUES)
+
+
+def _paths(config: ml_collections.ConfigDict, problems: Problems) -> None:
+  """Texts that are to be paths, where a file could be; what they lead to is looked at later."""
+  for name in config_fields.PATHS:
+    value = _get(config, name)
+    if isinstance(value, str) and not value.startswith(config_fields.NO_PATHS):
+      problems.ask(lambda name=name, value=value: expanded(value.partition('#')[0] or value, name), name)
 
 
 def _numbers(config: ml_collections.ConfigDict, problems: Problems) -> None:
   """All that are out of range in one line, and so those that are not whole."""
   wrong = {
-      name: f'{name} is {value!r}, must be in {interval}'
-      for interval, names in RANGES.items() for name in names
+      name: f'{name} is {shortened(value)}, must be in {interval}{_in_float32(value, interval)}'
+      for interval, names in config_fields.RANGES.items() for name in names
       if (value := _get(config, name)) is not None and not _within(value, interval)}
   if wrong:
     problems.add(f'{"; ".join(wrong.values())}.', *wrong)
   halves = {
       name: f'{name} is {value!r}, must be {"whole numbers" if isinstance(value, (tuple, list)) else "a whole number"}'
-      for name in _WHOLE
+      for name in config_fields.WHOLE
       if name not in wrong and (value := _get(config, name)) is not None
       and any(not isinstance(each, int) for each in _many(value))}
   if halves:
     problems.add(f'{"; ".join(halves.values())}.', *halves)
+  large = {
+      name: f'{name} is {shortened(value)}, must be at most {config_fields.MOST}'
+      for name in config_fields.WHOLE
+      if name not in wrong and name != 'seed' and (value := _get(config, name)) is not None
+      and any(each > config_fields.MOST for each in _many(value))}
+  if large:
+    problems.add(f'{"; ".join(large.values())}.', *large)
 
 
 def _dataset(config: ml_collections.ConfigDict, problems: Problems) -> None:
@@ -252,6 +207,10 @@ def _shapes(config: ml_collections.ConfigDict, problems: Problems) -> None:
     value = _get(config, name)
     if not problems.concern(name) and value is not None and len(_many(value)) != 2:
       problems.add(f'{name} is {value}, must be (height, width), or None for images as they are.', name)
+  for name in ('augment.synthesis.pad', 'augment.student.pad'):
+    value = _get(config, name)
+    if not problems.concern(name, 'dataset.image_shape') and value is not None and value >= max(shape[:2]):
+      problems.add(f'{name} is {value!r}, must be below {max(shape[:2])}, the size of the images.', name)
   for name in ('augment.synthesis.scale', 'augment.student.scale'):
     value = _get(config, name)
     if not problems.concern(name) and value is not None and (len(_many(value)) != 2 or value[0] > value[1]):
@@ -277,6 +236,16 @@ def _within(value, interval: str) -> bool:
   if any(isinstance(each, bool) or not isinstance(each, (int, float)) for each in values):
     return False
   low, high = map(float, interval[1:-1].split(','))
-  above = np.greater_equal if interval[0] == '[' else np.greater
-  below = np.less_equal if interval[-1] == ']' else np.less
-  return all(above(each, low) and below(each, high) for each in values)
+  above = operator.ge if interval[0] == '[' else operator.gt
+  below = operator.le if interval[-1] == ']' else operator.lt
+  return all(above(each, low) and below(each, high) for each in values) and not _in_float32(value, interval)
+
+
+def _in_float32(value: Any, interval: str) -> str:
+  """' in float32' of a number that would be out of the interval there alone: 0, or infinite."""
+  smallest, largest = (float(getattr(np.finfo(np.float32), name)) for name in ('smallest_normal', 'max'))
+  for each in _many(value):
+    if isinstance(each, float) and math.isfinite(each) and (
+        abs(each) > largest or (interval.startswith('(0') and 0 < abs(each) < smallest)):
+      return ' in float32'
+  return ''

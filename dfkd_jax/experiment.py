@@ -1,7 +1,6 @@
 """What every run of a config has: a test set, a ledger, a store, a loop over rounds."""
 
 import contextlib
-import pathlib
 import shutil
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dfkd_jax import build, data, evaluate, faults, parallel, report, run_folder, stopping
+from dfkd_jax import build, data, evaluate, faults, parallel, paths, report, run_folder, stopping
 from dfkd_jax.models.network import Network
 from dfkd_jax.store import Store
 from dfkd_jax.types import PyTree
@@ -42,7 +41,7 @@ class Experiment:
       asked: stopping.Asked | None = None):
     self._began = time.perf_counter()
     self.config, self.unit, self.command = config, unit, command
-    self.workdir = pathlib.Path(workdir).expanduser()
+    self.workdir = paths.expanded(workdir, 'workdir')
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
       self.store = Store(config, self.workdir, self.ledger, resume)

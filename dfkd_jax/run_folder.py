@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from dfkd_jax import parallel
+from dfkd_jax import parallel, paths, report
 from dfkd_jax.checkpoint import Checkpoints
 from dfkd_jax.names import known
 
@@ -21,7 +21,6 @@ FREE = (
     'distributed.coordinator', 'distributed.num_processes', 'distributed.process_id', 'distributed.timeout',
     'faults.reseed', 'num_devices')
 FORCE = 'force'
-_LONGEST_NAME = 255  # Of a file or folder, on the usual file systems.
 _FILES = (
     'metrics.jsonl', 'summary.json', 'images.png', 'fault.json', 'student.safetensors', 'student_best.safetensors',
     'weights.safetensors', 'weights_best.safetensors')
@@ -30,17 +29,14 @@ PASSING = ('control',)  # Folders that go when a run comes to its end.
 _FOLDERS = ('checkpoints', *PASSING)
 _LOCK = '.lock'
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # Of a file system that has none.
+_KEPT = {'weights': dict, 'changed': list, 'student': dict}  # Of a summary, to go on from.
 _SHOWN = 4  # Differences that an error lists.
 _OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 
 
 def check_place(workdir: pathlib.Path) -> None:
   """Raises ValueError if the folder could not be made or written, without trying to."""
-  what, nearest = f'workdir is {str(workdir)!r}', workdir.absolute()
-  if '\0' in str(workdir):
-    raise ValueError(f'{what}, must be a path.')
-  if (longest := max(map(len, map(os.fsencode, workdir.parts)), default=0)) > _LONGEST_NAME:
-    raise ValueError(f'{what}, must have names of at most {_LONGEST_NAME} bytes, not {longest}.')
+  what, nearest = f'workdir is {str(workdir)!r}', paths.expanded(workdir, 'workdir').absolute()
   while not os.path.lexists(nearest):
     nearest = nearest.parent
   if not nearest.is_dir():
@@ -49,7 +45,7 @@ def check_place(workdir: pathlib.Path) -> None:
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise ValueError(f'{what}, must be writable: {nearest} is not.')
   for name in _FILES:  # Else a run would come to its end, and fail there.
-    if (workdir / name).is_dir():
+    if (workdir / name).is_dir() or paths.special(workdir / name):
       raise ValueError(f'{what}, must be a folder for a run: {name} in it is no file.')
   for name in _FOLDERS:
     if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
@@ -59,6 +55,7 @@ def check_place(workdir: pathlib.Path) -> None:
 def stored(workdir: pathlib.Path) -> dict[str, Any]:
   """What is known of the run in a folder: the summary if it has ended, else its latest checkpoint's meta data."""
   if (summary := read_summary(workdir)) is not None:
+    _check_whole(summary, workdir)
     return summary
   if not (workdir / 'checkpoints').is_dir():
     return {}
@@ -70,9 +67,21 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
   """What a run that has ended left; None if there is none."""
   try:
     found = json.loads((workdir / 'summary.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):  # A damaged one is written anew.
+  except (OSError, ValueError, RecursionError):  # A damaged one is written anew.
     return None
-  return found if isinstance(found, dict) and 'config' in found else None
+  return found if isinstance(found, dict) and isinstance(found.get('config'), dict) else None
+
+
+def _check_whole(summary: dict, workdir: pathlib.Path) -> None:
+  """Raises ValueError unless a summary has what a run needs that goes on from it."""
+  try:
+    report.format_summary(summary)
+    lacking = [name for name, kind in _KEPT.items() if not isinstance(summary.get(name), kind)]
+  except (ValueError, TypeError, AttributeError, LookupError) as error:
+    lacking = [str(error)]
+  if lacking:
+    raise ValueError(f"{workdir / 'summary.json'} is no whole summary of a run: it lacks {lacking[0]}. Remove it, or "
+                     'name another --workdir.')
 
 
 def changed(

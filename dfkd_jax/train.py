@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -23,6 +22,7 @@ from dfkd_jax import (
   host_buffer,
   inheritance,
   parallel,
+  paths,
   preflight,
   processes,
   programs,
@@ -81,13 +81,14 @@ def _run(
     asked.at_once = False  # As they will for this one.
   processes.initialize(**config.distributed.to_dict())
   asked.again()
-  parallel.check_alike(store.fingerprint(config), 'The config')
+  if jax.process_count() > 1:
+    parallel.check_alike(store.fingerprint(config), 'The config')
   with parallel.together():
     validation.check(config, workdir, teacher, resume)
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
-    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(config.compilation_cache).expanduser()))
+    jax.config.update('jax_compilation_cache_dir', str(paths.expanded(config.compilation_cache)))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
   if config.job == 'check':
     return preflight.run(config, workdir, command, teacher)

@@ -5,7 +5,6 @@ but what says that a data set is there, nothing is compiled, and nothing is writ
 """
 
 import os
-import pathlib
 import re
 from collections.abc import Callable
 
@@ -21,6 +20,7 @@ from dfkd_jax import (
   inheritance,
   optimizers,
   parallel,
+  paths,
   processes,
   programs,
   run_folder,
@@ -61,12 +61,13 @@ def check(
   if not problems.concern('fields'):
     _look(config, problems, teacher)
   if workdir is not None and config.get('job') != 'check':
-    _folder(config, problems, pathlib.Path(workdir).expanduser(), resume)
+    _folder(config, problems, workdir, resume)
   problems.tell()
 
 
-def _folder(config: build.Config, problems: Problems, workdir: pathlib.Path, resume: str | None) -> None:
+def _folder(config: build.Config, problems: Problems, workdir: str | os.PathLike, resume: str | None) -> None:
   """Whether it may be written, and holds no run of another config."""
+  workdir = problems.ask(lambda: paths.expanded(workdir, 'workdir'), 'workdir')
   problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
   problems.ask(lambda: run_folder.check_free(workdir), 'workdir')
   there = problems.ask(lambda: run_folder.stored(workdir), 'workdir') or {}
@@ -115,9 +116,13 @@ def _precision(name: str | None) -> None:
 
 
 def _cache(folder: str | None) -> None:
-  path = pathlib.Path(folder).expanduser() if folder else None
-  if path is not None and os.path.lexists(path) and not path.is_dir():
+  if not folder:
+    return
+  path = paths.expanded(folder, 'compilation_cache')
+  if os.path.lexists(path) and not path.is_dir():
     raise ValueError(f'compilation_cache is {folder!r}, must be a folder: it is a file.')
+  if path == path.parent:
+    raise ValueError(f'compilation_cache is {folder!r}, must be a folder of its own: every program is a file in it.')
 
 
 def _training(config: build.Config, problems: Problems, teacher: Network | None) -> None:
@@ -150,7 +155,9 @@ def _teacher(config: build.Config, problems: Problems) -> None:
 def _weights(config: build.Config, which: str) -> str | None:
   """What the weights are called, if they are there, as far as this machine knows."""
   found = build.source(config, which)
-  if found is not None and not found.startswith('hf:'):
+  if found is not None and found.startswith('hf:'):
+    build.check_hub(found, f'{which}.source')
+  elif found is not None:
     build.weights_path(found, f'{which}.source')
   return found
 
@@ -272,6 +279,8 @@ def _numbers_of_method(config: build.Config, problems: Problems, mesh: jax.shard
       return
     except ValueError as error:
       line = str(error)
+    except Exception as error:  # Whatever a number of another type leads to.
+      line = f'method is {build.plain(left.method)}, of which no method can be made: {str(error)[:200]}'
     if any(re.search(rf'\b{name}\b', line) for name in dropped):
       return  # It may be wrong only beside what took the place of another.
     problems.add(line, 'method.numbers')

@@ -230,14 +230,14 @@ def test_the_file_is_named(data):
 WORKDIRS = {
     'file': 'file', 'file/run': 'file', 'loop': 'loop', 'loop/run': 'loop', 'nowhere': 'nowhere', 'x' * 300: '300',
     '/proc/version/run': '/proc/version', '/proc/sys/run': '/proc/sys', 'a\0b': 'a\\x00b', 'other': 'another config',
-    'other/../other': 'another config', 'odd': 'metrics.jsonl', 'odder': 'checkpoints'}
+    'other/../other': 'another config', 'part': 'no whole summary', 'pipe': 'summary.json', 'odd': 'metrics.jsonl',
+    'odder': 'checkpoints', '~nobody_of_this_name/run': 'nobody_of_this_name', 'a/' * 3000: '4095'}
 
 
 @pytest.fixture(scope='module')
 def another_run():
   """What summary.json says of a run with another seed."""
-  config = toy_runs.config(seed=7).to_dict()
-  return config
+  return {'config': toy_runs.config(seed=7).to_dict(), 'weights': {}, 'changed': [], 'student': {'last': {}}}
 
 
 def test_folders_that_are_no_place_for_a_run(another_run):
@@ -248,8 +248,11 @@ def test_folders_that_are_no_place_for_a_run(another_run):
       (here / 'odd' / 'metrics.jsonl').mkdir(parents=True)
       (here / 'odder').mkdir()
       (here / 'odder' / 'checkpoints').write_text('here')
-      (here / 'other').mkdir()
-      (here / 'other' / 'summary.json').write_text(json.dumps({'config': another_run}))
+      for kind, summary in (('other', another_run), ('part', {'config': another_run['config']})):
+        (here / kind).mkdir()
+        (here / kind / 'summary.json').write_text(json.dumps(summary))
+      (here / 'pipe').mkdir()
+      os.mkfifo(here / 'pipe' / 'summary.json')
       os.symlink('loop', 'loop')
       os.symlink('gone', 'nowhere')
       refused(run_main(f'--workdir={name}'), here, WORKDIRS[name])

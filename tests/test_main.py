@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dfkd_jax import checks, models, synth, train
+from dfkd_jax import checks, config_fields, models, stopping, synth, train
 from dfkd_jax.models import pretrained
 
 spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
@@ -84,7 +84,8 @@ def test_without_arguments_it_is_the_quick_start(call, monkeypatch):
   assert call(config=None)[0] == 0
   ((config, workdir), more), = seen
   assert (config.dataset.name, config.method.name, workdir) == ('fashion_mnist', 'fast_dfkd', 'runs/default')
-  assert more == {'command': 'python main.py', 'resume': None, 'signals': True}
+  assert isinstance(more.pop('signals'), stopping.Asked)
+  assert more == {'command': 'python main.py', 'resume': None}
   assert config.is_locked
 
 
@@ -145,7 +146,7 @@ BAD = {
     'argument': (['--wrokdir=x'], ["'--wrokdir'", "'--workdir'", '--help']),
     'word': (['quickly'], ["'quickly'", '--help']),
     'value': (['--workdir'], ['--workdir', 'expected one argument']),
-    'config file': (['--config=configs/cifar.yaml'], ["'configs/cifar.yaml'", 'configs/cifar.py']),
+    'config file': (['--config=configs/cifar10.yaml'], ["'configs/cifar10.yaml'", 'configs/cifar10.py']),
     'missing config file': (['--config=configs/cifar11.py:kd'], ["'configs/cifar11.py'", "'configs/cifar10"]),
     'config argument': (['--config=configs/cifar10.py:fast3'], ["'fast3'", 'fast10', 'wrn40_2-wrn16_1']),
     'job': (['--config.job=distil'], ["'distil'", "'distill'", 'train']),
@@ -229,7 +230,7 @@ def test_bad_input_costs_one_line_and_writes_nothing(name, call, tmp_path):
   assert not (tmp_path / 'runs').exists()
 
 
-NUMBERS = {name: interval for interval, names in checks.RANGES.items() for name in names}
+NUMBERS = {name: interval for interval, names in config_fields.RANGES.items() for name in names}
 
 
 def complaint(config):
@@ -242,7 +243,7 @@ def complaint(config):
 
 @pytest.mark.parametrize('name', sorted(NUMBERS))
 @settings(max_examples=8, deadline=None)
-@given(drawn=st.floats(-1e6, 1e6, allow_subnormal=False))
+@given(drawn=st.floats(-1e6, 1e6, allow_subnormal=False, width=32))
 def test_numbers_out_of_range_are_named(name, drawn):
   """A number is refused as such if, and only if, it lies outside; the ends are tried always."""
   interval = NUMBERS[name]
@@ -309,10 +310,31 @@ def test_a_traceback_can_be_asked_for(call):
     call('--traceback', '--config.num_devices=9')
 
 
-def test_a_config_with_a_mistake_in_it_keeps_its_traceback(call, tmp_path):
-  (tmp_path / 'mine.py').write_text('def get_config():\n  return nothing\n')
-  with pytest.raises(NameError):
-    call(config='mine.py')
+@pytest.mark.parametrize(('text', 'pieces'), [
+    ('def get_config():\n  return nothing\n', ['line 2: NameError', "'nothing'"]),
+    ('import nothing_of_this_name\n', ['line 1: ModuleNotFoundError', 'nothing_of_this_name']),
+    ('from configs import cifr10\n', ['line 1: ImportError', 'cifr10']),
+    ('def get_config(:\n', ['invalid syntax']),
+    ('import sys\n\nsys.exit(0)\n', ['line 3: SystemExit']),
+    ('from configs import default\n\ndef get_config():\n  config = default.get_config()\n  config.distil.rounds = 3\n',
+     ['line 5: AttributeError', 'distil'])])
+def test_a_config_with_a_mistake_in_it_is_told_by_its_line(call, tmp_path, text, pieces):
+  (tmp_path / 'mine.py').write_text(text)
+  status, out, err = call(config='mine.py')
+  assert (status, out, len(err)) == (2, [], 1)
+  for piece in ("'mine.py'", *pieces):
+    assert piece in err[0]
+
+
+def test_a_device_without_room_is_one_line(call, monkeypatch):
+  def fail(*arguments, **more):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nThere was\x1b[31m more.')
+
+  monkeypatch.setattr(train, 'run', fail)
+  status, _, err = call()
+  assert (status, len(err)) == (1, 1)
+  assert 'RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes. There was\\x1b[31m more.' in err[0]
+  assert '--traceback' in err[0]
 
 
 def process(*arguments, cwd):

@@ -53,8 +53,8 @@ def test_paths_of_files_and_folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('source', 'message'), [
     ('gone.pth', r"^'gone\.pth': there is no such file or folder\.$"),
     ('gone.pth#ema', r"^'gone\.pth#ema': there is no such file"),
-    ('https://example.org/w.pth', '^.* is an address: download the file'),
-    ('hf:only', r'^.hf:only. must be hf:OWNER/REPO\[@REVISION\]\[/FILE\]\.$'), ('hf:a/b@/c', 'must be hf:OWNER/REPO')])
+    ('https://example.org/w.pth', '^.*, an address: download the file'),
+    ('hf:only', r'^.hf:only., must be hf:OWNER/REPO\[@REVISION\]\[/FILE\]\.$'), ('hf:a/b@/c', 'must be hf:OWNER/REPO')])
 def test_sources_that_name_nothing_are_refused(source, message):
   with pytest.raises(ValueError, match=message):
     pretrained.resolve(source)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import common, default
-from dfkd_jax import build, checks, train, validation
+from dfkd_jax import build, checks, config_fields, train, validation
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -109,12 +109,12 @@ def test_numbers_of_a_method_are_told_together():
 def test_the_fields_are_those_of_the_configs():
   lines = []
   flat = dict(checks._leaves(common.base()))
-  sections = {*checks.FIELDS, 'augment', *checks._OPEN}
+  sections = {*config_fields.FIELDS, 'augment', *config_fields.OPEN}
   for name in flat:
-    if name not in sections and not name.startswith(checks._OPEN):
+    if name not in sections and not name.startswith(config_fields.OPEN):
       lines.append(name)
-  known = {f'{section}.{field}'.lstrip('.') for section, fields in checks.FIELDS.items() for field in fields}
-  assert {name for name in known if not name.startswith(checks._OPEN)} - sections == set(lines)
+  known = config_fields.every()
+  assert {name for name in known if not name.startswith(config_fields.OPEN)} - sections == set(lines)
 
 
 def test_fields_that_are_missing_or_misspelt_in_a_file_are_named():

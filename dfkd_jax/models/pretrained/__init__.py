@@ -17,13 +17,13 @@ from dfkd_jax.models.pretrained.conversion import ShapeError, from_flat, from_va
 from dfkd_jax.models.pretrained.naming import translate
 from dfkd_jax.models.pretrained.orbax_files import found_in, read_under
 from dfkd_jax.models.pretrained.reading import read, read_metadata
-from dfkd_jax.models.pretrained.sources import resolve
+from dfkd_jax.models.pretrained.sources import check_hub, resolve
 from dfkd_jax.types import PyTree
 
 __all__ = [
-    'Card', 'Probe', 'check', 'describe', 'digest', 'found_in', 'from_flat', 'from_variables', 'load', 'make_probe',
-    'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe', 'to_safetensors',
-    'to_variables', 'translate',
+    'Card', 'Probe', 'check', 'check_hub', 'describe', 'digest', 'found_in', 'from_flat', 'from_variables', 'load',
+    'make_probe', 'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe',
+    'to_safetensors', 'to_variables', 'translate',
 ]
 
 _COLLECTIONS = ('params.', 'batch_stats.')

@@ -31,11 +31,17 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
   if source.startswith('hf:'):
     return _from_hub(source)
   if '://' in source:
-    raise ValueError(f'{source!r} is an address: download the file, and name its path.')
+    raise ValueError(f'{source!r}, an address: download the file, and name its path.')
   path, entry = split_entry(pathlib.Path(source).expanduser())
   if not path.exists():
     raise ValueError(f'{source!r}: there is no such file or folder.')
   return _with_entry(path, entry)
+
+
+def check_hub(source: str) -> None:
+  """Raises ValueError unless a source is spelt as one of the hub; without asking the hub."""
+  if not _HUB.fullmatch(source):
+    raise ValueError(f'{source!r}, must be hf:OWNER/REPO[@REVISION][/FILE].')
 
 
 def _with_entry(path: pathlib.Path, entry: str | None) -> pathlib.Path:
@@ -43,9 +49,8 @@ def _with_entry(path: pathlib.Path, entry: str | None) -> pathlib.Path:
 
 
 def _from_hub(source: str) -> pathlib.Path:
+  check_hub(source)
   match = _HUB.fullmatch(source)
-  if not match:
-    raise ValueError(f'{source!r} must be hf:OWNER/REPO[@REVISION][/FILE].')
   try:
     import huggingface_hub as hub  # An extra, which no other source needs.
   except ImportError:
