@@ -1,14 +1,16 @@
 """What a new run takes over from an old one: its student, its generator; all else begins anew."""
 
+import hashlib
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dfkd_jax import build, parallel
+from dfkd_jax import build, parallel, paths
 from dfkd_jax.models import pretrained
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import meta, online
@@ -18,10 +20,53 @@ _STATES = (meta.State, online.State)
 _FIELDS = ('meta_params', 'params', 'batch_stats')  # Of a generator in either.
 
 
-def digests(config: build.Config) -> dict[str, str]:
-  """SHA-256 of what is taken over, by its name in the config."""
-  return {f'init_from.{which}': pretrained.digest(place(config, which))
-          for which, source in sorted(config.init_from.items()) if source is not None}
+def has(config: build.Config, there: Mapping[str, Any]) -> set[str]:
+  """Of 'student' and 'generator' those that a run which goes on has taken over long since, and needs no more.
+
+  A control begins as the student did, which then is needed again.
+
+  Args:
+    config: Of the run.
+    there: What is known of the run in the folder, see `run_folder.stored`.
+  """
+  before = there.get('config', {}).get('init_from', {})
+  return {which for which, source in config.init_from.items()
+          if source is not None and before.get(which) == source and f'init_from.{which}' in there.get('weights', {})
+          and not (which == 'student' and config.control)}
+
+
+def digests(config: build.Config, there: Mapping[str, Any]) -> dict[str, str]:
+  """SHA-256 of what is taken over, by its name in the config; of a run's folder, of these arrays alone.
+
+  Arguments are those of `has`, and what that gives is not looked at: it may be gone, or another by now.
+
+  Raises:
+    ValueError: It cannot be read.
+  """
+  known = has(config, there)
+  return {name: there['weights'][name] if which in known else _digest(config, which)
+          for which, source in sorted(config.init_from.items()) if source is not None
+          for name in [f'init_from.{which}']}
+
+
+def _digest(config: build.Config, which: str) -> str:
+  source, path = config.init_from[which], place(config, which)
+  try:
+    if _checkpoint(source) is None:
+      return pretrained.digest(path)
+    arrays = _generator_of(path) if which == 'generator' else pretrained.read(path)
+  except (OSError, ValueError) as error:
+    raise ValueError(f'init_from.{which} is {source!r}: {error}') from None
+  found = hashlib.sha256()
+  for name, array in sorted(arrays.items()):
+    found.update(f'{name} {array.dtype} {array.shape}'.encode())
+    found.update(array.tobytes())
+  return found.hexdigest()
+
+
+def _generator_of(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of the generator in a checkpoint, and no others: the images beside them may be many."""
+  return pretrained.read_under(path, 'synthesis', _name)
 
 
 def place(config: build.Config, which: str) -> pathlib.Path | None:
@@ -39,14 +84,14 @@ def place(config: build.Config, which: str) -> pathlib.Path | None:
   return found or build.weights_path(source, f'init_from.{which}')
 
 
-def student(config: build.Config, network: Network, which: str = 'student') -> Network:
-  """A network that is to be trained, with the variables of `init_from.student`, if that is set.
+def student(config: build.Config, network: Network, there: Mapping[str, Any], which: str = 'student') -> Network:
+  """A network that is to be trained, with the variables of `init_from.student`, if that is set and needed (`has`).
 
   Raises:
     ValueError: There are none, or they do not fit.
   """
   source = config.init_from.student
-  if source is None:
+  if source is None or 'student' in has(config, there):
     return network
   height, width, channels = config.dataset.image_shape
   path, shape = place(config, 'student'), (*(config[which].resize or (height, width)), channels)
@@ -57,30 +102,28 @@ def student(config: build.Config, network: Network, which: str = 'student') -> N
   return network.replace(params=found['params'], batch_stats=found.get('batch_stats', network.batch_stats))
 
 
-def generator(config: build.Config, mesh: Mesh, synthesis: PyTree) -> PyTree:
-  """A method's state with the generator of `init_from.generator`, if that is set.
+def generator(config: build.Config, mesh: Mesh, synthesis: PyTree, there: Mapping[str, Any]) -> PyTree:
+  """A method's state with the generator of `init_from.generator`, if that is set and needed (`has`).
 
   Raises:
     ValueError: It is no run's folder, its run or this one has no generator, or they differ in shape.
   """
   source = config.init_from.generator
-  if source is None:
+  if source is None or 'generator' in has(config, there):
     return synthesis
   if not any(_is_generator(node) for node in jax.tree.leaves(synthesis, is_leaf=_is_generator)):
     raise ValueError(f'init_from.generator is {source!r}, must be None: this method has no generator that lasts.')
   try:
-    arrays = pretrained.read_under(place(config, 'generator'), 'synthesis')
+    arrays = _generator_of(place(config, 'generator'))
   except ValueError as error:
-    raise ValueError(f'init_from.generator is {source!r}: {error}') from None
-  there = {_name(path): array for path, array in arrays.items() if _name(path)}
-  if not there:
-    raise ValueError(f'init_from.generator is {source!r}, whose run has no generator that lasts.')
+    raise ValueError(f'init_from.generator is {source!r}, whose run has no generator that lasts: {error}') from None
+  found = {_name(path): array for path, array in arrays.items()}
 
   def taken(node):
     if not _is_generator(node):
       return node
     fields = {name: getattr(node, name) for name in _FIELDS if hasattr(node, name)}
-    return node.replace(**parallel.place(mesh, {name: _filled(source, name, of, there) for name, of in fields.items()}))
+    return node.replace(**parallel.place(mesh, {name: _filled(source, name, of, found) for name, of in fields.items()}))
 
   return jax.tree.map(taken, synthesis, is_leaf=_is_generator)
 
@@ -117,5 +160,5 @@ def _is_generator(node: PyTree) -> bool:
 
 def _checkpoint(source: str) -> pathlib.Path | None:
   """The latest checkpoint in the folder of a run; None if it is none."""
-  folder = pathlib.Path(source).expanduser() / 'checkpoints'
+  folder = paths.expanded(source, 'init_from') / 'checkpoints'
   return pretrained.found_in(folder) if folder.is_dir() else None

@@ -41,7 +41,8 @@ def run(
     with experiment.ledger.part('setup'):
       teacher = build.teacher(config) if section.teacher_factor else None
       experiment.store.stands_on(
-          teacher=teacher and build.card(teacher, config.teacher.source).sha256, **inheritance.digests(config))
+          teacher=teacher and build.card(teacher, config.teacher.source).sha256,
+          **inheritance.digests(config, experiment.store.stored))
     if (summary := experiment.store.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
@@ -53,7 +54,7 @@ def run(
       init_key, run_key = jax.random.split(jax.random.key(config.seed))
       teacher = teacher and parallel.place(mesh, teacher)
       tx = build.optimizer(config, section.epochs, steps)
-      network = inheritance.student(config, build.network(config, which, init_key), which)
+      network = inheritance.student(config, build.network(config, which, init_key), experiment.store.stored, which)
       student = parallel.place(mesh, distill.init(network, tx))
       images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
   parallel.check_alike(json.dumps(experiment.store.meta['weights']), "The teacher's weights")

@@ -123,12 +123,13 @@ def run_distillation(
       card = build.card(teacher, source)
       experiment.store.stands_on(
           teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
-          **inheritance.digests(config))
+          **inheritance.digests(config, experiment.store.stored))
     if (summary := experiment.store.finished()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       # On the host, since what is placed will be donated, and the control starts from the same.
-      network = inheritance.student(config, build.network(config, 'student', student_key))
+      network = inheritance.student(
+          config, build.network(config, 'student', student_key), experiment.store.stored)
       network = jax.tree.map(np.array, network)
     factors = _factors(experiment, teacher, network, card)
     make = build.synthesizer(config, mesh.size, factors)
@@ -137,7 +138,7 @@ def run_distillation(
   with experiment.ledger.part('setup'):
     synthesis = programs.init(make, mesh, init_key, teacher)
     with parallel.together():
-      synthesis = inheritance.generator(config, mesh, synthesis)
+      synthesis = inheritance.generator(config, mesh, synthesis, experiment.store.stored)
     state = programs.State(synthesis, parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
     compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)

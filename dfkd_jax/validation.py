@@ -58,24 +58,26 @@ def check(
   """
   problems = Problems()
   checks.look(config, problems)
-  if not problems.concern('fields'):
-    _look(config, problems, teacher)
+  there = {}
   if workdir is not None and config.get('job') != 'check':
-    _folder(config, problems, workdir, resume)
+    there = _folder(config, problems, workdir, resume)
+  if not problems.concern('fields'):
+    _look(config, problems, teacher, there)
   problems.tell()
 
 
-def _folder(config: build.Config, problems: Problems, workdir: str | os.PathLike, resume: str | None) -> None:
-  """Whether it may be written, and holds no run of another config."""
+def _folder(config: build.Config, problems: Problems, workdir: str | os.PathLike, resume: str | None) -> dict:
+  """Whether it may be written, and holds no run of another config; what is known of the run that it holds."""
   workdir = problems.ask(lambda: paths.expanded(workdir, 'workdir'), 'workdir')
   problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
   problems.ask(lambda: run_folder.check_free(workdir), 'workdir')
   there = problems.ask(lambda: run_folder.stored(workdir), 'workdir') or {}
   problems.ask(lambda: run_folder.changed(
       there, run_folder.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
+  return there
 
 
-def _look(config: build.Config, problems: Problems, teacher: Network | None) -> None:
+def _look(config: build.Config, problems: Problems, teacher: Network | None, there: dict) -> None:
   job = config.job
   _names(config, problems)
   if problems.concern('job'):
@@ -92,7 +94,7 @@ def _look(config: build.Config, problems: Problems, teacher: Network | None) -> 
     _distillation(config, problems)
   if job != 'check':
     _dataset(config, problems)
-    for which in config.init_from:
+    for which in sorted({*config.init_from} - inheritance.has(config, there)):
       problems.ask(lambda which=which: inheritance.place(config, which), f'init_from.{which}')
 
 
@@ -326,4 +328,4 @@ def _dataset(config: build.Config, problems: Problems) -> None:
   for which in ('test', *(('train',) if config.job == 'train' else ())):
     split = section[f'{which}_split']
     problems.ask(lambda split=split: data.check_prepared(section.name, split, section.data_dir),
-                 f'dataset.{which}_split' if prepared else 'dataset.name')
+                 f'dataset.{which}_split' if prepared else 'dataset.name', on=['dataset.data_dir'])

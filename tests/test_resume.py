@@ -319,7 +319,7 @@ def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
     train.run(other, tmp_path, resume='forced')
   with pytest.raises(validation.InvalidError) as error:  # All that is wrong at once, and each field once.
     train.run(toy_runs.config(seed=1, labels='blanced', distill__temperature=-5.0), tmp_path)
-  temperature, labels, folder = error.value.problems
+  temperature, folder, labels = error.value.problems
   assert 'distill.temperature is -5.0, must be in' in temperature
   assert "'blanced'. Did you mean 'balanced'" in labels
   assert 'another config: seed is 0 there, 1 here. Name' in folder

@@ -43,8 +43,9 @@ def read(tree: pathlib.Path, entry: str | None = None) -> dict[str, np.ndarray]:
   return _read(tree, lambda leaves: _variables(leaves, entry))
 
 
-def read_under(tree: pathlib.Path, place: str) -> dict[str, np.ndarray]:
-  """All arrays of a tree whose path is `place` and more, by that more; of all the tree, if `place` is ''.
+def read_under(
+    tree: pathlib.Path, place: str, wanted: Callable[[str], Any] = lambda path: True) -> dict[str, np.ndarray]:
+  """The arrays of a tree whose path is `place` and more, by that more, if that is wanted; of all, if `place` is ''.
 
   Raises:
     ValueError: If there is none, or the tree is damaged.
@@ -53,7 +54,8 @@ def read_under(tree: pathlib.Path, place: str) -> dict[str, np.ndarray]:
   def within(leaves):
     paths = {'/'.join(path): path for path in leaves}  # A run's leaves have '/' in one key.
     before = place and f'{place}/'
-    return {key: path.removeprefix(before) for path, key in paths.items() if path.startswith(before)}
+    return {key: path.removeprefix(before) for path, key in paths.items()
+            if path.startswith(before) and wanted(path.removeprefix(before))}
 
   try:
     found = _read(tree, within)
