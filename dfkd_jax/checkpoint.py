@@ -7,12 +7,9 @@ checksums, since TensorStore does not notice a flipped bit.
 """
 
 import contextlib
-import hashlib
 import itertools
-import json
 import os
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,18 +25,6 @@ FORMAT = 1  # Of the meta data; another one is refused.
 
 class DamagedError(ValueError):
   """A checkpoint cannot be read, or is not what was saved."""
-
-
-def config_hash(config: dict) -> str:
-  """First 16 hexadecimal digits of the SHA-256 of a config, whatever the order of its keys.
-
-  Args:
-    config: Nested dict of JSON values; tuples count as lists.
-
-  Raises:
-    ValueError: A value is not JSON.
-  """
-  return hashlib.sha256(_canonical(config, 'config').encode()).hexdigest()[:16]
 
 
 class Checkpoints:
@@ -107,10 +92,10 @@ class Checkpoints:
     leaves, _ = flat_state.flatten(state)
     entry = {
         'format': FORMAT, 'leaves': flat_state.specs(leaves), 'checksums': flat_state.checksums(leaves), 'meta': meta}
-    entry['checksum'] = _checksum(entry)
+    entry['checksum'] = flat_state.checksum_of(entry)
     arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements.
     self.wait()
-    with self._storage_errors(f'save step {step}'):
+    with self._storage_errors(f'save step {step}', kept=True):
       saved = self._manager.save(
         step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(entry))
       )
@@ -191,7 +176,7 @@ class Checkpoints:
     Raises:
       ValueError: The write failed.
     """
-    with self._storage_errors('save'):
+    with self._storage_errors('save', kept=True):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
@@ -200,7 +185,7 @@ class Checkpoints:
     Raises:
       ValueError: The write failed.
     """
-    with self._storage_errors('save'):
+    with self._storage_errors('save', kept=True):
       self._manager.close()
 
   def _all_steps(self) -> list[int]:
@@ -260,7 +245,7 @@ class Checkpoints:
       raise DamagedError(f'Step {step} in {self.directory} is not a checkpoint of this program.')
     if entry['format'] != FORMAT:
       raise ValueError(f'Step {step} in {self.directory} has format {entry["format"]}; this version reads {FORMAT}.')
-    if entry.pop('checksum', None) not in (None, _checksum(entry)):
+    if entry.pop('checksum', None) not in (None, flat_state.checksum_of(entry)):
       raise DamagedError(f'Cannot read step {step} in {self.directory}: its meta data is not what was saved.')
     return entry
 
@@ -276,24 +261,20 @@ class Checkpoints:
       )
 
   @contextlib.contextmanager
-  def _storage_errors(self, action: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Whatever Orbax or the disk has to say, in one line."""
+  def _storage_errors(
+      self, action: str, kind: type[ValueError] = ValueError, kept: bool = False) -> Iterator[None]:
+    """Whatever Orbax or the disk has to say, in one line; and which checkpoint is `kept`, if that is asked for."""
     try:
       yield
     except Exception as error:
       kind = ValueError if complaints.is_passing(error) else kind
-      raise kind(f'Cannot {action} in {self.directory}: {complaints.reason(error)}') from error
+      more = f' {self._kept()}' if kept and not self._read_only else ''
+      raise kind(f'Cannot {action} in {self.directory}: {complaints.reason(error)}{more}') from error
 
-
-def _checksum(entry: dict) -> int:
-  return zlib.crc32(_canonical(entry, 'meta data of a checkpoint').encode())
-
-
-def _canonical(value: dict, name: str) -> str:
-  try:
-    return json.dumps(value, sort_keys=True, separators=(',', ':'))
-  except (TypeError, ValueError) as error:
-    raise ValueError(f'The {name} must be JSON values: {error}.') from error
+  def _kept(self) -> str:
+    """What is left where a checkpoint could not be written, as the folder has it."""
+    steps = [int(name) for name in os.listdir(self.directory) if name.isdecimal() and self._is_complete(int(name))]
+    return f'The checkpoint of step {max(steps)} is kept.' if steps else 'No checkpoint was written yet.'
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

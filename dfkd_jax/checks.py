@@ -185,6 +185,9 @@ def _numbers(config: ml_collections.ConfigDict, problems: Problems) -> None:
 
 
 def _dataset(config: ml_collections.ConfigDict, problems: Problems) -> None:
+  if config.budget.images is not None and config.job == 'train':
+    problems.add(f"budget.images is {config.budget.images!r}, must be None where job is 'train': no image is made.",
+                 'budget.images')
   if config.dataset.name is None and config.job == 'train':
     problems.add(
         "dataset.name is None, must be the name of a prepared data set where job is 'train'.", 'dataset.name')

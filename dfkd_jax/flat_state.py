@@ -1,5 +1,7 @@
 """A pytree as a checkpoint has it: arrays by path, what is said of them, and where they go when they are read."""
 
+import hashlib
+import json
 import zlib
 
 import jax
@@ -73,3 +75,27 @@ def empty(target):
   if isinstance(target, np.ndarray):
     return zeros
   return jax.make_array_from_callback(target.shape, target.sharding, lambda index: zeros[index])
+
+
+def config_hash(config: dict) -> str:
+  """First 16 hexadecimal digits of the SHA-256 of a config, whatever the order of its keys.
+
+  Args:
+    config: Nested dict of JSON values; tuples count as lists.
+
+  Raises:
+    ValueError: A value is not JSON.
+  """
+  return hashlib.sha256(_canonical(config, 'config').encode()).hexdigest()[:16]
+
+
+def checksum_of(entry: dict) -> int:
+  """CRC-32 of the meta data of a checkpoint."""
+  return zlib.crc32(_canonical(entry, 'meta data of a checkpoint').encode())
+
+
+def _canonical(value: dict, name: str) -> str:
+  try:
+    return json.dumps(value, sort_keys=True, separators=(',', ':'))
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'The {name} must be JSON values: {error}.') from error

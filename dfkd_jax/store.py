@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from dfkd_jax import build, parallel, report, run_folder
-from dfkd_jax.checkpoint import Checkpoints, DamagedError, config_hash
+from dfkd_jax.checkpoint import Checkpoints, DamagedError
+from dfkd_jax.flat_state import config_hash
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import PyTree
 

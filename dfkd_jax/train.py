@@ -17,6 +17,7 @@ from dfkd_jax import (
   control,
   distill,
   faults,
+  flat_state,
   gallery,
   held_out,
   host_buffer,
@@ -26,6 +27,7 @@ from dfkd_jax import (
   preflight,
   processes,
   programs,
+  run_folder,
   stopping,
   store,
   supervised,
@@ -85,6 +87,9 @@ def _run(
     parallel.check_alike(store.fingerprint(config), 'The config')
   with parallel.together():
     validation.check(config, workdir, teacher, resume)
+  if jax.process_count() > 1 and config.job != 'check':  # Else some would go on with it, and others not.
+    there = run_folder.stored(paths.expanded(workdir, 'workdir'))
+    parallel.check_alike(flat_state.config_hash(there), f'What is seen of {workdir}')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:

@@ -6,7 +6,6 @@ but what says that a data set is there, nothing is compiled, and nothing is writ
 
 import os
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from dfkd_jax import (
   data,
   distill,
   embeddings,
+  images_fit,
   inheritance,
   optimizers,
   parallel,
@@ -32,8 +32,6 @@ from dfkd_jax.names import known
 
 __all__ = ['InvalidError', 'alone', 'check']
 
-_SHAPES = ((32, 32), (224, 224))  # Of images that a network is tried with, where it takes none of the config's.
-_ON_IMAGES = ('dataset.image_shape', 'dataset.num_classes', 'compute_dtype')
 
 
 def alone(config: build.Config) -> bool:
@@ -86,7 +84,7 @@ def _look(config: build.Config, problems: Problems, teacher: Network | None, the
     _training(config, problems, teacher)
   else:
     _method(config, problems)
-    _network(config, problems, 'student', needed=job == 'distill')
+    images_fit.network(config, problems, 'student', needed=job == 'distill')
     if teacher is None:
       _teacher(config, problems)
   if job == 'distill':
@@ -140,17 +138,17 @@ def _training(config: build.Config, problems: Problems, teacher: Network | None)
   if section.teacher_factor and teacher is None:
     _teacher(config, problems)
   if which is not None:
-    _network(config, problems, which)
+    images_fit.network(config, problems, which)
   mesh = problems.ask(lambda: build.mesh(config), 'num_devices', on=['train.batch_size'])
   if mesh is not None:
     problems.ask(
         lambda: parallel.even_share(section.batch_size, mesh.size, 'train.batch_size'), 'train.batch_size')
-  _augmentation(config, problems, 'student')
+  images_fit.augmentation(config, problems, 'student')
   _optimizer(config, problems, section.epochs, 1)
 
 
 def _teacher(config: build.Config, problems: Problems) -> None:
-  _network(config, problems, 'teacher')
+  images_fit.network(config, problems, 'teacher')
   problems.ask(lambda: _weights(config, 'teacher'), 'teacher.source')
 
 
@@ -167,39 +165,7 @@ def _weights(config: build.Config, which: str) -> str | None:
 def _judge(config: build.Config, problems: Problems) -> None:
   named = problems.ask(lambda: _weights(config, 'judge'), 'judge.source')
   if named or config.judge.name is not None:
-    _network(config, problems, 'judge')
-
-
-def _network(config: build.Config, problems: Problems, which: str, needed: bool = True) -> None:
-  """The name of a network, and whether it takes the images."""
-  if not needed and config[which].name is None:
-    return
-  problems.ask(lambda: build.model(config, which), f'{which}.name', on=['dataset.num_classes'])
-  _takes_images(config, problems, lambda of: build.module(of, which), f'{which}.options', f'{which}.name',
-                f'{which}.resize')
-
-
-def _takes_images(
-    config: build.Config, problems: Problems, make: Callable[[build.Config], object], field: str, *on: str) -> None:
-  """Whether something is made for the images of a config; where it is for others, their shape is what is wrong."""
-  if problems.concern(field, *on, *_ON_IMAGES):
-    return
-  try:
-    make(config)
-  except ValueError as error:
-    problems.add(str(error), 'dataset.image_shape' if _for_others(config, make) else field)
-
-
-def _for_others(config: build.Config, make: Callable[[build.Config], object]) -> bool:
-  for height, width in _SHAPES:
-    other = build.Config(config.to_dict())
-    other.dataset.image_shape = (height, width, config.dataset.image_shape[-1])
-    try:
-      make(other)
-      return True
-    except ValueError:
-      continue
-  return False
+    images_fit.network(config, problems, 'judge')
 
 
 def _method(config: build.Config, problems: Problems) -> None:
@@ -208,27 +174,12 @@ def _method(config: build.Config, problems: Problems) -> None:
   if 'factors' in taken and not problems.concern('factors') and not any(config.factors.to_dict().values()):
     problems.add('all factors are 0, at least one must be above: there is nothing to minimise.', 'factors')
   if 'generator' in taken and not problems.concern('method.latent_dim'):
-    _takes_images(config, problems, _generator, 'generator')
+    images_fit.takes_images(config, problems, images_fit.generator, 'generator')
   adversary = config.method.get('adversary')
   if isinstance(adversary, build.Config) and 'divergence' in adversary:
     like = jnp.zeros((1, 2))
     problems.ask(lambda: inversion.adversarial(like, like, divergence=adversary.divergence),
                  'method.adversary.divergence')
-
-
-def _generator(config: build.Config) -> None:
-  """Raises ValueError unless the generator makes the images of the data set."""
-  made, shape = build.generator(config), tuple(config.dataset.image_shape)
-  latents = build.latent_dim(config) if 'latent_dim' in config.method else 2
-  latents = jax.ShapeDtypeStruct((2, *((latents,) if isinstance(latents, int) else latents)), jnp.float32)
-  try:
-    images = jax.eval_shape(lambda key, drawn: made.init_with_output(key, drawn)[0], jax.random.key(0), latents)
-  except Exception as error:  # Whatever a width of 0, or one of another type, leads to.
-    reason = ' '.join(str(error).split())[:200]
-    raise ValueError(f'generator.options is {build.plain(config.generator.options)}, with which generator '
-                     f'{config.generator.name!r} makes no images {shape}: {reason}') from error
-  if images.shape[1:] != shape:
-    raise ValueError(f'dataset.image_shape is {shape}, but the generator makes images {images.shape[1:]}.')
 
 
 def _distillation(config: build.Config, problems: Problems) -> None:
@@ -237,7 +188,7 @@ def _distillation(config: build.Config, problems: Problems) -> None:
   problems.ask(lambda: distill.divergence_of(section.divergence, like, like, 1.0), 'distill.divergence')
   problems.ask(lambda: programs.steps_per_call(config), 'distill.steps_per_round', on=['distill.calls_per_round'])
   for which in ('synthesis', 'student'):
-    _augmentation(config, problems, which)
+    images_fit.augmentation(config, problems, which)
   _optimizer(config, problems, section.rounds - section.distill_after if not problems.concern(
       'distill.rounds', 'distill.distill_after') else 1, section.steps_per_round)
   mesh = problems.ask(lambda: build.mesh(config), 'num_devices', on=['method.num_tasks'])
@@ -269,7 +220,7 @@ def _shares(config: build.Config, problems: Problems) -> None:
 def _numbers_of_method(config: build.Config, problems: Problems, mesh: jax.sharding.Mesh | None) -> None:
   """What the method itself says of its numbers, but for those that are known to be wrong already."""
   on = ('method.num_tasks', 'distill.batch_size', 'generator', 'labels', 'augment.synthesis', 'factors')
-  if mesh is None or problems.concern(*on, *_ON_IMAGES):
+  if mesh is None or problems.concern(*on, *images_fit.ON_IMAGES):
     return
   left = build.Config(config.to_dict())
   dropped = [name for name in config.method if name != 'name' and problems.concern(f'method.{name}')]
@@ -292,23 +243,6 @@ def _numbers_of_method(config: build.Config, problems: Problems, mesh: jax.shard
       return
     dropped.append(name)
     del left.method[name]
-
-
-def _augmentation(config: build.Config, problems: Problems, which: str) -> None:
-  """Its name and options, and that it runs on the images."""
-  section, field = config.augment[which], f'augment.{which}'
-  if problems.concern(field):
-    return
-  make = problems.ask(lambda: build.augmentation(section), field)
-  if make is None or problems.concern('dataset.image_shape'):
-    return
-  images = jax.ShapeDtypeStruct((2, *config.dataset.image_shape), jnp.float32)
-  try:
-    jax.eval_shape(make, jax.random.key(0), images)
-  except Exception as error:  # Whatever an option of another type leads to.
-    reason = ' '.join(str(error).split())[:200]
-    problems.add(f'{field} is {build.plain(section)}, which cannot be applied to images '
-                 f'{tuple(config.dataset.image_shape)}: {reason}', field)
 
 
 def _optimizer(config: build.Config, problems: Problems, rounds: int, steps: int) -> None:

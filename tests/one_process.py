@@ -28,6 +28,21 @@ def stop_after(rounds: int | None) -> None:
     report.Progress.update = update
 
 
+def refuse_metrics(where: int | None, process_id: int) -> None:
+  """Lets the disk of one process be full when the second line of metrics is written."""
+  original, lines = report.MetricsWriter.write, []
+
+  def write(self, step, **numbers):
+    lines.append(step)
+    if len(lines) == 2:
+      report.MetricsWriter.write = original
+      raise ValueError('Cannot write metrics.jsonl: No space left on device.')
+    original(self, step, **numbers)
+
+  if where == process_id:
+    report.MetricsWriter.write = write
+
+
 def main(jobs: pathlib.Path, process_id: int) -> None:
   results = []
   for job in pickle.loads(jobs.read_bytes()):
@@ -35,6 +50,7 @@ def main(jobs: pathlib.Path, process_id: int) -> None:
     config = config_dict.ConfigDict(fields)
     config.distributed.process_id = process_id
     stop_after(job['stop_after'])
+    refuse_metrics(job['full'], process_id)
     try:
       results.append(train.run(config, job['workdir']))
     except (ValueError, KeyboardInterrupt) as error:

@@ -12,7 +12,8 @@ import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dfkd_jax.checkpoint import Checkpoints, config_hash
+from dfkd_jax.checkpoint import Checkpoints
+from dfkd_jax.flat_state import config_hash
 
 
 class Ring(NamedTuple):

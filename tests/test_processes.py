@@ -32,8 +32,8 @@ def teacher_config(**changes):
       augment__student__name='shift', augment__student__pad=1, optimizer__schedule='cosine_by_step', **changes))
 
 
-def job(config, workdir, stop_after=None, own=None):
-  return {'config': config.to_dict(), 'workdir': str(workdir), 'stop_after': stop_after, 'own': own or {}}
+def job(config, workdir, stop_after=None, own=None, full=None):
+  return {'config': config.to_dict(), 'workdir': str(workdir), 'stop_after': stop_after, 'own': own or {}, 'full': full}
 
 
 def free_port() -> int:
@@ -91,6 +91,7 @@ def several(tmp_path_factory):
       job(config(), folder / 'whole'), job(config(), folder / 'stopped', stop_after=1),
       job(teacher_config(), folder / 'teacher'), job(config(), folder / 'lacking', own={1: {'dataset': lacking}}),
       job(config(), folder / 'differing', own={1: {'seed': 6}}), job(config(), folder / 'whole'),
+      job(config(), folder / 'full', full=0), job(config(), folder / 'full'),
   ], folder)
   return folder, results, streams
 
@@ -161,7 +162,7 @@ def test_the_student_has_moved(single):
 def test_all_processes_have_the_result_and_the_first_alone_speaks(several):
   folder, results, streams = several
   assert sorted(path.name for path in (folder / 'whole').iterdir()) == [
-      'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors',
+      '.lock', 'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors',
       'student_best.safetensors', 'summary.json']
   for kind in ('student', 'teacher', 'config_hash'):
     assert results[0][0][kind] == results[1][0][kind]
@@ -206,6 +207,17 @@ def test_what_is_wrong_on_one_process_is_told_to_all(several):
   assert not (folder / 'lacking').exists()
   for of_process in results:
     assert of_process[4] == 'ValueError: The config must be the same in all 2 processes, but differs between 0 and 1.'
+
+
+@pytest.mark.slow
+def test_what_the_first_alone_cannot_write_ends_all_and_they_go_on(several):
+  folder, results, _ = several
+  first, second = (of_process[6] for of_process in results)
+  assert first == 'ValueError: Cannot write metrics.jsonl: No space left on device.'
+  assert second == 'ValueError: Process 0 of 2: Cannot write metrics.jsonl: No space left on device.'
+  for of_process in results:
+    assert of_process[7]['student'] == of_process[0]['student']
+  assert results[0][7]['counts']['starts'] == 2
 
 
 # Who joins whom.
