@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from dfkd_jax.models.pretrained.errors import shown
 from dfkd_jax.types import PyTree
 
 _TORCH_LEAVES = {
@@ -27,7 +28,7 @@ class ShapeError(ValueError):
 
   def __init__(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]):
     super().__init__(
-        f'Parameter {name} has the shape {found} where {wanted} is wanted (both in the layout of Flax).')
+        f'Parameter {shown(name)} has the shape {found} where {wanted} is wanted (both in the layout of Flax).')
     self.found, self.wanted = found, wanted
 
 
@@ -54,7 +55,8 @@ def to_variables(
   arrays = _renamed(state_dict, by_torch_name)
   for key, (name, array) in arrays.items():
     if key not in by_torch_name:
-      raise ValueError(f'Unexpected parameter {name} {array.shape}: {type(module).__name__} has none of that name.')
+      raise ValueError(
+          f'Unexpected parameter {shown(name)} {array.shape}: {type(module).__name__} has none of that name.')
   flat = {}
   for key, path in by_torch_name.items():
     if key not in arrays:
@@ -90,7 +92,8 @@ def from_flat(arrays: Mapping[str, np.ndarray], module: nn.Module, image_shape: 
   expected = {'.'.join(path): (path, leaf) for path, leaf in _expected(module, image_shape).items()}
   for name, array in arrays.items():
     if name not in expected:
-      raise ValueError(f'Unexpected parameter {name} {array.shape}: {type(module).__name__} has none of that name.')
+      raise ValueError(
+          f'Unexpected parameter {shown(name)} {array.shape}: {type(module).__name__} has none of that name.')
   flat = {}
   for name, (path, leaf) in expected.items():
     if name not in arrays:
@@ -139,10 +142,10 @@ def _fitted(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct) -> jax
   if array.shape != expected.shape:
     raise ShapeError(name, array.shape, expected.shape)
   if not jnp.issubdtype(array.dtype, jnp.floating):
-    raise ValueError(f'Parameter {name} is {array.dtype}, not floating-point.')
+    raise ValueError(f'Parameter {shown(name)} is {array.dtype}, not floating-point.')
   with np.errstate(over='ignore', invalid='ignore'):
     converted = array.astype(expected.dtype)
   if not np.isfinite(converted).all():
-    raise ValueError(f'Parameter {name} holds {np.size(converted) - np.isfinite(converted).sum()} '
+    raise ValueError(f'Parameter {shown(name)} holds {np.size(converted) - np.isfinite(converted).sum()} '
                      f'values that are not finite in {expected.dtype}.')
   return jnp.asarray(converted)
