@@ -48,7 +48,7 @@ def to_variables(
 
   Raises:
     ValueError: For the first array that the module lacks, that the file lacks,
-      that has another shape, or that is not finite or not floating-point.
+      that has another shape, that is there twice, or that is not finite or not floating-point.
   """
   expected = _expected(module, image_shape)
   by_torch_name = {_torch_key(path): path for path in expected}
@@ -118,14 +118,23 @@ def _renamed(
   arrays = {}
   for name, array in state_dict.items():
     module, _, leaf = name.rpartition('.')
+    key = f'{module.replace(".", "_")}.{leaf}'
     if leaf != 'num_batches_tracked':
-      arrays[f'{module.replace(".", "_")}.{leaf}'] = name, array
+      _add(arrays, key, name, array)
   theirs = {key.split('.')[0] for key in arrays.keys() - wanted.keys()}
   ours = {key.split('.')[0] for key in wanted.keys() - arrays.keys()}
   if len(theirs) == len(ours) == 1 and (theirs | ours) <= set(_CLASSIFIERS):
     old, new = f'{theirs.pop()}.', f'{ours.pop()}.'
-    arrays = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in arrays.items()}
+    arrays, before = {}, arrays
+    for key, (name, array) in before.items():
+      _add(arrays, new + key.removeprefix(old) if key.startswith(old) else key, name, array)
   return arrays
+
+
+def _add(arrays: dict[str, tuple[str, np.ndarray]], key: str, name: str, array: np.ndarray) -> None:
+  if key in arrays:
+    raise ValueError(f'Parameters {shown(arrays[key][0])} and {shown(name)} are the same one, {shown(key)}, of ours.')
+  arrays[key] = name, array
 
 
 def _to_flax(array: np.ndarray, leaf: str) -> np.ndarray:
