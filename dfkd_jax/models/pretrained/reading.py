@@ -93,7 +93,7 @@ def parts(path: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
   with path.open('rb') as file:
     found = tfjs_files.shards(file.read()) if tfjs_files.begins(file.peek(8)) else []
   if lacking := [name for name in found if not (path.parent / name).is_file()]:
-    raise RefusedError(f'lacks its file {lacking[0]}')
+    raise RefusedError(f'lacks its file {shown(lacking[0])}')
   return path.parent, sorted({path.name, *found})
 
 
