@@ -185,3 +185,23 @@ def test_a_line_is_cut_off():
   assert errors.line('a\n  b\x1b') == r'a b\x1b'
   assert errors.line('a' * 1000) == 'a' * 1000
   assert errors.line('a' * 10**6) == 'a' * 997 + '...'
+
+
+@pytest.mark.parametrize('metadata', ['{"probe":5}', '{"probe":[[1]]}', '5', '[' * 5000, '{"probe":"\\u001b[2J"}'])
+def test_metadata_that_is_no_text_costs_one_line(metadata, tmp_path):
+  header = f'{{"__metadata__":{metadata}}}'.encode()
+  (tmp_path / 'w').write_bytes(struct.pack('<Q', len(header)) + header)
+  if 'probe' not in metadata:
+    with pytest.raises(ValueError, match='is no safetensors file'):
+      pretrained.read_metadata(tmp_path / 'w')
+    assert pretrained.stored_probe(tmp_path / 'w') is None
+    return
+  with pytest.raises(ValueError, match=r'The probe in the metadata of .*w is damaged') as error:
+    pretrained.stored_probe(tmp_path / 'w')
+  assert str(error.value).isprintable()
+
+
+def test_a_header_that_announces_more_than_the_library_reads_is_not_read(tmp_path):
+  (tmp_path / 'w').write_bytes(struct.pack('<Q', 2**40) + b'{}')
+  with pytest.raises(ValueError, match='is no safetensors file'):
+    pretrained.read_metadata(tmp_path / 'w')

@@ -21,7 +21,7 @@ import numpy as np
 from dfkd_jax.models.pretrained import archives
 from dfkd_jax.models.pretrained.errors import RefusedError, shown
 
-_LARGEST_PICKLE = 16 * 2**20  # Bytes: of 100,000 tensors; what few of them can make fills 200 times the room.
+_LARGEST_PICKLE = min(16 * 2**20, archives.LARGEST // 250)  # Bytes: of 100,000 tensors; its steps fill 220 times that.
 _DIMENSIONS, _ARGUMENTS = 64, 9  # Of an array of NumPy; of a call that makes a tensor.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _DTYPES = {
