@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from dfkd_jax.models.pretrained import reading
+from dfkd_jax.models.pretrained import errors, numpy_files, reading
 
 
 def load(path: str | os.PathLike) -> np.ndarray:
@@ -21,18 +21,21 @@ def load(path: str | os.PathLike) -> np.ndarray:
     found = _read(path)
   except OSError as error:
     raise ValueError(f'embeddings are {str(path)!r}, which cannot be read: {error.strerror or error}.') from error
-  except ValueError as error:
-    raise ValueError(f'embeddings are {str(path)!r}, must be one array of numbers: {error}') from error
+  except errors.RefusedError as error:
+    raise ValueError(f'embeddings are {str(path)!r}, must be one array of numbers: it {errors.line(error)}.') from error
+  except Exception as error:  # A damaged file may raise anything.
+    detail = errors.line(error) or type(error).__name__
+    raise ValueError(f'embeddings are {str(path)!r}, must be one array of numbers: {detail}') from error
   try:
     return found.astype(np.float32, casting='same_kind')
   except TypeError as error:
-    raise ValueError(f'embeddings are {str(path)!r}, must be one array of numbers, not of {found.dtype}.') from error
+    raise ValueError(f'embeddings are {str(path)!r}, must be one array of numbers, not of '
+                     f'{errors.shown(str(found.dtype))}.') from error
 
 
 def _read(path: pathlib.Path) -> np.ndarray:
   if path.suffix == '.npy':
-    with path.open('rb') as file:
-      return np.lib.format.read_array(file, allow_pickle=False)
+    return numpy_files.read_npy(path)
   arrays = reading.read(path)
   if len(arrays) != 1:
     raise ValueError(f'the file has {len(arrays)}.')

@@ -107,20 +107,20 @@ def test_what_follows_an_array_is_not_unpacked(extra, refused):
   assert refused(data) == f'has {160 + len(extra)} bytes of a, whose header says 160.'
 
 
-@pytest.mark.parametrize('size', [161, 2**33])
+@pytest.mark.parametrize('size', [161, archives.LARGEST])
 def test_sizes_in_the_directory_must_be_those_of_the_headers(size, refused):
   data = packed({'a.npy': npy(np.arange(4.0))}, sizes={'a.npy': size})
   assert refused(data) == f'has {size} bytes of a, whose header says 160.'
 
 
 def test_headers_that_tell_the_size_of_the_bomb_are_bounded_together(refused):
-  """2 arrays of 8 GiB and a little more, by their headers too."""
-  header = io.BytesIO()
-  np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (2**31,)})
-  size = 2**33 + len(header.getvalue())
+  """2 arrays of half the bound and a little more, by their headers too."""
+  count, header = archives.LARGEST // 8 + 1, io.BytesIO()
+  np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (count,)})
+  size = 4 * count + len(header.getvalue())
   data = packed({name: header.getvalue() + ZEROS for name in ('a.npy', 'b.npy')}, sizes={'a.npy': size, 'b.npy': size})
   assert refused(data) == (f"announces {2 * size} bytes of members, the largest 'a.npy' ({size} bytes), "
-                           'of which at most 17179869184 are unpacked.')
+                           f'of which at most {archives.LARGEST} are unpacked.')
 
 
 def test_archives_up_to_the_bound_are_read(tmp_path, monkeypatch, refused):
@@ -151,11 +151,11 @@ def test_weights_of_keras_are_bounded(tmp_path, monkeypatch, refused):
   assert refused(data).startswith(f"announces {len(weights)} bytes of members, the largest 'model.weights.h5' ")
 
 
-def test_weights_of_keras_announce_at_most_16_gib(refused):
-  size = 2**34 + 1
+def test_weights_of_keras_announce_no_more_than_the_memory_has_room_for(refused):
+  size = archives.LARGEST + 1
   assert refused(packed({'model.weights.h5': ZEROS}, sizes={'model.weights.h5': size})) == (
       f"announces {size} bytes of members, the largest 'model.weights.h5' ({size} bytes), "
-      'of which at most 17179869184 are unpacked.')
+      f'of which at most {archives.LARGEST} are unpacked.')
 
 
 @pytest.mark.parametrize(('name', 'size'), [('model.weights.h5', 3000), ('a.npy', 159)])
@@ -168,3 +168,42 @@ def test_no_more_is_unpacked_than_announced(name, size, tmp_path):
     assert tracemalloc.get_traced_memory()[1] < NOT_MORE
   finally:
     tracemalloc.stop()
+
+
+def test_the_bound_is_a_third_of_the_memory(monkeypatch):
+  pages = {'SC_PHYS_PAGES': 3 * 2**18, 'SC_PAGE_SIZE': 2**12}
+  monkeypatch.setattr(archives.os, 'sysconf', pages.__getitem__)
+  assert archives._largest() == 2**30
+  pages['SC_PHYS_PAGES'] = 2**40
+  assert archives._largest() == 2**34
+  monkeypatch.delattr(archives.os, 'sysconf')
+  assert archives._largest() == 2**34
+
+
+def test_arrays_are_not_held_twice(tmp_path):
+  """The file, and what it unpacks to: not a copy of it besides."""
+  (tmp_path / 'w').write_bytes(packed({'a.npy': npy(np.zeros(10**7, np.uint8))}))
+  tracemalloc.start()
+  try:
+    array = pretrained.read(tmp_path / 'w')['a']
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * 10**7
+  finally:
+    tracemalloc.stop()
+  assert not array.flags.writeable
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_arrays_of_one_name_are_refused(refused):
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, 'w') as archive:
+    for number in range(2):
+      archive.writestr('a.npy', npy(np.full(3, number)))
+  assert refused(stream.getvalue()) == 'holds two arrays called a.'
+
+
+@pytest.mark.parametrize('array', [np.zeros((0, 3)), np.array(7), np.asfortranarray(np.eye(2, 3)), np.zeros((2, 0))])
+def test_arrays_of_all_shapes(array, tmp_path):
+  (tmp_path / 'w').write_bytes(packed({'a.npy': npy(array)}))
+  read = pretrained.read(tmp_path / 'w')['a']
+  assert read.shape == array.shape
+  np.testing.assert_array_equal(read, array)

@@ -1,5 +1,7 @@
 """Files of class embeddings: what is read, and one line for everything else."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -39,8 +41,9 @@ def write(path, kind):
 
 @pytest.mark.parametrize(('kind', 'message'), {
     'words': 'must be one array of numbers, not of <U4', 'complex': 'not of complex128',
-    'objects': 'must be one array of numbers: Object arrays', 'text': 'must be one array of numbers',
-    'folder': 'cannot be read: Is a directory', 'missing': 'cannot be read: No such file'}.items())
+    'objects': 'must be one array of numbers: it holds an array of dtype object',
+    'text': 'must be one array of numbers', 'folder': 'cannot be read: Is a directory',
+    'missing': 'cannot be read: No such file'}.items())
 def test_bad_files_cost_one_line(tmp_path, kind, message):
   write(tmp_path / 'given.npy', kind)
   with pytest.raises(ValueError, match=message) as error:
@@ -67,3 +70,39 @@ def test_files_of_several_arrays(tmp_path):
   save_file({'text': GIVEN, 'image': GIVEN}, tmp_path / 'given.safetensors')
   with pytest.raises(ValueError, match=r'must be one array of numbers: the file has 2\.'):
     embeddings.load(tmp_path / 'given.safetensors')
+
+
+def header(text):
+  text = text.encode() + b'\n'
+  return b'\x93NUMPY\1\0' + len(text).to_bytes(2, 'little') + text
+
+
+def of_shape(shape):
+  return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+
+
+@pytest.mark.parametrize('text', [
+    of_shape('(5, 10**13)'), of_shape((5, 10**13)), of_shape((5, 10**9)), of_shape((10**30,)), of_shape((5, -3)),
+    '[' * 9000, '-' * 9000 + '1', of_shape(f'({"9" * 4000},)'), of_shape(f'({"9" * 4000}, {"9" * 4000})'),
+    of_shape(f'({"9" * 9000},)'), of_shape((2,) * 3000), of_shape(('x',)), '\x1b[2J' * 2000, '{1: 2}', '\0'],
+    ids=range(15))
+def test_hostile_headers_cost_one_line_and_no_memory(tmp_path, text):
+  (tmp_path / 'given.npy').write_bytes(header(text) + bytes(24))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match='must be one array of numbers: ') as error:
+      embeddings.load(tmp_path / 'given.npy')
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000  # Which Python's parser takes for its brackets.
+  finally:
+    tracemalloc.stop()
+  said = str(error.value)
+  assert said.isprintable()
+  assert len(said) < 1200
+
+
+def test_what_follows_an_array_is_refused(tmp_path):
+  np.save(tmp_path / 'given.npy', GIVEN)
+  with (tmp_path / 'given.npy').open('ab') as file:
+    file.write(b'1')
+  with pytest.raises(ValueError, match='it has 249 bytes of an array, whose header says 248'):
+    embeddings.load(tmp_path / 'given.npy')

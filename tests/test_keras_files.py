@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import tracemalloc
 import zipfile
 import zlib
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dfkd_jax.models import pretrained
+from dfkd_jax.models.pretrained import archives
 
 DRAW = np.random.default_rng(0)
 ARRAYS = {
@@ -185,3 +187,68 @@ def test_a_chunk_that_unpacks_to_more_than_it_announces_is_refused(tmp_path):
     file.create_dataset('a/kernel', data=np.ones(1_000, np.float32), chunks=(1_000,), compression='lzf')
   with pytest.raises(ValueError, match='packs a/kernel by filters'):
     pretrained.read(tmp_path / 'other')
+
+
+def in_keras(data):
+  stream = io.BytesIO()
+  with zipfile.ZipFile(stream, 'w', zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr('model.weights.h5', data)
+  return stream.getvalue()
+
+
+def test_an_archive_cannot_be_packed_twice(read_bytes):
+  """A file of zeros, and in it arrays that were never written: 1100 times the archive, not 1100 times the file."""
+  pad = lambda file: file.create_dataset('pad', data=np.zeros(2**20, np.uint8))
+  data = h5({}, lambda file: (pad(file), file.create_dataset('w', (2**24,), 'u1', chunks=(2**16,))))
+  assert read_bytes(data)['w'].nbytes == 2**24  # By itself it is no more than 1100 times the file.
+  packed = in_keras(data)
+  assert 2**20 < 1100 * len(packed) < 2**24
+  with pytest.raises(ValueError, match=rf'it announces 16777216 bytes of w, and has {len(packed)} bytes itself\.$'):
+    read_bytes(packed)
+
+
+@pytest.mark.parametrize('form', [bytes, in_keras])
+def test_arrays_are_bounded_by_the_memory_too(form, read_bytes, monkeypatch):
+  make = lambda file: [file.create_dataset(f'{name}/kernel', data=np.zeros(10**5, np.uint8), compression='gzip')
+                       for name in 'ab']
+  data = form(h5({}, make))
+  monkeypatch.setattr(archives, 'LARGEST', 200_000)
+  assert read_bytes(data).keys() == {'a/kernel', 'b/kernel'}
+  monkeypatch.setattr(archives, 'LARGEST', 199_999)
+  with pytest.raises(ValueError, match='it announces 100000 bytes of b/kernel, and has'):
+    read_bytes(data)
+
+
+def test_chunks_that_are_larger_than_their_array_are_bounded(read_bytes):
+  """What HDF5 unpacks for one number; a chunk of the size that h5py itself chooses is none."""
+  make = lambda size: lambda file: file.create_dataset(
+      'a/kernel', (10,), 'f4', maxshape=(None,), chunks=(size,), compression='gzip', data=np.arange(10, dtype='f4'))
+  np.testing.assert_array_equal(read_bytes(h5({}, make(10**5)))['a/kernel'], np.arange(10))
+  with pytest.raises(ValueError, match='it keeps the 40 bytes of a/kernel in 1 chunks of 68000000 bytes'):
+    read_bytes(h5({}, make(17 * 10**6)))
+
+
+def test_a_chunk_is_unpacked_piece_by_piece(tmp_path):
+  """A bomb of 32 MiB where as much is announced: it is counted, and never there beside the array."""
+  size = 2**25
+  with h5py.File(tmp_path / 'w', 'w') as file:
+    dataset = file.create_dataset('a/kernel', (size,), np.uint8, chunks=(size,), compression='gzip')
+    dataset.id.write_direct_chunk((0,), zlib.compress(bytes(size + 5), 9))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=f'holds a chunk of a/kernel that unpacks to more than the {size} bytes'):
+      pretrained.read(tmp_path / 'w')
+    assert tracemalloc.get_traced_memory()[1] < 0.8 * size
+  finally:
+    tracemalloc.stop()
+
+
+def test_attributes_that_are_no_short_text_are_not_read(read_bytes):
+
+  def name(file):
+    label(file)
+    file['layers/conv2d_3/vars'].attrs['name'] = np.zeros(5000, np.uint8)
+    file['layers/sequential/vars'].attrs['name'] = np.bytes_(b'x' * 5000)
+
+  read = read_bytes(h5(NUMBERED, name))
+  assert {'conv2d_3/kernel', 'sequential/dense/kernel', 'bn_conv1/gamma'} <= read.keys()

@@ -430,3 +430,38 @@ def test_a_published_resnet56_scores_as_published():
   images, labels = load.cifar10_test()
   correct = sum(int((classify(network, images[i:i + 500]) == labels[i:i + 500]).sum()) for i in range(0, 10_000, 500))
   assert abs(correct - 9339) <= 2
+
+
+@pytest.mark.parametrize('other', ['layer1_0.conv1.weight', 'layer1.0_conv1.weight'])
+def test_two_names_of_one_parameter_are_refused(other):
+  state_dict, module, image_shape = changed()
+  state_dict[other] = state_dict['layer1.0.conv1.weight'] + 1
+  with pytest.raises(ValueError, match=rf'Parameters layer1\.0\.conv1\.weight and {other} are the same one'):
+    pretrained.to_variables(state_dict, module, image_shape)
+
+
+def test_two_last_layers_are_refused():
+  """All of one and half of another, which would take its place."""
+  state_dict, module, image_shape = changed()
+  state_dict |= {'linear.weight': state_dict['fc.weight'] + 1, 'linear.bias': state_dict.pop('fc.bias')}
+  with pytest.raises(ValueError, match=r'Parameters fc\.weight and linear\.weight are the same one, fc\.weight'):
+    pretrained.to_variables(state_dict, module, image_shape)
+
+
+@pytest.mark.parametrize('arrays', [
+    {'_blocks.007._bn0.weight': np.ones(3)}, {'_blocks.0._project_conv.weight': np.array(1.0)},
+    {f'_blocks.{"9" * 5000}._bn0.weight': np.ones(3)}, {'_blocks.²._bn0.weight': np.ones(3)}],
+    ids=['zeros', 'scalar', 'digits', 'power'])
+def test_odd_names_of_blocks_do_not_fit(arrays, tmp_path):
+  module, image_shape = MODULES[1]
+  (tmp_path / 'w').write_bytes(safetensors_numpy.save({'_conv_stem.weight': np.ones((4, 3, 3, 3))} | arrays))
+  with pytest.raises(ValueError, match=r'^[^\n]*w does not fit: Unexpected parameter ') as error:
+    pretrained.load(tmp_path / 'w', module, image_shape)
+  assert len(str(error.value)) < 400
+
+
+def test_what_nobody_thought_of_does_not_fit(tmp_path, monkeypatch):
+  monkeypatch.setattr(pretrained, 'translate', lambda arrays: {}['a\nb'])
+  (tmp_path / 'w').write_bytes(safetensors_numpy.save({'a': np.ones(3)}))
+  with pytest.raises(ValueError, match=r"^[^\n]*w does not fit: its names and shapes cannot be converted \(KeyError "):
+    pretrained.load(tmp_path / 'w', *MODULES[1])

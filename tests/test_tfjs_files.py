@@ -1,6 +1,8 @@
 """Layers models of TensorFlow.js: shards, dtypes, quantization; and nothing beyond their folder."""
 
 import json
+import pathlib
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -89,6 +91,50 @@ def test_a_file_that_is_named_twice_is_refused(tmp_path):
   folder = write(folder, PLAIN, PLAIN_DATA, weightsManifest=[{**manifest[0], 'paths': manifest[0]['paths'] * 2}])
   with pytest.raises(ValueError, match=rf"names its file {manifest[0]['paths'][0]} twice"):
     pretrained.read(folder / 'model.json')
+
+
+@pytest.mark.parametrize('name', ['././group1-shard1of1.bin', './', 'a//b', 'a/./b', 'a/', '', '.'])
+def test_names_that_have_other_ways_to_be_written_are_refused(name, tmp_path):
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, weightsManifest=[{'paths': [name], 'weights': PLAIN}])
+  with pytest.raises(ValueError, match=r"^Refused to read [^\n]*: it names '[^\n]*', which is not the plain name"):
+    pretrained.read(folder)
+
+
+@pytest.mark.parametrize('link', ['symlink_to', 'hardlink_to', None])
+@pytest.mark.parametrize('groups', [1, 2])
+def test_one_file_by_two_names_is_refused(link, groups, tmp_path):
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA)
+  names = ['group1-shard1of1.bin', 'again.bin' if link else './group1-shard1of1.bin']
+  if link:
+    getattr(folder / names[1], link)(folder / names[0])
+  again = [{**each, 'name': f'again/{each["name"]}'} for each in PLAIN]
+  write(folder, PLAIN, PLAIN_DATA, weightsManifest=[{'paths': names, 'weights': PLAIN + again}] if groups == 1 else [
+      {'paths': names[:1], 'weights': PLAIN}, {'paths': names[1:], 'weights': again}])
+  with pytest.raises(ValueError, match=rf'it names one file twice, as {names[0]} and {pathlib.Path(names[1]).name}\.$'):
+    pretrained.read(folder)
+
+
+def test_nothing_is_read_of_files_that_are_too_long(tmp_path):
+  """A hole of 50 MB, which takes no room on the disk."""
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(60,))
+  with (folder / 'group1-shard2of2.bin').open('ab') as file:
+    file.truncate(50_000_000)
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=r'its files have 50000060 bytes and should have 147\)\.$'):
+      pretrained.read(folder)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+  finally:
+    tracemalloc.stop()
+
+
+def test_names_in_messages_are_cut_off_and_harmless(tmp_path):
+  for model in ({'format': '\x1b[2J' * 999}, {'weightsManifest': [{'paths': ['\x1b[2J' * 40], 'weights': PLAIN}]},
+                {'weightsManifest': [{'paths': [], 'weights': [entry('\x1b[2J' * 999, (1,), 'x' * 999)]}]}):
+    with pytest.raises(ValueError, match='Refused to read') as error:
+      pretrained.read(write(tmp_path / 'model', PLAIN, PLAIN_DATA, **model))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 500
 
 
 def test_links_in_a_folder_are_followed(tmp_path):

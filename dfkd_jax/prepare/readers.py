@@ -6,14 +6,18 @@ import os
 import pathlib
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from dfkd_jax.models.pretrained import archives, errors, numpy_files
 from dfkd_jax.prepare.writer import Split
 
+_DIMENSIONS = 64  # Of an array of NumPy.
+_LARGEST_MEMBER = 60_000 * 3074  # Bytes of a file of CIFAR: none has more records than that.
+_LARGEST_NOTE = 2**20  # Bytes of its names of classes, and of what an archive has to say of a member.
+_MEMBERS = 1000  # Of an archive: CIFAR's have 8.
 _IDX = {'train': 'train', 'test': 't10k'}
 _CIFAR_FILES = {
     'cifar10': {'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)), 'test': ('test_batch.bin',)},
@@ -26,17 +30,30 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
   """An array of unsigned bytes out of an IDX file (that of MNIST), gzipped or not.
 
   Raises:
-    ValueError: If it is no such file, or too short or long.
+    ValueError: If it is no such file, too short or long, or larger than `archives.LARGEST`.
   """
-  raw = pathlib.Path(path).read_bytes()
-  if raw[:2] == b'\x1f\x8b':
-    raw = gzip.decompress(raw)
-  if raw[:3] != b'\0\0\x08' or len(raw) < 8 or len(raw) < 4 + 4 * raw[3]:
-    raise ValueError(f'{str(path)!r} is not an IDX file of unsigned bytes.')
-  shape = tuple(np.frombuffer(raw, '>u4', raw[3], 4).tolist())
-  if len(raw) != 4 + 4 * len(shape) + math.prod(shape):
-    raise ValueError(f'{str(path)!r} has {len(raw)} bytes, which does not fit its shape {shape}.')
-  return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+  with pathlib.Path(path).open('rb') as file:
+    packed = file.read(2) == b'\x1f\x8b'
+    file.seek(0)
+    return _idx(gzip.GzipFile(fileobj=file) if packed else file, str(path))
+
+
+def _idx(file: BinaryIO, path: str) -> np.ndarray:
+  """Of a stream, of which no more is unpacked than its header announces."""
+  begin = file.read(4)
+  count = begin[3] if begin[:3] == b'\0\0\x08' and len(begin) == 4 else 0
+  sizes = file.read(4 * count)
+  if not 0 < count <= _DIMENSIONS or len(sizes) < 4 * count:
+    raise ValueError(f'{path!r} is not an IDX file of unsigned bytes.')
+  shape = tuple(np.frombuffer(sizes, '>u4').tolist())
+  size = math.prod(shape)
+  if size > archives.LARGEST:
+    raise ValueError(f'{path!r} announces {size} bytes, of which at most {archives.LARGEST} are read.')
+  raw = file.read(size + 1)
+  if len(raw) != size:
+    has = 'more' if len(raw) > size else len(raw)
+    raise ValueError(f'{path!r} has {has} bytes after its header, which does not fit its shape {shape}.')
+  return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def _from_idx(name: str, source: pathlib.Path, splits: Iterable[str]) -> tuple[dict[str, Split], None]:
@@ -60,15 +77,38 @@ def _from_cifar(name: str, source: pathlib.Path, splits: Iterable[str]) -> tuple
     raise ValueError(f'An archive can be read for {" and ".join(map(repr, _CIFAR_FILES))}, not for {name!r}.')
   files = {split: _CIFAR_FILES[name].get(split, (split,)) for split in splits}
   wanted = {_CIFAR_NAMES[name], *(file for of_split in files.values() for file in of_split)}
-  raw = {}
-  with tarfile.open(source, 'r|*') as archive:
-    for member in archive:
-      if os.path.basename(member.name) in wanted and member.isfile():
-        raw[os.path.basename(member.name)] = archive.extractfile(member).read()
+  raw = _from_tar(source, {file: _LARGEST_NOTE if file == _CIFAR_NAMES[name] else _LARGEST_MEMBER for file in wanted})
   if missing := sorted(wanted - set(raw)):
     raise ValueError(f'{str(source)!r} has no {missing[0]!r}, of which {name!r} is made.')
   found = {split: _cifar_split(split, b''.join(map(raw.get, of_split)), name) for split, of_split in files.items()}
   return found, raw[_CIFAR_NAMES[name]].decode().split()
+
+
+class _Member(tarfile.TarInfo):
+  """Of an archive. What it says of other members and of holes is held in memory whatever its size: here it has none."""
+
+  def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # What tarfile has for subclasses.
+    if self.type == tarfile.GNUTYPE_SPARSE or (not self.isreg() and self.size > _LARGEST_NOTE):
+      raise tarfile.ReadError(f'it has a header of {self.size} bytes, or holes')
+    return super()._proc_member(archive)
+
+  def _proc_gnusparse_10(self, *_: Any) -> None:
+    raise tarfile.ReadError('it has holes')
+
+
+def _from_tar(source: pathlib.Path, largest: Mapping[str, int]) -> dict[str, bytes]:
+  """Files of an archive by their names without folders; `largest` has those that are wanted, and the most bytes."""
+  raw = {}
+  with tarfile.open(source, 'r|*', tarinfo=_Member) as archive:
+    for number, member in enumerate(archive):
+      file = os.path.basename(member.name)
+      if number >= _MEMBERS:
+        raise tarfile.ReadError(f'it has more than {_MEMBERS} members')
+      if file in largest and member.isfile():
+        if member.size > largest[file]:
+          raise tarfile.ReadError(f'it announces {member.size} bytes of {file!r}, which has at most {largest[file]}')
+        raw[file] = archive.extractfile(member).read()
+  return raw
 
 
 def _cifar_split(split: str, raw: bytes, name: str) -> Split:
@@ -95,15 +135,21 @@ def _npz_arrays(
   """Splits of the arrays with these names, and if there `class_names`."""
   if source.exists() and not zipfile.is_zipfile(source):
     raise ValueError(f'{str(source)!r} is not an .npz file.')
-  with np.load(source, allow_pickle=False) as arrays:
+  with zipfile.ZipFile(source) as archive:
+    members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}
+    if len(members) < len(archive.infolist()):
+      raise ValueError(f'{str(source)!r} has two arrays of one name.')
     for key in (key for of_split in keys.values() for key in of_split):
-      if key not in arrays:
-        raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {list(arrays)}.')
+      if key not in members:
+        raise ValueError(f'{str(source)!r} has no {key!r}, of which {name!r} is made; it has {errors.some(members)}.')
+    wanted = {key for of_split in keys.values() for key in of_split} | ({'class_names'} & members.keys())
     try:
-      found = {split: (arrays[images], arrays[labels]) for split, (images, labels) in keys.items()}
-      names = arrays.get('class_names')
+      archives.check_sizes(members[key] for key in wanted)
+      arrays = {key: numpy_files.read_member(archive, members[key], 'fiubUS') for key in wanted}
     except ValueError as error:  # Of pickled ones, or of damaged headers.
-      raise ValueError(f'{str(source)!r} cannot be read: {error}') from error
+      raise ValueError(f'{str(source)!r} cannot be read: {errors.line(error)}') from error
+  found = {split: (arrays[images], arrays[labels]) for split, (images, labels) in keys.items()}
+  names = arrays.get('class_names')
   if names is not None and (names.ndim != 1 or names.dtype.kind not in 'US'):
     raise ValueError(f"'class_names' in {str(source)!r} must be text [K], got {names.dtype} {names.shape}.")
   return found, None if names is None else names.tolist()
@@ -143,5 +189,7 @@ def _read(read: Callable[[], Any], source: pathlib.Path) -> Any:
     raise ValueError(f'{str(source)!r} cannot be read: No such file or folder.')
   try:
     return read()
-  except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-    raise ValueError(f'{str(source)!r} cannot be read: {error}') from error
+  except ValueError:
+    raise
+  except Exception as error:  # A damaged file may raise anything.
+    raise ValueError(f'{str(source)!r} cannot be read: {errors.line(error) or type(error).__name__}') from error

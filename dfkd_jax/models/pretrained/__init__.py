@@ -14,6 +14,7 @@ from safetensors import numpy as safetensors_numpy
 
 from dfkd_jax.models.pretrained.card import Card, Probe, check, describe, digest, make_probe, stored_probe
 from dfkd_jax.models.pretrained.conversion import ShapeError, from_flat, from_variables, to_variables
+from dfkd_jax.models.pretrained.errors import line
 from dfkd_jax.models.pretrained.naming import translate
 from dfkd_jax.models.pretrained.orbax_files import found_in, read_under
 from dfkd_jax.models.pretrained.reading import read, read_metadata
@@ -49,7 +50,11 @@ def load(path: str | os.PathLike[str], module: nn.Module, image_shape: tuple[int
   try:
     return _converted(arrays, module, image_shape)
   except ValueError as error:
-    raise ValueError(f'{path} does not fit: {_other_classes(arrays, module, image_shape, error) or error}') from None
+    other = _other_classes(arrays, module, image_shape, error)
+    raise ValueError(f'{path} does not fit: {other or line(error)}') from None
+  except Exception as error:  # Names and shapes that nobody thought of may raise anything.
+    detail = f'{type(error).__name__} {line(error)}'.strip()
+    raise ValueError(f'{path} does not fit: its names and shapes cannot be converted ({detail}).') from error
 
 
 def _converted(arrays: Mapping[str, np.ndarray], module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
@@ -71,7 +76,7 @@ def _other_classes(
   classes = differing[0][0]
   try:
     _converted(arrays, module.clone(num_classes=classes), image_shape)
-  except ValueError:
+  except Exception:
     return None
   return f'the weights have {classes} classes, the network is built for {own} (dataset.num_classes).'
 

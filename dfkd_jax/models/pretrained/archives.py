@@ -1,11 +1,23 @@
 """Zip archives of weights: what they announce is looked at before any of it is unpacked in memory."""
 
+import os
 import zipfile
 from collections.abc import Iterable
 
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, shown
 
-LARGEST = 16 * 2**30  # Bytes that may be unpacked of one archive: more than networks have that are distilled here.
+
+def _largest() -> int:
+  try:
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (AttributeError, OSError, ValueError):  # Systems that do not say.
+    memory = 0
+  return min(16 * 2**30, memory // 3 if memory > 0 else 16 * 2**30)
+
+
+# Bytes that may be unpacked of one file: more than networks have that are distilled here, and so few that the file,
+# what it unpacks to and the network find room beside each other.
+LARGEST = _largest()
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # Those of other methods unpack at once, however much that is.
 
 
@@ -51,4 +63,4 @@ def _check_sum(members: list[zipfile.ZipInfo], most: int, why: str) -> None:
 
 
 def _named(info: zipfile.ZipInfo) -> str:
-  return f'{info.filename!r} ({info.file_size} bytes)'
+  return f"'{shown(info.filename)}' ({info.file_size} bytes)"

@@ -11,7 +11,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from dfkd_jax.models.network import Network
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, line, shown
 from dfkd_jax.models.pretrained.reading import parts, read_metadata, split_entry
 from dfkd_jax.types import Array
 
@@ -112,7 +112,7 @@ def stored_probe(path: str | os.PathLike[str]) -> Probe | None:
     if np.asarray(probe.logits).ndim != 2 or len(probe.image_shape) != 3 or not 0 <= probe.seed < 2**32:
       raise ValueError('other shapes')
   except Exception as error:  # Of JSON that is nested too deep, or of a number that is none, too.
-    raise ValueError(f'The probe in the metadata of {path} is damaged: {text[:80]!r}.') from error
+    raise ValueError(f'The probe in the metadata of {path} is damaged: {shown(text)!r}.') from error
   return probe
 
 
@@ -225,7 +225,7 @@ def digest(path: pathlib.Path) -> str:
   try:
     folder, names = parts(path)
   except RefusedError as error:
-    raise ValueError(f'Refused to read {path}: it {error}.') from None
+    raise ValueError(f'Refused to read {path}: it {line(error)}.') from None
   if names == [path.name] and not path.is_dir():
     return _of_file(path)
   return hashlib.sha256(''.join(f'{_of_file(folder / name)}  {name}\n' for name in names).encode()).hexdigest()

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from dfkd_jax.models.pretrained.errors import shown
 from dfkd_jax.types import PyTree
 
 _TORCH_LEAVES = {
@@ -27,7 +28,7 @@ class ShapeError(ValueError):
 
   def __init__(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]):
     super().__init__(
-        f'Parameter {name} has the shape {found} where {wanted} is wanted (both in the layout of Flax).')
+        f'Parameter {shown(name)} has the shape {found} where {wanted} is wanted (both in the layout of Flax).')
     self.found, self.wanted = found, wanted
 
 
@@ -47,14 +48,15 @@ def to_variables(
 
   Raises:
     ValueError: For the first array that the module lacks, that the file lacks,
-      that has another shape, or that is not finite or not floating-point.
+      that has another shape, that is there twice, or that is not finite or not floating-point.
   """
   expected = _expected(module, image_shape)
   by_torch_name = {_torch_key(path): path for path in expected}
   arrays = _renamed(state_dict, by_torch_name)
   for key, (name, array) in arrays.items():
     if key not in by_torch_name:
-      raise ValueError(f'Unexpected parameter {name} {array.shape}: {type(module).__name__} has none of that name.')
+      raise ValueError(
+          f'Unexpected parameter {shown(name)} {array.shape}: {type(module).__name__} has none of that name.')
   flat = {}
   for key, path in by_torch_name.items():
     if key not in arrays:
@@ -90,7 +92,8 @@ def from_flat(arrays: Mapping[str, np.ndarray], module: nn.Module, image_shape: 
   expected = {'.'.join(path): (path, leaf) for path, leaf in _expected(module, image_shape).items()}
   for name, array in arrays.items():
     if name not in expected:
-      raise ValueError(f'Unexpected parameter {name} {array.shape}: {type(module).__name__} has none of that name.')
+      raise ValueError(
+          f'Unexpected parameter {shown(name)} {array.shape}: {type(module).__name__} has none of that name.')
   flat = {}
   for name, (path, leaf) in expected.items():
     if name not in arrays:
@@ -115,14 +118,23 @@ def _renamed(
   arrays = {}
   for name, array in state_dict.items():
     module, _, leaf = name.rpartition('.')
+    key = f'{module.replace(".", "_")}.{leaf}'
     if leaf != 'num_batches_tracked':
-      arrays[f'{module.replace(".", "_")}.{leaf}'] = name, array
+      _add(arrays, key, name, array)
   theirs = {key.split('.')[0] for key in arrays.keys() - wanted.keys()}
   ours = {key.split('.')[0] for key in wanted.keys() - arrays.keys()}
   if len(theirs) == len(ours) == 1 and (theirs | ours) <= set(_CLASSIFIERS):
     old, new = f'{theirs.pop()}.', f'{ours.pop()}.'
-    arrays = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in arrays.items()}
+    arrays, before = {}, arrays
+    for key, (name, array) in before.items():
+      _add(arrays, new + key.removeprefix(old) if key.startswith(old) else key, name, array)
   return arrays
+
+
+def _add(arrays: dict[str, tuple[str, np.ndarray]], key: str, name: str, array: np.ndarray) -> None:
+  if key in arrays:
+    raise ValueError(f'Parameters {shown(arrays[key][0])} and {shown(name)} are the same one, {shown(key)}, of ours.')
+  arrays[key] = name, array
 
 
 def _to_flax(array: np.ndarray, leaf: str) -> np.ndarray:
@@ -139,10 +151,10 @@ def _fitted(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct) -> jax
   if array.shape != expected.shape:
     raise ShapeError(name, array.shape, expected.shape)
   if not jnp.issubdtype(array.dtype, jnp.floating):
-    raise ValueError(f'Parameter {name} is {array.dtype}, not floating-point.')
+    raise ValueError(f'Parameter {shown(name)} is {array.dtype}, not floating-point.')
   with np.errstate(over='ignore', invalid='ignore'):
     converted = array.astype(expected.dtype)
   if not np.isfinite(converted).all():
-    raise ValueError(f'Parameter {name} holds {np.size(converted) - np.isfinite(converted).sum()} '
+    raise ValueError(f'Parameter {shown(name)} holds {np.size(converted) - np.isfinite(converted).sum()} '
                      f'values that are not finite in {expected.dtype}.')
   return jnp.asarray(converted)

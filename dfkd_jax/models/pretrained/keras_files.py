@@ -15,9 +15,12 @@ import ml_dtypes
 import numpy as np
 
 from dfkd_jax.models.pretrained import archives
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, shown
 
 _LARGEST = 1100  # Times the file, all arrays together: more than its compression can make of it.
+_CHUNK = 64 * 2**20  # Bytes that a chunk may have at least, even of a smaller array.
+_PIECE = 2 * 2**10  # Bytes that are unpacked at once, to be counted: 2 MB at most.
+_TEXT = 1024  # Bytes of an attribute.
 _GZIP, _FILTERS = 1, (1, 2, 3)  # Of HDF5: gzip, shuffle, fletcher32.
 _NOT_WEIGHTS = ('optimizer/', 'optimizer_weights/')
 
@@ -33,14 +36,16 @@ _BY_NUMBER = {
 }
 
 
-def read_h5(data: bytes) -> dict[str, np.ndarray]:
+def read_h5(data: bytes, num_bytes: int | None = None) -> dict[str, np.ndarray]:
   """The arrays of a file, called '<layer>/<weight>' ('conv1/kernel', 'bn_conv1/gamma').
 
   Args:
     data: All bytes of the file.
+    num_bytes: Of what the file itself was unpacked from; None if it was not.
 
   Raises:
-    RefusedError: If h5py is not installed, an array does not hold numbers, or its name is not stored.
+    RefusedError: If h5py is not installed, an array does not hold numbers, its name is not stored, or the arrays are
+      larger than compression makes of so many bytes, or than `archives.LARGEST`.
     Exception: Of any kind, if the file is damaged.
   """
   try:
@@ -48,14 +53,16 @@ def read_h5(data: bytes) -> dict[str, np.ndarray]:
   except ImportError:
     raise RefusedError("is an HDF5 file, which h5py reads: pip install 'dfkd_jax[h5]'") from None
   arrays, labels = {}, {}
+  num_bytes = len(data) if num_bytes is None else num_bytes
+  most = min(_LARGEST * num_bytes, archives.LARGEST)
 
   def visit(path: str, item: Any) -> None:  # Nothing that a link leads to, which may be another file.
     if not path.startswith(_NOT_WEIGHTS):
       if isinstance(item, h5py.Dataset):
         before = sum(array.nbytes for array in arrays.values())
-        arrays[path.removeprefix('model_weights/')] = _array(path, item, _LARGEST * len(data) - before, len(data))
-      elif 'name' in item.attrs:
-        labels[path] = str(item.attrs['name'])
+        arrays[path.removeprefix('model_weights/')] = _array(path, item, most - before, num_bytes)
+      elif name := _text(item, 'name'):
+        labels[path] = name
 
   with h5py.File(io.BytesIO(data), 'r') as file:
     file.visititems(visit)
@@ -69,8 +76,7 @@ def read_keras(data: bytes) -> dict[str, np.ndarray]:
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
     weights = archive.getinfo('model.weights.h5')
     archives.check_sizes([weights])
-    data = archives.unpacked(archive, weights)
-  return read_h5(data)
+    return read_h5(archives.unpacked(archive, weights), len(data))
 
 
 def named(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -84,7 +90,7 @@ def named(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     parts = re.sub(r':\d+$', '', name).strip('/').split('/')
     short = '/'.join(part for part, before in zip(parts, [None, *parts], strict=False) if part != before)
     if short in result:
-      raise RefusedError(f'holds two arrays called {short}')
+      raise RefusedError(f'holds two arrays called {shown(short)}')
     result[short] = array
   return result
 
@@ -92,34 +98,61 @@ def named(arrays: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _array(path: str, dataset: Any, left: int, num_bytes: int) -> np.ndarray:
   """What a file of `num_bytes` holds; `left` of it are what it may yet unpack to."""
   if dataset.is_virtual or dataset.external is not None:
-    raise RefusedError(f'keeps {path} in another file, which is not looked for')
+    raise RefusedError(f'keeps {shown(path)} in another file, which is not looked for')
   if dataset.nbytes > left:  # Arrays that were never written take no room in a file, however large.
-    raise RefusedError(f'announces {dataset.nbytes} bytes of {path}, and has {num_bytes} bytes itself')
-  _check_chunks(path, dataset)
-  if dataset.attrs.get('dtype') == 'bfloat16' and dataset.dtype.itemsize == 2:
+    raise RefusedError(f'announces {dataset.nbytes} bytes of {shown(path)}, and has {num_bytes} bytes itself')
+  if dataset.chunks is not None:
+    _check_chunks(shown(path), dataset, left)
+  if _text(dataset, 'dtype') == 'bfloat16' and dataset.dtype.itemsize == 2:
     array = dataset[()].view(ml_dtypes.bfloat16)
   elif dataset.dtype.kind in 'fiub':
     array = np.asarray(dataset[()])
   else:
-    raise RefusedError(f'holds {path} of dtype {dataset.dtype}, which is not one of numbers')
+    raise RefusedError(f'holds {shown(path)} of dtype {shown(str(dataset.dtype))}, which is not one of numbers')
   array.flags.writeable = False
   return array
 
 
-def _check_chunks(path: str, dataset: Any) -> None:
-  """HDF5 itself would unpack all that a chunk holds, however much more that is than it announces."""
+def _text(item: Any, key: str) -> str | None:
+  """An attribute that is a text, or a short one at least; None if there is no such."""
+  if key not in item.attrs:
+    return None
+  stored = item.attrs.get_id(key)
+  return str(item.attrs[key]) if stored.shape == () and stored.dtype.itemsize <= _TEXT else None
+
+
+def _check_chunks(path: str, dataset: Any, left: int) -> None:
+  """HDF5 itself would unpack all that a chunk holds, however much more that is than it or the array announces."""
   properties = dataset.id.get_create_plist()
   filters = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
   if set(filters) - set(_FILTERS) or len(set(filters)) < len(filters):
     raise RefusedError(f'packs {path} by filters {filters} of HDF5, of which {_FILTERS} are supported, once each')
-  if _GZIP not in filters:
-    return
-  offsets, size = [], math.prod(dataset.chunks) * dataset.id.get_type().get_size() + 4  # With a checksum.
-  dataset.id.chunk_iter(lambda info: offsets.append(info.chunk_offset))
-  for offset in offsets:
+  size, infos = math.prod(dataset.chunks) * dataset.id.get_type().get_size(), []
+  most = math.prod(-(-n // chunk) for n, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+  most = min(most, dataset.file.id.get_filesize())
+
+  def visit(info: Any) -> bool | None:  # Anything but None ends the visits.
+    infos.append((info.chunk_offset, info.size))
+    return True if len(infos) > most else None
+
+  dataset.id.chunk_iter(visit)
+  if size > max(dataset.nbytes, _CHUNK) or len(infos) > most or size * len(infos) > left:
+    raise RefusedError(f'keeps the {dataset.nbytes} bytes of {path} in {len(infos)} chunks of {size} bytes')
+  for offset, stored in infos if _GZIP in filters else ():
+    if stored > 2 * size + _PIECE:  # More than what does not get any smaller takes.
+      raise RefusedError(f'holds a chunk of {path} of {stored} bytes, which announces {size}')
     skipped, data = dataset.id.read_direct_chunk(offset)
-    if not skipped >> filters.index(_GZIP) & 1 and len(zlib.decompressobj().decompress(data, size + 1)) > size:
-      raise RefusedError(f'holds a chunk of {path} that unpacks to more than the {size - 4} bytes that it announces')
+    if not skipped >> filters.index(_GZIP) & 1 and _unpacks_to_more(data, size + 4):  # With a checksum.
+      raise RefusedError(f'holds a chunk of {path} that unpacks to more than the {size} bytes that it announces')
+
+
+def _unpacks_to_more(data: bytes, size: int) -> bool:
+  unpacker, count = zlib.decompressobj(), 0
+  for begin in range(0, len(data), _PIECE):
+    count += len(unpacker.decompress(data[begin:begin + _PIECE]))
+    if count > size or unpacker.eof:
+      break
+  return count > size
 
 
 def _named_by_class(paths: Iterable[str], labels: Mapping[str, str]) -> list[str]:
@@ -140,5 +173,5 @@ def _weight_name(layer: str, index: int, count: int) -> str:
   parts = layer.split('/')
   kind = re.sub(r'_\d+$', '', parts[-1])
   if (kind, count) not in _BY_NUMBER or set(parts[::2]) != {'layers'}:
-    raise RefusedError(f'numbers the {count} variables of {layer} instead of naming them: save the model as .h5')
+    raise RefusedError(f'numbers the {count} variables of {shown(layer)} instead of naming them: save the model as .h5')
   return _BY_NUMBER[kind, count][index]

@@ -1,15 +1,19 @@
 """Names and layouts in which other code bases publish weights, to those of PyTorch that `to_variables` takes."""
 
+import collections
 import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from dfkd_jax.models.pretrained.errors import shown
 
 _KERAS_LEAVES = {
     'kernel': 'weight', 'depthwise_kernel': 'weight', 'gamma': 'weight', 'beta': 'bias', 'bias': 'bias',
     'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
 _KERAS_DENSE = ('fc1000', 'predictions', 'probs')
 _STAGE_OF_KERAS = {str(i): f'layer{i - 1}' for i in range(2, 6)}
+_NUMBER = '0|[1-9][0-9]{0,5}'  # Of a block, as PyTorch writes it.
 _BRANCHES = {'2a': '1', '2b': '2', '2c': '3'}
 
 
@@ -39,8 +43,9 @@ def translate(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(arrays)
   found = dict(renamed)
   if len(found) < len(renamed):
-    twice = next(name for name, _ in renamed if [n for n, _ in renamed].count(name) > 1)
-    raise ValueError(f'Two parameters are called {twice} once their names are translated.')
+    counts = collections.Counter(name for name, _ in renamed)
+    twice = next(name for name, count in counts.items() if count > 1)
+    raise ValueError(f'Two parameters are called {shown(twice)} once their names are translated.')
   return found
 
 
@@ -91,12 +96,12 @@ def _lukemelas_names(arrays: Mapping[str, np.ndarray]) -> Callable[[str], str]:
   """From '<module>.<leaf>' to timm's name of it."""
   outside = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2', '_fc': 'classifier'}
   blocks, stage, block, last = {}, -1, 0, None
-  numbers = {int(match[1]) for name in arrays if (match := re.match(r'_blocks\.(\d+)\.', name))}
-  for number in sorted(numbers):
+  numbers = {match[1] for name in arrays if (match := re.match(rf'_blocks\.({_NUMBER})\.', name))}
+  for number in sorted(numbers, key=int):
     project = arrays.get(f'_blocks.{number}._project_conv.weight')
-    channels = None if project is None else project.shape[0]
+    channels = project.shape[:1] if project is not None else None
     stage, block = (stage, block + 1) if channels == last else (stage + 1, 0)
-    blocks[str(number)], last = f'blocks.{stage}.{block}', channels
+    blocks[number], last = f'blocks.{stage}.{block}', channels
 
   def inside(number: str, part: str) -> str:
     expands = f'_blocks.{number}._expand_conv.weight' in arrays
@@ -107,7 +112,7 @@ def _lukemelas_names(arrays: Mapping[str, np.ndarray]) -> Callable[[str], str]:
 
   def rename(name: str) -> str:
     module, _, leaf = name.rpartition('.')
-    if match := re.fullmatch(r'_blocks\.(\d+)\.(\w+)', module):
+    if match := re.fullmatch(rf'_blocks\.({_NUMBER})\.(\w+)', module):
       return f'{inside(*match.groups())}.{leaf}'
     return f'{outside.get(module, module)}.{leaf}'
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, line, some
 
 _COLLECTIONS = ('params', 'batch_stats')
 _ITEMS = ('default', 'state', 'params', 'items', 'model')  # What a step's folder keeps its tree under.
@@ -60,7 +60,7 @@ def read_under(
   try:
     found = _read(tree, within)
   except Exception as error:
-    raise ValueError(f'Could not read {tree}: it is damaged ({" ".join(str(error).split())[:300]}).') from error
+    raise ValueError(f'Could not read {tree}: it is damaged ({line(error)}).') from error
   if not found:
     raise ValueError(f'{tree} holds nothing under {place!r}.')
   return found
@@ -108,6 +108,6 @@ def _variables(leaves: Mapping[tuple[str, ...], Any], entry: str | None) -> dict
   within = next((place for place in places if any(path.startswith(f'{place}params/') for path in paths)), None)
   if within is None:
     where = f'in {entry!r} ' if entry else ''
-    raise RefusedError(f'holds no params {where}among {sorted({"/".join(path.split("/")[:2]) for path in paths})[:5]}')
+    raise RefusedError(f'holds no params {where}among {some({"/".join(path.split("/")[:2]) for path in paths})}')
   wanted = tuple(f'{within}{collection}/' for collection in _COLLECTIONS)
   return {key: path.removeprefix(within).replace('/', '.') for path, key in paths.items() if path.startswith(wanted)}

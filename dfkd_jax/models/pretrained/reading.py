@@ -14,12 +14,14 @@ import numpy as np
 import safetensors
 
 from dfkd_jax.models.pretrained import keras_files, numpy_files, orbax_files, tfjs_files, torch_files
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, line, shown, some
 
 IN_FOLDERS = ('model.safetensors', 'pytorch_model.bin')  # What the hub's folders call their weights.
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'net', 'params', 'weights')
 _AVERAGED = ('state_dict_ema', 'ema_state_dict', 'model_ema', 'ema')
 _PREFIXES = ('module.', '_orig_mod.', 'model.')  # Of DataParallel, torch.compile, and trainers.
+_MOST_PREFIXES = 8  # That are dropped: a name of nothing else would take the square of its length.
+_LARGEST_HEADER = 100_000_000  # Bytes, as the library of safetensors itself has it.
 _OTHERS = {  # By the bytes from an offset.
     (0, b'\x93NUMPY'): 'one array of NumPy without a name; numpy.savez keeps names', (4, b'TFL3'): 'TensorFlow Lite',
     (0, b'GGUF'): 'GGUF',
@@ -60,9 +62,9 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
   try:
     return _read_folder(path, entry or chosen) if data is None else _read_file(path, data, entry or chosen)
   except RefusedError as error:
-    raise ValueError(f'Refused to read {path}: it {error}.') from None
+    raise ValueError(f'Refused to read {path}: it {line(error)}.') from None
   except Exception as error:  # A damaged file may raise anything.
-    detail = ' '.join(str(error).split())[:300] or type(error).__name__
+    detail = line(error) or type(error).__name__
     raise ValueError(f'Could not read {path}: it is truncated or damaged ({detail}).') from error
 
 
@@ -91,7 +93,7 @@ def parts(path: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
   with path.open('rb') as file:
     found = tfjs_files.shards(file.read()) if tfjs_files.begins(file.peek(8)) else []
   if lacking := [name for name in found if not (path.parent / name).is_file()]:
-    raise RefusedError(f'lacks its file {lacking[0]}')
+    raise RefusedError(f'lacks its file {shown(lacking[0])}')
   return path.parent, sorted({path.name, *found})
 
 
@@ -103,9 +105,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
   """
   try:
     with pathlib.Path(path).open('rb') as file:
-      header = json.loads(file.read(struct.unpack('<Q', file.read(8))[0]))
+      size = struct.unpack('<Q', file.read(8))[0]
+      header = json.loads(file.read(size) if size <= _LARGEST_HEADER else b'')
     return dict(header.get('__metadata__', {}))
-  except (struct.error, ValueError, AttributeError, OverflowError, MemoryError):
+  except (struct.error, ValueError, TypeError, AttributeError, RecursionError):
     raise ValueError(f'Could not read {path}: it is no safetensors file.') from None
 
 
@@ -128,10 +131,12 @@ def unwrap(tree: Any, entry: str | None = None) -> dict[str, np.ndarray]:
     raise RefusedError(f'holds a {type(tree).__name__}, and no arrays by name')
   arrays = {name: array for name, array in tree.items() if isinstance(array, np.ndarray)}
   if not arrays or not all(isinstance(name, str) for name in arrays):
-    raise RefusedError(f'holds no arrays by name, but {sorted(map(str, tree))[:5]}')
+    raise RefusedError(f'holds no arrays by name, but {some(tree)}')
   if len(arrays) > 1:
     arrays.pop('n_averaged', None)  # Counts, beside the averages of PyTorch's AveragedModel.
-  while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in arrays)), None):
+  for _ in range(_MOST_PREFIXES):
+    if not (prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in arrays)), '')):
+      break
     arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
   return arrays
 
@@ -175,7 +180,7 @@ def _read_folder(path: pathlib.Path, entry: str | None) -> dict[str, np.ndarray]
   if file := _weights_in(path):
     return _read_file(file, file.read_bytes(), entry)
   raise RefusedError(f'is a folder without model.json of TensorFlow.js, a checkpoint of Orbax or {IN_FOLDERS[0]}; '
-                     f'it holds {sorted(item.name for item in path.iterdir())[:5]}')
+                     f'it holds {some(item.name for item in path.iterdir())}')
 
 
 def _weights_in(folder: pathlib.Path) -> pathlib.Path | None:
@@ -189,7 +194,7 @@ def _entry(tree: Any, key: str) -> Any:
   keys = [key, *(_AVERAGED if key == 'ema' else ())]
   found = [tree[key] for key in keys if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping)]
   if not found:
-    known = sorted(str(key) for key, value in tree.items() if isinstance(value, Mapping))[:9]
+    known = isinstance(tree, Mapping) and some((name for name, value in tree.items() if isinstance(value, Mapping)), 9)
     raise RefusedError(f'holds no entry {key!r}, but {known or "arrays alone"}')
   return found[0]
 
@@ -198,6 +203,6 @@ def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
   arrays = {}
   for name, tensor in safetensors.deserialize(data):
     if tensor['dtype'] not in _SAFETENSORS:
-      raise RefusedError(f'holds {name} of dtype {tensor["dtype"]}, which is not supported')
+      raise RefusedError(f'holds {shown(name)} of dtype {shown(tensor["dtype"])}, which is not supported')
     arrays[name] = np.frombuffer(tensor['data'], _SAFETENSORS[tensor['dtype']]).reshape(tensor['shape'])
   return arrays

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dfkd_jax.models.pretrained import tfjs_files
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, line, some
 from dfkd_jax.models.pretrained.reading import IN_FOLDERS, split_entry
 
 _HUB = re.compile(r'hf:(?P<repo>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^/#]+))?(?:/(?P<file>[^#]+))?(?:#(?P<entry>.+))?')
@@ -59,12 +59,12 @@ def _from_hub(source: str) -> pathlib.Path:
   try:
     path = fetch(match['file']) if match['file'] else _best(hub, match['repo'], match['revision'], source)
   except RefusedError as error:
-    raise ValueError(f'{source!r} {error}.') from None
+    raise ValueError(f'{source!r} {line(error)}.') from None
   except _NoWeightsError as error:
     raise ValueError(str(error)) from None
   except Exception as error:  # Of the hub's own kinds, of its HTTP library, or of the disk.
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    raise ValueError(f'{source!r} cannot be fetched: {reason[:300]}') from error
+    reason = next((each for each in str(error).splitlines() if each.strip()), type(error).__name__)
+    raise ValueError(f'{source!r} cannot be fetched: {line(reason)}') from error
   return _with_entry(pathlib.Path(path), match['entry'])
 
 
@@ -109,7 +109,7 @@ def _chosen(names: list[str], shards: Callable[[str], list[str]], source: str) -
   found = sorted(found)
   if len(found) != 1:
     raise _NoWeightsError(f'{source!r} has {len(found) or "no"} files of weights{": " if found else ""}'
-                          f'{", ".join(found[:5])}; name one as hf:OWNER/REPO/FILE.')
+                          f'{", ".join(some(found))}; name one as hf:OWNER/REPO/FILE.')
   return found[0]
 
 

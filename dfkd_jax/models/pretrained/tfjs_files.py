@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from dfkd_jax.models.pretrained.errors import RefusedError
+from dfkd_jax.models.pretrained.errors import RefusedError, line, shown
 from dfkd_jax.models.pretrained.keras_files import named
 
 _DTYPES = {name: np.dtype(name) for name in ('float32', 'float16', 'int32', 'uint8', 'bool')}
+_DIMENSIONS = 64  # Of an array of NumPy.
 _STORED = {name: np.dtype(name) for name in ('float16', 'uint8', 'uint16')}  # What numbers are quantized to.
 
 
@@ -32,9 +33,11 @@ def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
     RefusedError: If it is another kind of JSON or model, or a file is not there.
     Exception: Of any kind, if it is damaged.
   """
-  arrays = []
-  for group in _manifest(data):
-    arrays += _group(group['weights'], b''.join(_shard(folder, name) for name in group['paths']))
+  arrays, groups = [], _manifest(data)
+  files = [[_shard(folder, name) for name in group['paths']] for group in groups]
+  _check_files(groups, files)
+  for group, paths in zip(groups, files, strict=True):
+    arrays += _group(group['weights'], b''.join(path.read_bytes() for path in paths))
   return named(arrays)
 
 
@@ -49,7 +52,7 @@ def shards(data: bytes) -> list[str]:
   except RefusedError:
     raise
   except Exception as error:  # Of JSON that is nested too deep, too.
-    raise RefusedError(f'is truncated or damaged ({" ".join(str(error).split())[:300]})') from error
+    raise RefusedError(f'is truncated or damaged ({line(error)})') from error
 
 
 def _manifest(data: bytes) -> Sequence[Mapping[str, Any]]:
@@ -57,10 +60,10 @@ def _manifest(data: bytes) -> Sequence[Mapping[str, Any]]:
   if not isinstance(model, dict) or 'weightsManifest' not in model:
     raise RefusedError('is JSON, but has no weightsManifest, as a model of TensorFlow.js would')
   if model.get('format', 'layers-model') != 'layers-model':
-    raise RefusedError(f'is a {model["format"]} of TensorFlow.js, of which the layers-model is supported')
+    raise RefusedError(f'is a {shown(model["format"])} of TensorFlow.js, of which the layers-model is supported')
   times = collections.Counter(name for group in model['weightsManifest'] for name in group['paths'])
   if twice := [name for name, count in times.items() if count > 1]:
-    raise RefusedError(f'names its file {twice[0]} twice')
+    raise RefusedError(f'names its file {shown(twice[0])} twice')
   return model['weightsManifest']
 
 
@@ -68,10 +71,9 @@ def _group(entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str,
   """Arrays that lie end to end, and must fill the data."""
   arrays, offset = [], 0
   for entry in entries:
-    stored, shape = _stored(entry), tuple(map(int, entry['shape']))
-    count = math.prod(shape)
-    if min(shape, default=0) < 0 or offset + count * stored.itemsize > len(data):
-      raise ValueError(f'{entry["name"]} {shape} reaches beyond its files')
+    stored, shape, count = _announced(entry)
+    if offset + count * stored.itemsize > len(data):
+      raise ValueError(f'{shown(entry["name"])} {shape} reaches beyond its files')
     numbers = np.frombuffer(data, stored, count, offset).reshape(shape)
     arrays.append((entry['name'], _decoded(numbers, entry)))
     offset += count * stored.itemsize
@@ -80,19 +82,46 @@ def _group(entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str,
   return arrays
 
 
+def _announced(entry: Mapping[str, Any]) -> tuple[np.dtype, tuple[int, ...], int]:
+  """Dtype, shape and count of the numbers in the file."""
+  stored = _stored(entry)
+  if len(entry['shape']) > _DIMENSIONS:
+    raise RefusedError(f'holds {shown(entry["name"])} of more than {_DIMENSIONS} dimensions')
+  shape = tuple(map(int, entry['shape']))
+  if min(shape, default=0) < 0:
+    raise ValueError(f'{shown(entry["name"])} has a dimension below 0')
+  return stored, shape, math.prod(shape)
+
+
+def _check_files(groups: Sequence[Mapping[str, Any]], files: Sequence[Sequence[pathlib.Path]]) -> None:
+  """That no file is there twice, by whatever names, and each group is as long as its arrays, before any is read."""
+  seen = {}
+  for group, paths in zip(groups, files, strict=True):
+    found = [path.stat() for path in paths]
+    for path, stat in zip(paths, found, strict=True):
+      if (other := seen.setdefault((stat.st_dev, stat.st_ino), path)) is not path:
+        raise RefusedError(f'names one file twice, as {shown(other.name)} and {shown(path.name)}')
+    num_bytes = sum(stat.st_size for stat in found)
+    wanted = sum(count * stored.itemsize for stored, _, count in map(_announced, group['weights']))
+    if num_bytes != wanted:
+      raise ValueError(f'its files have {num_bytes} bytes and should have {shown(wanted)}')
+
+
 def _inside(name: str) -> str:
   """The name as it is; links are the user's own, such as those to the blobs of the hub's cache, and are followed."""
   path = pathlib.PurePosixPath(name)
   if path.is_absolute() or '..' in path.parts or '\\' in name or pathlib.PureWindowsPath(name).drive:
-    raise RefusedError(f'names {name!r}, which lies outside of its folder')
+    raise RefusedError(f"names '{shown(name)}', which lies outside of its folder")
+  if {'', '.'} & set(name.removeprefix('./').split('/')):
+    raise RefusedError(f"names '{shown(name)}', which is not the plain name of a file")
   return name
 
 
-def _shard(folder: pathlib.Path, name: str) -> bytes:
+def _shard(folder: pathlib.Path, name: str) -> pathlib.Path:
   path = folder / _inside(name)
   if not path.is_file():
-    raise RefusedError(f'lacks its file {name}')
-  return path.read_bytes()
+    raise RefusedError(f'lacks its file {shown(name)}')
+  return path
 
 
 def _stored(entry: Mapping[str, Any]) -> np.dtype:
@@ -100,7 +129,7 @@ def _stored(entry: Mapping[str, Any]) -> np.dtype:
   quantization = entry.get('quantization')
   kinds, kind = (_STORED, quantization['dtype']) if quantization else (_DTYPES, entry['dtype'])
   if kind not in kinds:
-    raise RefusedError(f'holds {entry["name"]} as {kind}, which is not supported')
+    raise RefusedError(f'holds {shown(entry["name"])} as {shown(kind)}, which is not supported')
   return kinds[kind].newbyteorder('<')
 
 
@@ -110,7 +139,7 @@ def _decoded(numbers: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
   if not quantization:
     return numbers
   if dtype not in (np.float32, np.int32):
-    raise RefusedError(f'holds {entry["name"]} quantized from {entry["dtype"]}, which is not supported')
+    raise RefusedError(f'holds {shown(entry["name"])} quantized from {shown(entry["dtype"])}, which is not supported')
   if quantization['dtype'] == 'float16':
     return numbers.astype(dtype)
   values = numbers.astype(np.float32) * np.float32(quantization['scale']) + np.float32(quantization['min'])
