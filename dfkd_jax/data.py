@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from dfkd_jax import paths
+
 EMBEDDED = pathlib.Path(__file__).resolve().parent / 'assets' / 'tensorflow_datasets'
 _WELL_KNOWN = ('cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist')
 _DECODED_AT_ONCE = 256
@@ -100,8 +102,8 @@ def _check_arguments(
 def _roots(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
   """Where to look, in this order."""
   if data_dir is not None:
-    return [pathlib.Path(data_dir).expanduser()]
-  return [EMBEDDED, pathlib.Path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets').expanduser()]
+    return [paths.expanded(data_dir, 'data_dir')]
+  return [EMBEDDED, paths.expanded(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR')]
 
 
 def check_prepared(name: str, split: str, data_dir: str | os.PathLike | None = None) -> None:

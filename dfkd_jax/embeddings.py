@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from dfkd_jax import paths
 from dfkd_jax.models.pretrained import errors, numpy_files, reading
 
 
@@ -16,7 +17,7 @@ def load(path: str | os.PathLike) -> np.ndarray:
   Raises:
     ValueError: In one line, why there is no array of numbers to be read.
   """
-  path = pathlib.Path(path).expanduser()
+  path = paths.expanded(path, 'embeddings')
   try:
     found = _read(path)
   except OSError as error:

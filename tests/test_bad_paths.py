@@ -6,6 +6,7 @@ import pytest
 from refusals import folder, refused, run_main
 
 from dfkd_jax import paths
+from dfkd_jax.prepare import __main__ as prepare_main
 
 VALUES = {
     'pipe': 'a pipe', 'link': 'a pipe', '/dev/zero': 'a device', '/dev/full': 'a device',
@@ -69,3 +70,18 @@ def test_a_path_is_written_out(monkeypatch, tmp_path):
   assert paths.special(tmp_path) is None
   assert paths.special(tmp_path / 'not there') is None
   assert paths.shortened('x' * 1000) == f"'{'x' * 49} ... {'x' * 49}'"
+
+
+@pytest.mark.parametrize('source', ['pipe', 'link', '/dev/zero', '~nobody_of_this_name/x', 'x' * 300])
+@pytest.mark.parametrize('what', [['arrays'], ['folder'], ['cifar10']])
+def test_nothing_is_prepared_from_what_has_no_end(what, source, capsys):
+  with folder() as here:
+    os.mkfifo('pipe')
+    os.symlink('pipe', 'link')
+    refused(lambda: prepare_main.main([*what, '--source', source, '--data_dir', 'data']), here, 'source is ')
+
+
+@pytest.mark.parametrize('source', ['/usr/lib', '/', '/proc/self'])
+def test_folders_that_hold_no_weights_are_not_read_through(source):
+  with folder() as here:
+    refused(run_main(f'--config.init_from.student={source}', '--workdir=run'), here, 'init_from.student', source)

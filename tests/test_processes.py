@@ -211,7 +211,7 @@ def test_what_is_wrong_on_one_process_is_told_to_all(several):
 
 @pytest.mark.slow
 def test_what_the_first_alone_cannot_write_ends_all_and_they_go_on(several):
-  folder, results, _ = several
+  _, results, _ = several
   first, second = (of_process[6] for of_process in results)
   assert first == 'ValueError: Cannot write metrics.jsonl: No space left on device.'
   assert second == 'ValueError: Process 0 of 2: Cannot write metrics.jsonl: No space left on device.'

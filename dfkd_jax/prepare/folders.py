@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dfkd_jax.paths import expanded
 from dfkd_jax.prepare import pictures
 from dfkd_jax.prepare.writer import Split
 
@@ -33,7 +34,7 @@ def read_folder(
     ValueError: A folder or file is not there, a class has no image, a label is
       unknown, or an image is not labelled.
   """
-  source = pathlib.Path(source).expanduser()
+  source = expanded(source, 'source')
   if not source.is_dir():
     raise ValueError(f'There is no folder {str(source)!r}.')
   names = None if classes is None else _lines(classes)
@@ -100,7 +101,7 @@ def _images(folder: pathlib.Path) -> Iterator[str]:
 def _lines(path: str | os.PathLike) -> Sequence[str]:
   """A file's lines, without blank ones."""
   try:
-    text = pathlib.Path(path).expanduser().read_text(encoding='utf-8')
+    text = expanded(path, 'file').read_text(encoding='utf-8')
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(f'{str(path)!r} cannot be read: {error}') from error
   lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dfkd_jax import paths
 from dfkd_jax.models.pretrained import archives, errors, numpy_files
 from dfkd_jax.prepare.writer import Split
 
@@ -164,7 +165,7 @@ def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> tuple[d
       an .npz file with `<split>_images`, `<split>_labels` and maybe `class_names`.
     splits: Which ones to read; ValueError if they cannot be.
   """
-  source = pathlib.Path(source).expanduser()
+  source = paths.expanded(source, 'source')
   reader = _from_idx if source.is_dir() else _from_npz if source.suffix == '.npz' else _from_cifar
   return _read(lambda: reader(name, source, tuple(splits)), source)
 
@@ -180,7 +181,7 @@ def read_arrays(
       `class_names`; ValueError if it has not, or cannot be read.
     split: What the images are.
   """
-  source = pathlib.Path(source).expanduser()
+  source = paths.expanded(source, 'source')
   return _read(lambda: _npz_arrays(name, source, {split: ('images', 'labels')}), source)
 
 

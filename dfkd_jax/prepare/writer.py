@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dfkd_jax import paths
 from dfkd_jax.prepare import pictures, present
 
 Split = tuple  # Images uint8 [N, H, W, C] or Files, labels int [N] and maybe {column: [N] ints or strings}.
@@ -62,7 +63,7 @@ def write(
       there already, or a file is no image.
   """
   known = _KNOWN.get(name, _Known('1.0.0'))
-  data_dir = pathlib.Path(data_dir).expanduser().absolute()
+  data_dir = paths.expanded(data_dir, 'data_dir').absolute()
   target = data_dir / name / known.version
   there = present.find(target, name, splits)
   class_names = _class_names(name, splits, class_names, known.class_names, there)

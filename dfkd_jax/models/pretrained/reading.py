@@ -15,6 +15,7 @@ import safetensors
 
 from dfkd_jax.models.pretrained import keras_files, numpy_files, orbax_files, tfjs_files, torch_files
 from dfkd_jax.models.pretrained.errors import RefusedError, line, shown, some
+from dfkd_jax.paths import special
 
 IN_FOLDERS = ('model.safetensors', 'pytorch_model.bin')  # What the hub's folders call their weights.
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'net', 'params', 'weights')
@@ -58,6 +59,8 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
       anything else to be called than tensors.
   """
   path, chosen = split_entry(path)
+  if kind := special(path):
+    raise ValueError(f'Refused to read {path}: it is {kind}.')
   data = None if path.is_dir() else path.read_bytes()
   try:
     return _read_folder(path, entry or chosen) if data is None else _read_file(path, data, entry or chosen)
@@ -79,15 +82,19 @@ def split_entry(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None]
 def parts(path: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
   """The files that `read` takes of a path: their folder, and their names in it, in order.
 
-  That is the file itself; with a model.json the shards that it names; of a folder of Orbax, or one that is not read,
-  all that lie in it; of other folders what is read of them, and nothing that lies beside it.
+  That is the file itself; with a model.json the shards that it names; of a folder of Orbax all that lie in it; of other
+  folders what is read of them, and nothing that lies beside it.
 
   Raises:
     OSError: If there is no such file.
-    RefusedError: If a model.json is damaged, of another kind, or lacks a shard.
+    RefusedError: If a folder holds no weights, or a model.json is damaged, of another kind, or lacks a shard.
   """
+  if kind := special(path):
+    raise RefusedError(f'is {kind}')
   if path.is_dir():
     if (file := _weights_in(path)) is None:
+      if orbax_files.found_in(path) is None:
+        raise RefusedError('is a folder without weights')
       return path, sorted(item.relative_to(path).as_posix() for item in path.rglob('*') if item.is_file())
     return parts(file)
   with path.open('rb') as file:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from dfkd_jax import paths
 from dfkd_jax.models.pretrained import tfjs_files
 from dfkd_jax.models.pretrained.errors import RefusedError, line, some
 from dfkd_jax.models.pretrained.reading import IN_FOLDERS, split_entry
@@ -32,7 +33,7 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
     return _from_hub(source)
   if '://' in source:
     raise ValueError(f'{source!r}, an address: download the file, and name its path.')
-  path, entry = split_entry(pathlib.Path(source).expanduser())
+  path, entry = split_entry(paths.expanded(source, 'source'))
   if not path.exists():
     raise ValueError(f'{source!r}: there is no such file or folder.')
   return _with_entry(path, entry)
