@@ -122,8 +122,6 @@ class Experiment:
       stopping.Stopped: The run was asked to end early, and is saved.
       ValueError: A number was not finite, more often than may be.
     """
-    if done > total:
-      raise ValueError(f'{self.workdir} holds {done} {self.unit}s, more than the {total} that are wanted.')
     if self.config.faults.reseed and not done:  # Else there would be nothing to go back to.
       self.store.save(0, state)
     while True:

@@ -61,10 +61,13 @@ class Store:
     there = self.stored.get('weights', weights)
     for which, digest in weights.items():
       field = which if '.' in which else f'{which}.source'
-      if there.get(which) != digest and not run_folder.is_forced(self._resume, field):
+      if there.get(which) == digest:
+        continue
+      if not run_folder.is_forced(self._resume, field):
         before, now = (f'of SHA-256 {of[:16]}' if of else 'none' for of in (there.get(which), digest))
         raise ValueError(f'{self.workdir} holds a run with another {which}, {before} there, {now} here. '
                          f'Name another --workdir, or go on with --resume={run_folder.FORCE}:{field}.')
+      self._changed[f'weights.{which}'] = {'there': there.get(which), 'here': digest}
     self.meta['weights'] = weights
 
   def finished(self) -> dict[str, Any] | None:
@@ -86,8 +89,17 @@ class Store:
   def __exit__(self, *error) -> None:
     self._stack.__exit__(*error)
 
-  def begin(self, state: PyTree, unit: str) -> tuple[PyTree, int]:
-    """The state where the run stopped, and how many rounds are done; else the state given, and 0."""
+  def begin(self, state: PyTree, unit: str, total: int) -> tuple[PyTree, int]:
+    """The state where the run stopped, and how many rounds are done; else the state given, and 0.
+
+    Args:
+      state: To begin with.
+      unit: What is counted, 'round' or 'epoch'.
+      total: So many are wanted in all.
+
+    Raises:
+      ValueError: More are done than are wanted, or no checkpoint can be read.
+    """
     self.ledger.count('starts')
     self._template = _shapes(_fields(state)), _shapes(network_of(state))
     if not self._checkpoints.any():
@@ -96,6 +108,8 @@ class Store:
       report.note(f'Results go to {self.workdir}')
       return state, 0
     state, meta = self._restored(state)
+    if meta['done'] > total:
+      raise ValueError(f'{self.workdir} holds {meta["done"]} {unit}s, more than the {total} that are wanted.')
     for reason in self._checkpoints.damaged.values():
       report.note(f'{reason.rstrip(".")}. It is set aside, and the checkpoint before it taken.')
     self.reseeded = {int(of): times for of, times in meta['reseeded'].items()}

@@ -64,7 +64,7 @@ def run(
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    student, done = experiment.store.begin(student, 'epoch')
+    student, done = experiment.store.begin(student, 'epoch', section.epochs)
     metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
 
     def advance(student, index, reseeded):

@@ -151,7 +151,7 @@ def run_distillation(
     look = _held_out(experiment, mesh, factors, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    state, done = experiment.store.begin(state, 'round')
+    state, done = experiment.store.begin(state, 'round', section.rounds)
     state = state.replace(synthesis=host_buffer.made(state.synthesis))
     metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
     advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)

@@ -125,9 +125,10 @@ def test_the_best_student_may_be_kept_from_now_on_or_no_longer(tmp_path, before)
 
 def test_fewer_rounds_than_are_done_are_refused(tmp_path):
   train.run(toy_runs.config(), tmp_path)
+  before = toy_runs.tree_of(tmp_path)
   with pytest.raises(ValueError, match=r'holds 5 rounds, more than the 3 that are wanted'):
     train.run(toy_runs.config(distill__rounds=3), tmp_path, resume='force')
-  assert train.run(toy_runs.config(), tmp_path)['student'] == whole()[0]['student']
+  assert toy_runs.tree_of(tmp_path) == before
 
 
 def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
@@ -174,6 +175,9 @@ def test_other_weights_that_were_forced_are_on_record(tmp_path):
     train.run(config, tmp_path / 'run')
   summary = train.run(config, tmp_path / 'run', resume='force:teacher.source')
   assert set(summary['changed'][0]['fields']) == {'weights.teacher'}
+  again = train.run(toy_runs.config(), tmp_path / 'run', resume='force:teacher.source')  # Though it has ended.
+  assert again['weights']['teacher'] != summary['weights']['teacher']
+  assert (tmp_path / 'run' / 'summary_after_5.json').exists()
 
 
 def test_weights_may_lie_elsewhere(tmp_path):

@@ -119,3 +119,20 @@ def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
   assert said.splitlines()[-1].startswith('Stopped by SIGTERM after round ')
   step, = (int(found.name) for found in (workdir / 'checkpoints').iterdir())
   assert f'after round {step} of 100000, saved' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_programs_compile_ends_a_run_at_once(arguments, tmp_path, monkeypatch, number, status, heeded):
+  monkeypatch.setenv('JAX_LOG_COMPILES', '1')
+  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments, f'--workdir={tmp_path / "run"}']
+  with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+    for line in run.stderr:
+      if 'Compiling ' in line:
+        run.send_signal(number)
+        break
+    said = run.communicate(timeout=120)[1].splitlines()
+  assert run.returncode == status
+  assert said[-1] == f'Stopped by {signal.Signals(number).name}. The same command goes on from the last checkpoint.'
+  assert not any('Traceback' in line for line in said)
+  assert not (tmp_path / 'run').exists()
