@@ -44,6 +44,7 @@ def run(experiment: Experiment, mesh: Mesh, tx, network: Network, teacher: Netwo
         done = index + 1
         reason = experiment.reason(minutes=done < total)
         if reason or done == total or done % every == 0:
+          jax.block_until_ready(student.step)  # Else the time of many calls would count as that of saving.
           kept.save(done, programs.State(synthesis, student))
         if reason:
           kept.wait()
