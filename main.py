@@ -70,9 +70,9 @@ def _main(argv: Sequence[str], asked: stopping.Asked) -> int:
     logging.set_verbosity(logging.WARNING)
     from dfkd_jax import train  # Arguments are checked before the seconds that this import takes.
 
+    workdir = default_workdir(wanted.config) if wanted.workdir is None else wanted.workdir
     found = train.run(
-        config, wanted.workdir or default_workdir(wanted.config), command=shlex.join(['python', *argv]),
-        resume=wanted.resume, signals=asked)
+        config, workdir, command=shlex.join(['python', *argv]), resume=wanted.resume, signals=asked)
   except ValueError as error:
     if wanted and wanted.traceback:
       raise

@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -137,7 +138,8 @@ def _folder(name: str, split: str, roots: list[pathlib.Path]) -> pathlib.Path:
     if wanted <= set(present[folder]):
       return folder
   plain = name.split(':')[0]
-  kind = plain if plain in _WELL_KNOWN else f'folder --name {plain} --split {sorted(wanted)[0]}'
+  own = shlex.join(['folder', '--name', plain, '--split', sorted(wanted)[0]])
+  kind = plain if plain in _WELL_KNOWN else own
   command = f'python -m dfkd_jax.prepare {kind} --source ... --data_dir {roots[-1]}'
   if present:
     found = '; '.join(f'{", ".join(splits)} in {folder}' for folder, splits in present.items())
@@ -262,7 +264,8 @@ def _attempt(read: Callable[[], Any], what: str) -> Any:
   try:
     return read()
   except Exception as error:
-    raise ValueError(f'{what} cannot be read: {" ".join(str(error).split())}') from error
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(f'{what} cannot be read: {reason}') from error
 
 
 @contextlib.contextmanager

@@ -64,6 +64,11 @@ def test_all_is_told_at_once_where_the_folder_is_no_path():
             'nobody_of_this_name', 'seed is -1', "'odd'")
 
 
+def test_no_folder_is_not_the_default_one():
+  with folder() as here:
+    refused(run_main('--workdir='), here, "workdir is ''")
+
+
 def test_a_path_is_written_out(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   assert paths.expanded('~/a b/ü') == tmp_path / 'a b' / 'ü'
