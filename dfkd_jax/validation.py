@@ -5,6 +5,7 @@ but what says that a data set is there, nothing is compiled, and nothing is writ
 """
 
 import os
+import pathlib
 import re
 
 import jax
@@ -57,22 +58,22 @@ def check(
   problems = Problems()
   checks.look(config, problems)
   there = {}
-  if workdir is not None and config.get('job') != 'check':
-    there = _folder(config, problems, workdir, resume)
+  if written := workdir is not None and config.get('job') != 'check':
+    workdir = problems.ask(lambda: paths.expanded(workdir, 'workdir'), 'workdir')
+    there = _there(problems, workdir)
   if not problems.concern('fields'):
     _look(config, problems, teacher, there)
+  if written:  # At last, so that what is wrong by itself is not told as different, too.
+    problems.ask(lambda: run_folder.changed(
+        there, run_folder.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
   problems.tell()
 
 
-def _folder(config: build.Config, problems: Problems, workdir: str | os.PathLike, resume: str | None) -> dict:
-  """Whether it may be written, and holds no run of another config; what is known of the run that it holds."""
-  workdir = problems.ask(lambda: paths.expanded(workdir, 'workdir'), 'workdir')
+def _there(problems: Problems, workdir: pathlib.Path | None) -> dict:
+  """Whether the folder may be written; what is known of the run that it holds."""
   problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
   problems.ask(lambda: run_folder.check_free(workdir), 'workdir')
-  there = problems.ask(lambda: run_folder.stored(workdir), 'workdir') or {}
-  problems.ask(lambda: run_folder.changed(
-      there, run_folder.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
-  return there
+  return problems.ask(lambda: run_folder.stored(workdir), 'workdir') or {}
 
 
 def _look(config: build.Config, problems: Problems, teacher: Network | None, there: dict) -> None:

@@ -1,6 +1,5 @@
 """Runs that go on after they were cut off at odd places, were moved, or are wanted otherwise."""
 
-import functools
 import json
 import shutil
 import signal
@@ -21,13 +20,6 @@ CALLS = 4  # Of the control: five rounds, of which the first has no student step
 def _quick():
   with toy_runs.quick():
     yield
-
-
-@functools.cache
-def whole(**changes):
-  """The summary and metrics of a run without a stop."""
-  workdir = toy_runs.folder() / f'whole_{len(changes)}'
-  return train.run(toy_runs.config(**changes), workdir), toy_runs.metrics(workdir)
 
 
 def counted(monkeypatch, at=None, stop=lambda: None):
@@ -56,7 +48,7 @@ def interrupt():
 
 
 def test_the_control_goes_on_where_it_was_cut_off(tmp_path):
-  wanted = whole(control=True)[0]
+  wanted = toy_runs.whole(control=True)[0]
   with pytest.MonkeyPatch.context() as patch:
     counted(patch, CALLS, interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -82,7 +74,7 @@ def test_a_signal_ends_the_control_after_its_call(tmp_path, heeded, capsys):
     calls = counted(patch)
     summary = train.run(toy_runs.config(control=True), tmp_path)
   assert len(calls) == CALLS - 3
-  assert summary['control'] == whole(control=True)[0]['control']
+  assert summary['control'] == toy_runs.whole(control=True)[0]['control']
   assert summary['seconds']['control'] > found['seconds']['control'] > 0
   assert summary['wall_seconds'] > found['wall_seconds']
 
@@ -109,8 +101,8 @@ def test_a_run_that_may_be_reseeded_starts_again_from_its_first_checkpoint(tmp_p
   config = toy_runs.config(faults__reseed=1)
   stopped(config, tmp_path, 1)
   assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['0']
-  assert train.run(config, tmp_path)['student'] == whole()[0]['student']
-  assert toy_runs.metrics(tmp_path) == whole()[1]
+  assert train.run(config, tmp_path)['student'] == toy_runs.whole()[0]['student']
+  assert toy_runs.metrics(tmp_path) == toy_runs.whole()[1]
 
 
 @pytest.mark.parametrize('before', [True, False])
@@ -118,7 +110,7 @@ def test_the_best_student_may_be_kept_from_now_on_or_no_longer(tmp_path, before)
   stopped(toy_runs.config(checkpoint__keep_best=before), tmp_path, 3)
   other = toy_runs.config(checkpoint__keep_best=not before)
   summary = train.run(other, tmp_path, resume='force:checkpoint.keep_best')
-  assert summary['student'] == whole()[0]['student']
+  assert summary['student'] == toy_runs.whole()[0]['student']
   better = summary['student']['best']['round'] > 2
   assert ('student_best.safetensors' in summary['files']) == (not before and better)
 
@@ -138,7 +130,7 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   with pytest.raises(ValueError, match='has ended, and no checkpoint to go on from'):
     train.run(toy_runs.config(distill__rounds=7), tmp_path, resume='force:distill.rounds')
   assert toy_runs.tree_of(tmp_path) == before
-  assert train.run(toy_runs.config(), tmp_path)['student'] == whole()[0]['student']  # It is told again.
+  assert train.run(toy_runs.config(), tmp_path)['student'] == toy_runs.whole()[0]['student']  # It is told again.
 
 
 def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
@@ -184,7 +176,7 @@ def test_weights_may_lie_elsewhere(tmp_path):
   stopped(toy_runs.config(), tmp_path / 'run', 3)
   moved = shutil.copy(toy_runs.teacher_file(), tmp_path / 'moved.safetensors')
   summary = train.run(toy_runs.config(teacher__source=str(moved)), tmp_path / 'run')
-  assert summary['student'] == whole()[0]['student']
+  assert summary['student'] == toy_runs.whole()[0]['student']
   assert summary['changed'] == []
 
 
@@ -269,7 +261,7 @@ def test_a_line_that_the_disk_refuses_is_not_written_twice(tmp_path, monkeypatch
 
 
 def test_fault_reports_of_rounds_done_again_are_named_among_the_files(tmp_path, monkeypatch):
-  from test_resume import broken
+  from test_faults import broken
 
   monkeypatch.setattr(programs, 'placed', broken(1, 3))
   summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)

@@ -1,11 +1,8 @@
 """Going on: with the same weights, factors and bits, after signals, budgets and faults; or as a new run."""
 
-import functools
 import json
-import signal
 import subprocess
 import sys
-import threading
 
 import jax
 import numpy as np
@@ -14,7 +11,7 @@ import toy_runs
 from test_train import equal
 from toy_runs import stopped
 
-from dfkd_jax import build, models, preflight, programs, report, stopping, tasks, train, validation
+from dfkd_jax import build, models, preflight, tasks, train, validation
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models import pretrained
 from dfkd_jax.store import Store
@@ -132,180 +129,6 @@ def test_without_the_best_there_is_no_file_of_it(tmp_path):
   assert not (tmp_path / 'student_best.safetensors').exists()
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
-def test_a_signal_ends_a_run_after_its_round(tmp_path, name, capsys, heeded):
-  def update(self, **numbers):
-    updated(self, **numbers)
-    if self._done == 3:
-      signal.raise_signal(getattr(signal, name))
-
-  before, updated = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], report.Progress.update
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(report.Progress, 'update', update)
-    found = train.run(toy_runs.config(), tmp_path, signals=True)
-  assert (found['stopped'], found['done'], found['total']) == (name, 3, 5)
-  assert found['counts'] == {'starts': 1, 'synthesised': 12, 'seen': 2 * 3 * 4, 'reseeded': 0}
-  assert f'Stopped by {name} after round 3 of 5, saved in {tmp_path}; the same command goes on.' in (
-      capsys.readouterr().err)
-  assert not (tmp_path / 'summary.json').exists()
-  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-  capsys.readouterr()
-  summary = train.run(toy_runs.config(), tmp_path, signals=True)
-  assert 'after round 3' in capsys.readouterr().err
-  assert summary['counts'] == {'starts': 2, 'synthesised': 20, 'seen': 4 * 3 * 4, 'reseeded': 0}
-  assert summary['student'] == whole()[0]['student']
-  assert toy_runs.metrics(tmp_path) == whole()[1]
-
-
-@functools.cache
-def whole():
-  """The summary and metrics of a run without a stop."""
-  workdir = toy_runs.folder() / 'whole'
-  return train.run(toy_runs.config(), workdir), toy_runs.metrics(workdir)
-
-
-def test_a_second_signal_does_what_it_always_did(heeded):
-  with stopping.signals() as asked:
-    asked.at_once = False
-    assert asked() is None
-    signal.raise_signal(signal.SIGINT)
-    assert asked() == 'SIGINT'
-    with pytest.raises(KeyboardInterrupt) as error:
-      signal.raise_signal(signal.SIGINT)
-  assert not isinstance(error.value, stopping.Interrupted)
-
-
-@pytest.mark.parametrize('name', stopping.NAMES)
-def test_a_signal_ends_at_once_what_has_nothing_to_save(heeded, tmp_path, monkeypatch, name):
-  """While a run is prepared, which may take longer than a scheduler waits; a run that is there stays as it is."""
-  stopped(toy_runs.config(), tmp_path, 3)
-  before = toy_runs.tree_of(tmp_path)
-  monkeypatch.setattr(programs, 'placed', lambda *arguments: signal.raise_signal(getattr(signal, name)))
-  with pytest.raises(stopping.Interrupted, match=name):
-    train.run(toy_runs.config(), tmp_path, signals=True)
-  assert toy_runs.tree_of(tmp_path) == before
-
-
-def test_a_signal_that_is_ignored_stays_so(heeded):
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  with stopping.signals() as asked:
-    asked.at_once = False
-    signal.raise_signal(signal.SIGINT)
-    assert asked() is None
-    signal.raise_signal(signal.SIGTERM)
-    assert asked() == 'SIGTERM'
-  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def test_signals_are_left_alone_where_they_are_not_asked_for_or_not_to_be_had():
-  before = signal.getsignal(signal.SIGTERM)
-  with stopping.signals(False) as asked:
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert asked() is None
-  found = []
-  thread = threading.Thread(target=lambda: found.append(stopping.signals().__enter__()()))
-  thread.start()
-  thread.join()
-  assert found == [None]
-  assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_budget_of_images_ends_a_run_that_a_larger_one_goes_on_with(tmp_path, capsys):
-  found = train.run(toy_runs.config(budget__images=9), tmp_path)
-  assert (found['stopped'], found['done']) == ('budget.images', 3)  # Four a round.
-  assert 'a larger config.budget.images goes on' in capsys.readouterr().err
-  assert train.run(toy_runs.config(budget__images=9), tmp_path)['done'] == 3  # Nothing more.
-  assert train.run(toy_runs.config(budget__images=20), tmp_path)['student'] == whole()[0]['student']
-  assert toy_runs.metrics(tmp_path) == whole()[1]
-
-
-def test_a_budget_of_time_ends_each_start(tmp_path):
-  config = toy_runs.config(budget__minutes=1e-9)
-  for done in (1, 2, 3):  # Each start does something, however little it may spend; else none would ever end.
-    found = train.run(config, tmp_path)
-    assert (found['stopped'], found['done']) == ('budget.minutes', done)
-  assert train.run(toy_runs.config(budget__minutes=60.0), tmp_path)['student'] == whole()[0]['student']
-
-
-def broken(times, index, what='metrics'):
-  """Lets a round fail so many times: a term of the synthesis, the student's loss, or a parameter is not a number."""
-  left = [times]
-
-  def make(original):
-    def placed(*arguments, **more):
-      made, state = original(*arguments, **more)
-
-      def synthesize(synthesis, key, teacher, student):
-        step = int(synthesis.step)
-        synthesis, metrics = made.synthesize(synthesis, key, teacher, student)
-        if what == 'metrics' and step == index and left[0]:
-          left[0] -= 1
-          metrics['one_hot'] = metrics['one_hot'].at[1].set(np.nan)
-          metrics['loss'] = metrics['loss'].at[1].set(np.nan)
-        return synthesis, metrics
-
-      def distil(student, synthesis, key, teacher):
-        step = int(synthesis.step)
-        student, synthesis, metrics = made.distill(student, synthesis, key, teacher)
-        if step == index + 1 and left[0] and what != 'metrics':
-          left[0] -= 1
-          if what == 'losses':
-            metrics['losses'] = metrics['losses'].at[2].set(np.inf)
-          else:
-            params = jax.tree.map(lambda leaf: leaf * np.inf, student.network.params)
-            student = student.replace(network=student.network.replace(params=params))
-        return student, synthesis, metrics
-
-      return made._replace(synthesize=synthesize, distill=distil), state
-    return placed
-
-  return make(programs.placed)
-
-
-FAULTS = {
-    'metrics': ("'one_hot' of the synthesis is nan at step 1 of call 0", 1, 'one_hot'),
-    'losses': ("'loss' of the student is inf at step 2 of call 0", 2, 'loss'),
-    'params': ("'0/network/params/.*' of the state is not finite", None, None)}
-
-
-@pytest.mark.parametrize('what', FAULTS)
-def test_a_number_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, what):
-  message, step, name = FAULTS[what]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, 'placed', broken(1, 3, what))
-    with pytest.raises(ValueError, match=f'In round 4: {message}. The checkpoint of round 2 is kept; .*fault.json'):
-      train.run(toy_runs.config(), tmp_path, command='python main.py')
-  found = json.loads((tmp_path / 'fault.json').read_text())
-  assert (found['round'], found['checkpoint'], found['step'], found['call']) == (
-      4, 2, step, None if step is None else 0)
-  assert name in (None, found['name'])
-  key = jax.random.fold_in(jax.random.split(jax.random.key(0), 5)[2], 3)
-  assert found['key'] == jax.random.key_data(key).tolist()
-  assert [line['step'] for line in toy_runs.metrics(tmp_path)] == [1, 2, 3]
-  summary = train.run(toy_runs.config(), tmp_path)  # The fault was not of the numbers: it does not come again.
-  assert summary['student'] == whole()[0]['student']
-  assert toy_runs.metrics(tmp_path) == whole()[1]
-
-
-@pytest.mark.parametrize('index', [1, 3])
-def test_a_round_may_be_done_again_with_other_keys(tmp_path, monkeypatch, capsys, index):
-  """From the checkpoint before, or from the start where there is none; twice."""
-  monkeypatch.setattr(programs, 'placed', broken(2, index))
-  summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
-  assert summary['counts']['reseeded'] == 2
-  assert f'It is done again with other keys, from round {2 if index == 3 else 0} on.' in capsys.readouterr().err
-  lines = toy_runs.metrics(tmp_path)
-  assert [line['step'] for line in lines] == [1, 2, 3, 4, 5]
-  assert lines[:index] == whole()[1][:index]
-  assert lines[index] != whole()[1][index]
-
-
-def test_faults_in_training_are_named_too(tmp_path):
-  config = toy_runs.config(job='train', train__epochs=2, optimizer__learning_rate=1e30)
-  with pytest.raises(ValueError, match=r"In epoch 1: 'loss' of the student is \w+ at step \d .*No checkpoint was"):
-    train.run(config, tmp_path)
-
-
 def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
   stopped(toy_runs.config(), tmp_path, 3)
   other = toy_runs.config(distill__rounds=6, distill__temperature=5.0)
@@ -319,7 +142,7 @@ def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
     train.run(other, tmp_path, resume='forced')
   with pytest.raises(validation.InvalidError) as error:  # All that is wrong at once, and each field once.
     train.run(toy_runs.config(seed=1, labels='blanced', distill__temperature=-5.0), tmp_path)
-  temperature, folder, labels = error.value.problems
+  temperature, labels, folder = error.value.problems
   assert 'distill.temperature is -5.0, must be in' in temperature
   assert "'blanced'. Did you mean 'balanced'" in labels
   assert 'another config: seed is 0 there, 1 here. Name' in folder
@@ -327,7 +150,7 @@ def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
   assert summary['student']['last']['round'] == 6
   assert summary['changed'] == [{'after': 2, 'fields': {
       'distill.rounds': {'there': 5, 'here': 6}, 'distill.temperature': {'there': 4.0, 'here': 5.0}}}]
-  assert toy_runs.metrics(tmp_path)[:2] == whole()[1][:2]
+  assert toy_runs.metrics(tmp_path)[:2] == toy_runs.whole()[1][:2]
   assert train.run(other, tmp_path)['student'] == summary['student']  # Now it is a run of this config.
 
 
@@ -383,7 +206,7 @@ def test_a_new_run_begins_with_an_old_ones_networks(tmp_path, monkeypatch):
      r"init_from\.generator is .*'params/.*must be"),
     (dict(init_from__student='OLD', student__options=dict(widths=(2, 4), strides=(1, 2))), r'init_from\.student is ')])
 def test_what_cannot_be_taken_over_costs_a_line(tmp_path, changes, message):
-  whole()
+  toy_runs.whole()
   changes = {name: str(toy_runs.folder() / 'whole') if value == 'OLD' else value for name, value in changes.items()}
   options = {name: changes.pop(name) for name in list(changes) if name.endswith('options')}
   config = toy_runs.config(**changes)

@@ -141,6 +141,13 @@ def stopped(config, workdir, rounds):
       train.run(config, workdir)
 
 
+@functools.cache
+def whole(**changes):
+  """The summary and metrics of a run without a stop, in `folder() / 'whole'` where nothing is changed."""
+  workdir = folder() / '_'.join(['whole', *changes])
+  return train.run(config(**changes), workdir), metrics(workdir)
+
+
 def metrics(workdir) -> list[dict]:
   """Lines of metrics.jsonl, without what depends on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -154,4 +161,4 @@ def tree_of(path: pathlib.Path) -> dict[str, bytes]:
 
 
 __all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'data_dir', 'folder', 'metrics', 'observed', 'quick',
-           'teacher_file', 'tree_of']
+           'teacher_file', 'tree_of', 'whole']
