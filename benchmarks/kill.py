@@ -6,7 +6,7 @@ r"""Kills a run again and again, lets it go on each time, and compares it with o
 Further arguments are those of main.py. First an undisturbed run; then runs that are killed with SIGKILL, `--a_run`
 times each, at instants drawn from fixed seeds: of five kills one comes while a program is compiled, one while a
 checkpoint is written, and three at any time, the start of Python included, so far apart that all the kills of a run
-together reach to its end; a start that comes to its end before its instant is no kill. Every array of the last
+together reach far into it; a start that comes to its end before its instant is no kill. Every array of the last
 checkpoint (student, best student, generator, optimizers, buffer), metrics.jsonl without its clock, the weights, the
 picture and the results must be the same, bit for bit. Prints a line for each kill and run, writes kills.json; the exit
 status is 1 if anything differs.
@@ -34,7 +34,7 @@ from dfkd_jax.models import pretrained
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ('any', 'compile', 'any', 'write', 'any')
 FILES = ('student.safetensors', 'student_best.safetensors', 'images.png')
-SPREAD = 4.0  # Instants are drawn from this many times a run's share for a kill: half is start and work lost.
+SPREAD = 6.0  # Instants are drawn from this many times a run's share for a kill: most is start and work lost.
 POLL = 0.002  # Seconds between looks at what a run is doing.
 
 
