@@ -37,7 +37,7 @@ def weights(workdir):
 def test_a_run_leaves_its_files_and_says_so(teacher):
   workdir, summary = teacher
   assert sorted(path.name for path in workdir.iterdir()) == [
-      'checkpoints', 'metrics.jsonl', 'summary.json', 'weights.safetensors', 'weights_best.safetensors']
+      '.lock', 'checkpoints', 'metrics.jsonl', 'summary.json', 'weights.safetensors', 'weights_best.safetensors']
   assert set(summary['files']) == {
       'checkpoints/', 'metrics.jsonl', 'summary.json', 'weights.safetensors', 'weights_best.safetensors'}
   assert (summary['network'], summary['synthetic'], summary['command']) == ('teacher', False, 'python main.py')
