@@ -6,9 +6,10 @@ r"""Runs a config, such as the embedded quick start (without arguments) or CIFAR
 
 What follows the colon are arguments, which each file in configs/ explains. Any field of the config may be set by
 --config.FIELD=VALUE; configs/common.py lists them all. The same command goes on where a run was stopped, bit for
-bit: by Ctrl-C (exit status 130), SIGTERM (0) or a budget (0) after the round that is under way, or by anything else
-after the last checkpoint. --resume=force:FIELD,... goes on with these fields of the config changed, --resume=force with
-any; --init_from=FOLDER begins a new run with the student and the generator of an old one.
+bit: by Ctrl-C (exit status 130), SIGTERM (0) or a budget (0) after the round that is under way, by a signal at once
+where there is nothing to save yet, or by anything else after the last checkpoint. --resume=force:FIELD,... goes on with
+these fields of the config changed, --resume=force with any; --init_from=FOLDER begins a new run with the student and
+the generator of an old one.
 
 On several machines the same command is started once on each, with a --workdir that all see, and with
 --config.distributed.coordinator=HOST:PORT (of the first) --config.distributed.num_processes=N
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
       return _main(argv, asked)
   except KeyboardInterrupt as error:
     name = error.name if isinstance(error, stopping.Interrupted) else 'SIGINT'
-    print(f'Stopped by {name}. The same command goes on from the last checkpoint.', file=sys.stderr)
+    print(f'Stopped by {name}. The same command goes on from the last checkpoint, if there is one.', file=sys.stderr)
     return _STATUS[name]
 
 

@@ -9,7 +9,6 @@ checksums, since TensorStore does not notice a flipped bit.
 import contextlib
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,7 +53,7 @@ class Checkpoints:
     self.directory = os.path.abspath(directory)
     if max_to_keep is not None and max_to_keep < 1:
       raise ValueError(f'max_to_keep is {max_to_keep}; it must be at least 1, or None to keep all.')
-    _check_directory(self.directory, read_only)
+    complaints.check_directory(self.directory, read_only)
     complaints.silence()
     self._read_only = read_only
     self.damaged: dict[int, str] = {}  # Steps that could not be read, with the reason.
@@ -204,18 +203,21 @@ class Checkpoints:
         if not self._is_complete(step):
           raise DamagedError(f'Cannot read step {step} in {self.directory}: it is incomplete.')
         found = read(step)
-      except DamagedError as caught:
+      except Exception as caught:
         error = caught
-      if not self._somewhere(error is not None):
+      worst = self._worst(0 if error is None else 1 if isinstance(error, DamagedError) else 2)
+      if worst == 0:
         return found
+      if worst == 2:  # It may be whole, and read another time.
+        raise ValueError(f'Cannot read step {step} in {self.directory} on another process.') if error is None else error
       self.damaged[step] = str(error or f'Cannot read step {step} in {self.directory} on another process.')
     if not steps:
       raise ValueError(f'There is no checkpoint in {self.directory}.')
     raise DamagedError(f'No checkpoint of {steps} can be read, of which nothing was changed: {self.damaged[steps[-1]]}')
 
-  def _somewhere(self, holds: bool) -> bool:
-    """Whether it holds on any of the processes that read together."""
-    return holds if self._read_only else bool(parallel.of_processes(np.int64(holds)).any())
+  def _worst(self, own: int) -> int:
+    """The largest of what the processes have that read together; so that none waits for one that has failed."""
+    return own if self._read_only else int(parallel.of_processes(np.int64(own)).max())
 
   def _set_aside(self) -> None:
     """Gives damaged steps other names, so that they can be saved again, and looked into."""
@@ -268,12 +270,15 @@ class Checkpoints:
       yield
     except Exception as error:
       kind = ValueError if complaints.is_passing(error) else kind
-      more = f' {self._kept()}' if kept and not self._read_only else ''
-      raise kind(f'Cannot {action} in {self.directory}: {complaints.reason(error)}{more}') from error
+      text = f'Cannot {action} in {self.directory}: {complaints.reason(error)}'
+      raise kind(f'{text} {self._kept()}'.strip() if kept and not self._read_only else text) from error
 
   def _kept(self) -> str:
     """What is left where a checkpoint could not be written, as the folder has it."""
-    steps = [int(name) for name in os.listdir(self.directory) if name.isdecimal() and self._is_complete(int(name))]
+    try:
+      steps = [int(name) for name in os.listdir(self.directory) if name.isdecimal() and self._is_complete(int(name))]
+    except OSError:  # It is gone, or no folder any more.
+      return ''
     return f'The checkpoint of step {max(steps)} is kept.' if steps else 'No checkpoint was written yet.'
 
 
@@ -282,18 +287,3 @@ def _alone() -> ocp.options.MultiprocessingOptions:
   process = jax.process_index()
   return ocp.options.MultiprocessingOptions(
       primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'alone{process}')
-
-
-def _check_directory(directory: str, read_only: bool) -> None:
-  if read_only:
-    if not os.path.isdir(directory):
-      raise ValueError(f'There is no folder {directory}.')
-    return
-  with parallel.together():
-    try:
-      os.makedirs(directory, exist_ok=True)
-      with tempfile.TemporaryFile(dir=directory):
-        pass
-    except OSError as error:
-      raise ValueError(f'Cannot write to {directory}: {error.strerror}.') from error
-  parallel.check_shared(directory)

@@ -4,6 +4,9 @@ import logging
 import os
 import re
 import sys
+import tempfile
+
+from dfkd_jax import parallel
 
 # What says nothing of the file: it may be whole, and read another time.
 _PASSING = re.compile(
@@ -47,3 +50,23 @@ def _not_echo(record: logging.LogRecord) -> bool:
 
 def _not_orbax(record: logging.LogRecord) -> bool:
   return f'{os.sep}orbax{os.sep}' not in record.pathname
+
+
+def check_directory(directory: str, read_only: bool) -> None:
+  """Makes a folder that all processes see, and tries to write there; or only looks whether it is there.
+
+  Raises:
+    ValueError: It is not.
+  """
+  if read_only:
+    if not os.path.isdir(directory):
+      raise ValueError(f'There is no folder {directory}.')
+    return
+  with parallel.together():
+    try:
+      os.makedirs(directory, exist_ok=True)
+      with tempfile.TemporaryFile(dir=directory):
+        pass
+    except OSError as error:
+      raise ValueError(f'Cannot write to {directory}: {error.strerror}.') from error
+  parallel.check_shared(directory)

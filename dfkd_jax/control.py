@@ -4,6 +4,7 @@ import jax
 from jax.sharding import Mesh
 
 from dfkd_jax import build, distill, parallel, programs, synth
+from dfkd_jax.beside import Beside
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import PRNGKey
@@ -35,19 +36,18 @@ def run(experiment: Experiment, mesh: Mesh, tx, network: Network, teacher: Netwo
     program = programs.compiled_steps(config, mesh, make, tx, state, teacher)
   total = (section.rounds - section.distill_after) * section.calls_per_round
   every = config.checkpoint.every * section.calls_per_round
-  with experiment.store.beside('control') as kept:
+  with Beside(experiment.store, experiment.workdir / 'control') as kept:
     state, done = kept.begin(state)
     with experiment.ledger.part('control'):
       student, synthesis = state.student, state.synthesis
       for index in range(done, total):
         student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
+        jax.block_until_ready(student.step)  # Else many calls were under way when the run is asked to end.
         done = index + 1
         reason = experiment.reason(minutes=done < total)
         if reason or done == total or done % every == 0:
-          jax.block_until_ready(student.step)  # Else the time of many calls would count as that of saving.
           kept.save(done, programs.State(synthesis, student))
         if reason:
           kept.wait()
         experiment.stop(reason, section.rounds, section.rounds, f' and call {done} of {total} of the control')
-      jax.block_until_ready(student.step)
   return experiment.evaluate(student.network)

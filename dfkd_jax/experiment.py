@@ -191,8 +191,9 @@ class Experiment:
     index = self._at
     times, most = self.store.reseeded.get(index, 0), self.config.faults.reseed
     where, saved = f'{self.unit} {index + 1}: {fault}', None
-    with contextlib.suppress(ValueError):  # Of a checkpoint that could not be written, which is not what went wrong.
-      saved = self.store.latest()
+    for _ in range(2):  # Once for a checkpoint that could not be written, which is not what went wrong here.
+      with contextlib.suppress(ValueError):
+        saved = self.store.latest()
     # That of a round which is done again stays beside what becomes of it.
     path = self.workdir / (faults.REPORT if times >= most else f'fault_{index + 1}_{times + 1}.json')
     faults.write(path, fault.about | {

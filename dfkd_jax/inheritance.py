@@ -29,7 +29,8 @@ def has(config: build.Config, there: Mapping[str, Any]) -> set[str]:
     config: Of the run.
     there: What is known of the run in the folder, see `run_folder.stored`.
   """
-  before = there.get('config', {}).get('init_from', {})
+  before = there.get('config', {}).get('init_from')
+  before = before if isinstance(before, dict) else {}
   return {which for which, source in config.init_from.items()
           if source is not None and before.get(which) == source and f'init_from.{which}' in there.get('weights', {})
           and not (which == 'student' and config.control)}

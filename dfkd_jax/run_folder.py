@@ -28,7 +28,7 @@ _SOURCES = ('teacher.source', 'judge.source')  # Wherever they lie: their weight
 PASSING = ('control',)  # Folders that go when a run comes to its end.
 _FOLDERS = ('checkpoints', *PASSING)
 _LOCK = '.lock'
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # Of a file system that has none.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # Of a file system that has none.
 _KEPT = {'weights': dict, 'changed': list, 'student': dict}  # Of a summary, to go on from.
 _SHOWN = 4  # Differences that an error lists.
 _OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
@@ -77,7 +77,7 @@ def _check_whole(summary: dict, workdir: pathlib.Path) -> None:
   try:
     report.format_summary(summary)
     lacking = [name for name, kind in _KEPT.items() if not isinstance(summary.get(name), kind)]
-  except (ValueError, TypeError, AttributeError, LookupError) as error:
+  except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
     lacking = [str(error)]
   if lacking:
     raise ValueError(f"{workdir / 'summary.json'} is no whole summary of a run: it lacks {lacking[0]}. Remove it, or "
@@ -111,8 +111,8 @@ def changed(
     raise ValueError(
         f'{workdir} holds a run with another config: {shown}{more}. Name another --workdir, or go on with '
         f'--resume=force{f":{refused[0]}" if len(refused) == 1 else ""}.')
-  if differ and not _has_checkpoint(workdir):
-    raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to go on from. Name another --workdir.')
+  if differ:
+    check_goes_on(workdir)
   return differ
 
 
@@ -120,13 +120,20 @@ def differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
   """In which fields of the config, and in which weights, two runs differ: {name: {'there': value, 'here': value}}."""
   one, other = (flat(of['config']) | {f'weights.{name}': digest for name, digest in of.get('weights', {}).items()}
                 for of in (there, here))
+  compared = _compared(one), _compared(other)
   return {name: {'there': one.get(name), 'here': other.get(name)} for name in sorted(one.keys() | other.keys())
-          if _compared(name, one.get(name)) != _compared(name, other.get(name))}
+          if compared[0].get(name) != compared[1].get(name)}
 
 
-def _compared(name: str, value: Any) -> Any:
-  """Of a source whether there is one, and its '#ENTRY': wherever it lies, its weights are compared by themselves."""
-  return value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
+def _compared(fields: dict[str, Any]) -> dict[str, Any]:
+  """Of sources whether there is one, and its '#ENTRY': wherever it lies, its weights are compared by themselves."""
+  return {name: value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
+          for name, value in fields.items()}
+
+
+def essence(config: dict) -> dict[str, Any]:
+  """What of a config, as JSON has it, two runs have in common that compute the same from the same weights."""
+  return _compared(flat(config))
 
 
 def is_forced(resume: str | None, field: str) -> bool:
@@ -135,12 +142,14 @@ def is_forced(resume: str | None, field: str) -> bool:
   return kind == FORCE and (not names or any(f'{field}.'.startswith(f'{name}.') for name in names.split(',')))
 
 
-def _has_checkpoint(workdir: pathlib.Path) -> bool:
+def check_goes_on(workdir: pathlib.Path) -> None:
+  """Raises ValueError if a run that is there, and is to go on otherwise, has left no checkpoint to go on from."""
   folder = workdir / 'checkpoints'
-  if not folder.is_dir():
-    return False
-  with Checkpoints(folder, read_only=True) as checkpoints:
-    return checkpoints.any()
+  if folder.is_dir():
+    with Checkpoints(folder, read_only=True) as checkpoints:
+      if checkpoints.any():
+        return
+  raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to go on from. Name another --workdir.')
 
 
 def jsonable(config: Any) -> dict:

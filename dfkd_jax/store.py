@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import os
 import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from dfkd_jax import build, parallel, report, run_folder
-from dfkd_jax.checkpoint import Checkpoints, DamagedError
+from dfkd_jax.checkpoint import Checkpoints
 from dfkd_jax.flat_state import config_hash
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import PyTree
@@ -68,6 +67,7 @@ class Store:
         raise ValueError(f'{self.workdir} holds a run with another {which}, {before} there, {now} here. '
                          f'Name another --workdir, or go on with --resume={run_folder.FORCE}:{field}.')
       self._changed[f'weights.{which}'] = {'there': there.get(which), 'here': digest}
+      run_folder.check_goes_on(self.workdir)
     self.meta['weights'] = weights
 
   def finished(self) -> dict[str, Any] | None:
@@ -101,7 +101,7 @@ class Store:
       ValueError: More are done than are wanted, or no checkpoint can be read.
     """
     self.ledger.count('starts')
-    self._template = _shapes(_fields(state)), _shapes(network_of(state))
+    self._template = shapes_of(fields_of(state)), shapes_of(network_of(state))
     if not self._checkpoints.any():
       if (self.workdir / report.METRICS).exists():
         report.note(f'A run in {self.workdir} had saved nothing; its {report.METRICS} is begun anew.')
@@ -146,7 +146,7 @@ class Store:
 
   def _tree(self, state: PyTree) -> dict[str, PyTree]:
     """What is saved; the best student once there is one."""
-    return _fields(state) | ({} if self.best_network is None else {'best': self.best_network})
+    return fields_of(state) | ({} if self.best_network is None else {'best': self.best_network})
 
   def _set_aside(self, done: int) -> None:
     """The summary of a run that had ended stays, under another name: else it would speak for the one that goes on."""
@@ -180,10 +180,6 @@ class Store:
     """Time and counts so far, as JSON has them."""
     return {'ledger': self.ledger.state(), 'wall_seconds': self.wall_seconds()}
 
-  def beside(self, name: str) -> 'Beside':
-    """The keeping of what is done after the rounds, in a folder of this name."""
-    return Beside(self, self.workdir / name)
-
   def take_beside(self, record: dict[str, Any]) -> None:
     """Adds what was spent after the last round, as `spent` told it."""
     self._take(record, self._taken)
@@ -202,63 +198,6 @@ class Store:
     return self._wall + time.perf_counter() - self._began
 
 
-class Beside:
-  """The keeping of what a run does after its rounds; a context manager.
-
-  What is there of a run with another config or other weights is removed, and so is what cannot be read: it costs time,
-  and nothing else.
-
-  Args:
-    store: Of the run, entered.
-    folder: Made if missing.
-  """
-
-  def __init__(self, store: Store, folder: pathlib.Path):
-    self._store, self._folder = store, folder
-    self._identity = {name: store.meta[name] for name in ('hash', 'weights')}
-    self._checkpoints: Checkpoints | None = None
-
-  def __enter__(self) -> 'Beside':
-    with parallel.together():
-      if parallel.is_first() and self._folder.exists() and not self._is_own():
-        shutil.rmtree(self._folder, ignore_errors=True)
-    self._checkpoints = Checkpoints(self._folder, max_to_keep=1)
-    return self
-
-  def __exit__(self, *error) -> None:
-    self._checkpoints.__exit__(*error)
-
-  def _is_own(self) -> bool:
-    with Checkpoints(self._folder, read_only=True) as found:
-      try:
-        return not found.any() or found.meta()['identity'] == self._identity
-      except DamagedError:
-        return False
-
-  def begin(self, state: PyTree) -> tuple[PyTree, int]:
-    """The state where it stopped, and how many of its steps are done; else the state given, and 0."""
-    if not self._checkpoints.any():
-      return state, 0
-    try:
-      with self._store.ledger.part('checkpoint'):
-        tree, meta = self._checkpoints.restore(_shapes(_fields(state)))
-    except DamagedError as error:
-      raise ValueError(f'{error}. Remove {self._folder}, and start again.') from error
-    self._store.take_beside(meta['spent'])
-    return state.replace(**tree), meta['done']
-
-  def save(self, done: int, state: PyTree) -> None:
-    """Begins to write the state after `done` steps."""
-    with self._store.ledger.part('checkpoint'):
-      self._checkpoints.save(
-          done, _fields(state), {'identity': self._identity, 'done': done, 'spent': self._store.spent()})
-
-  def wait(self) -> None:
-    """Returns when all that was saved is written."""
-    with self._store.ledger.part('checkpoint'):
-      self._checkpoints.wait()
-
-
 def fingerprint(config: build.Config) -> str:
   """Alike of configs that compute the same."""
   return config_hash(run_folder.flat(run_folder.jsonable(config)))
@@ -274,12 +213,13 @@ def copied(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
 
 
-def _fields(state: PyTree) -> dict[str, PyTree]:
+def fields_of(state: PyTree) -> dict[str, PyTree]:
   """Those of a state, by name."""
   return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def _shapes(tree: PyTree) -> PyTree:
+def shapes_of(tree: PyTree) -> PyTree:
+  """What a checkpoint of a tree is read into."""
   return jax.tree.map(_shape_of, tree)
 
 

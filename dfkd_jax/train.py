@@ -83,12 +83,14 @@ def _run(
     asked.at_once = False  # As they will for this one.
   processes.initialize(**config.distributed.to_dict())
   asked.again()
+  asked.at_once = asked.at_once and jax.process_count() == 1
   if jax.process_count() > 1:
     parallel.check_alike(store.fingerprint(config), 'The config')
   with parallel.together():
     validation.check(config, workdir, teacher, resume)
   if jax.process_count() > 1 and config.job != 'check':  # Else some would go on with it, and others not.
-    there = run_folder.stored(paths.expanded(workdir, 'workdir'))
+    with parallel.together():
+      there = run_folder.stored(paths.expanded(workdir, 'workdir'))
     parallel.check_alike(flat_state.config_hash(there), f'What is seen of {workdir}')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)

@@ -1,7 +1,8 @@
 """All that is wrong with a config and a folder, at once and before anything is spent on it.
 
 What is found here is what can be found in a second or two, from names, numbers, shapes and paths: nothing is read
-but what says that a data set is there, nothing is compiled, and nothing is written. Weights and images are read later.
+but what says that a data set or a run is there, nothing is compiled, and nothing is written. Weights and images are
+read later.
 """
 
 import os
@@ -32,7 +33,6 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.names import known
 
 __all__ = ['InvalidError', 'alone', 'check']
-
 
 
 def alone(config: build.Config) -> bool:

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from dfkd_jax.checkpoint import Checkpoints
+from dfkd_jax import parallel
+from dfkd_jax.checkpoint import Checkpoints, DamagedError
 
 
 def noise(size, seed=0):
@@ -223,3 +224,51 @@ def test_closing_reports_a_failed_save_but_hides_no_earlier_error(folder, small_
     run(None)
   with pytest.raises(ZeroDivisionError):
     run(ZeroDivisionError())
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), OSError(5, 'Input/output error'), PermissionError(13, 'Permission denied'),
+    ValueError('RESOURCE_EXHAUSTED: Out of memory')])
+def test_what_says_nothing_of_a_checkpoint_is_no_damage(tmp_path, monkeypatch, error):
+  state = {'a': np.arange(3.0)}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.save(2, state, {})
+    checkpoints.wait()
+
+    def fail(*arguments, **more):
+      raise error
+
+    monkeypatch.setattr(checkpoints._manager, 'restore', fail)
+    with pytest.raises(ValueError, match=r'^Cannot read step 2 in ') as found:
+      checkpoints.restore(state)
+    assert not isinstance(found.value, DamagedError)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2']
+
+
+def test_a_read_that_fails_on_another_process_is_an_error_here(tmp_path, monkeypatch):
+  state = {'a': np.arange(3.0)}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    monkeypatch.setattr(parallel, 'of_processes', lambda own: np.array([own, 2]))
+    with pytest.raises(ValueError, match=r'^Cannot read step 1 in .* on another process'):
+      checkpoints.restore(state)
+
+
+def _saved(checkpoints, state):
+  checkpoints.save(2, state, {})
+  checkpoints.wait()
+
+
+def test_a_folder_that_is_gone_is_told_in_a_line(tmp_path):
+  state = {'a': np.arange(3.0)}
+  folder = tmp_path / 'checkpoints'
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    shutil.rmtree(folder)
+    folder.write_text('here')
+    with pytest.raises(ValueError, match=r'^Cannot save') as error:
+      _saved(checkpoints, state)
+    assert len(str(error.value).splitlines()) == 1

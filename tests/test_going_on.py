@@ -97,6 +97,42 @@ def test_a_control_of_another_run_is_not_gone_on_with(tmp_path):
   assert len(calls) == CALLS
 
 
+def cut_off_in_the_control(workdir):
+  with pytest.MonkeyPatch.context() as patch:
+    counted(patch, CALLS, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(toy_runs.config(control=True), workdir)
+
+
+def test_a_control_that_cannot_be_read_is_begun_anew(tmp_path, capsys):
+  cut_off_in_the_control(tmp_path)
+  for path in (tmp_path / 'control').rglob('manifest.ocdbt'):
+    path.write_bytes(b'')
+  with pytest.MonkeyPatch.context() as patch:
+    calls = counted(patch)
+    summary = train.run(toy_runs.config(control=True), tmp_path)
+  assert len(calls) == CALLS
+  assert 'It is begun anew.' in capsys.readouterr().err
+  assert summary['control'] == toy_runs.whole(control=True)[0]['control']
+
+
+def test_a_control_of_another_run_that_cannot_be_removed_stops_the_run(tmp_path):
+  cut_off_in_the_control(tmp_path / 'run')
+  (tmp_path / 'run' / 'control').rename(tmp_path / 'elsewhere')
+  (tmp_path / 'run' / 'control').symlink_to(tmp_path / 'elsewhere')
+  with pytest.raises(ValueError, match=r'^Cannot remove .*control, which is no use to this run: '):
+    train.run(toy_runs.config(control=True, distill__temperature=3.0), tmp_path / 'run', resume='force')
+
+
+def test_a_control_goes_on_though_the_teacher_lies_elsewhere(tmp_path):
+  cut_off_in_the_control(tmp_path / 'run')
+  moved = shutil.copy(toy_runs.teacher_file(), tmp_path / 'moved.safetensors')
+  with pytest.MonkeyPatch.context() as patch:
+    calls = counted(patch)
+    train.run(toy_runs.config(control=True, teacher__source=str(moved)), tmp_path / 'run')
+  assert len(calls) == CALLS - 2
+
+
 def test_a_run_that_may_be_reseeded_starts_again_from_its_first_checkpoint(tmp_path):
   config = toy_runs.config(faults__reseed=1)
   stopped(config, tmp_path, 1)
@@ -129,6 +165,11 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   before = toy_runs.tree_of(tmp_path)
   with pytest.raises(ValueError, match='has ended, and no checkpoint to go on from'):
     train.run(toy_runs.config(distill__rounds=7), tmp_path, resume='force:distill.rounds')
+  other = toy_runs.folder() / 'other.safetensors'
+  variables = pretrained.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'), toy_runs.IMAGE)
+  pretrained.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
+  with pytest.raises(ValueError, match='has ended, and no checkpoint to go on from'):
+    train.run(toy_runs.config(teacher__source=str(other)), tmp_path, resume='force:teacher.source')
   assert toy_runs.tree_of(tmp_path) == before
   assert train.run(toy_runs.config(), tmp_path)['student'] == toy_runs.whole()[0]['student']  # It is told again.
 
