@@ -33,7 +33,7 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
-from dfkd_jax import stopping
+from dfkd_jax import stopping, texts
 from dfkd_jax.names import nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -95,9 +95,8 @@ def _lines(error: ValueError) -> list[str]:
 
 
 def _printable(text: str) -> str:
-  """One line that does nothing to a terminal, and ends within a screen: names in it may be those of a foreign file."""
-  line = ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in ' '.join(text.split()))
-  return line if len(line) <= _LONGEST else f'{line[:_LONGEST // 2]} ... {line[-_LONGEST // 2:]}'
+  """One line that ends within a screen: names in it may be those of a foreign file."""
+  return texts.cut(texts.printable(text), _LONGEST)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from dfkd_jax import config_fields, host_buffer
 from dfkd_jax.names import known, nearest
-from dfkd_jax.paths import expanded, shortened
+from dfkd_jax.paths import expanded
+from dfkd_jax.texts import shortened
 
 JOBS = ('distill', 'train', 'check')
 

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
-from dfkd_jax import build, distill, parallel, programs, synth
+from dfkd_jax import build, distill, parallel, programs, run_folder, synth
 from dfkd_jax.beside import Beside
 from dfkd_jax.experiment import Experiment
 from dfkd_jax.models.network import Network
@@ -36,7 +36,7 @@ def run(experiment: Experiment, mesh: Mesh, tx, network: Network, teacher: Netwo
     program = programs.compiled_steps(config, mesh, make, tx, state, teacher)
   total = (section.rounds - section.distill_after) * section.calls_per_round
   every = config.checkpoint.every * section.calls_per_round
-  with Beside(experiment.store, experiment.workdir / 'control') as kept:
+  with Beside(experiment.store, experiment.workdir / run_folder.CONTROL) as kept:
     state, done = kept.begin(state)
     with experiment.ledger.part('control'):
       student, synthesis = state.student, state.synthesis

@@ -230,8 +230,7 @@ class Experiment:
     with parallel.together():  # So that no process reads what the first has not written yet.
       report.write_summary(self.workdir, found)
     if parallel.is_first():
-      for name in run_folder.PASSING:
-        shutil.rmtree(self.workdir / name, ignore_errors=True)
+      shutil.rmtree(self.workdir / run_folder.CONTROL, ignore_errors=True)
     report.say(report.format_summary(found))
     return found
 

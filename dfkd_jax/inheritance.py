@@ -1,6 +1,5 @@
 """What a new run takes over from an old one: its student, its generator; all else begins anew."""
 
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -58,11 +57,7 @@ def _digest(config: build.Config, which: str) -> str:
     arrays = _generator_of(path) if which == 'generator' else pretrained.read(path)
   except (OSError, ValueError) as error:
     raise ValueError(f'init_from.{which} is {source!r}: {error}') from None
-  found = hashlib.sha256()
-  for name, array in sorted(arrays.items()):
-    found.update(f'{name} {array.dtype} {array.shape}'.encode())
-    found.update(array.tobytes())
-  return found.hexdigest()
+  return pretrained.digest_of(dict(sorted(arrays.items())))
 
 
 def _generator_of(path: pathlib.Path) -> dict[str, np.ndarray]:

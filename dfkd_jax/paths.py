@@ -4,6 +4,8 @@ import os
 import pathlib
 import stat
 
+from dfkd_jax.texts import shortened
+
 _LONGEST = 4095  # Bytes of a path, on the usual systems.
 _LONGEST_NAME = 255  # Of a file or folder.
 _KINDS = {stat.S_ISFIFO: 'a pipe', stat.S_ISSOCK: 'a socket', stat.S_ISCHR: 'a device', stat.S_ISBLK: 'a device'}
@@ -48,9 +50,3 @@ def special(path: str | os.PathLike) -> str | None:
   except OSError:
     return None
   return next((kind for is_kind, kind in _KINDS.items() if is_kind(mode)), None)
-
-
-def shortened(value: object, most: int = 100) -> str:
-  """The value as Python writes it, or the beginning and end of that."""
-  text = repr(value)
-  return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'

@@ -25,8 +25,8 @@ _FILES = (
     'metrics.jsonl', 'summary.json', 'images.png', 'fault.json', 'student.safetensors', 'student_best.safetensors',
     'weights.safetensors', 'weights_best.safetensors')
 _SOURCES = ('teacher.source', 'judge.source')  # Wherever they lie: their weights are compared.
-PASSING = ('control',)  # Folders that go when a run comes to its end.
-_FOLDERS = ('checkpoints', *PASSING)
+CONTROL = 'control'  # Its checkpoints, which go when a run comes to its end.
+_FOLDERS = ('checkpoints', CONTROL)
 _LOCK = '.lock'
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # Of a file system that has none.
 _KEPT = {'weights': dict, 'changed': list, 'student': dict}  # Of a summary, to go on from.

@@ -5,7 +5,7 @@ import os
 import pytest
 from refusals import folder, refused, run_main
 
-from dfkd_jax import paths
+from dfkd_jax import paths, texts
 from dfkd_jax.prepare import __main__ as prepare_main
 
 VALUES = {
@@ -74,7 +74,7 @@ def test_a_path_is_written_out(monkeypatch, tmp_path):
   assert paths.expanded('~/a b/ü') == tmp_path / 'a b' / 'ü'
   assert paths.special(tmp_path) is None
   assert paths.special(tmp_path / 'not there') is None
-  assert paths.shortened('x' * 1000) == f"'{'x' * 49} ... {'x' * 49}'"
+  assert texts.shortened('x' * 1000) == f"'{'x' * 49} ... {'x' * 49}'"
 
 
 @pytest.mark.parametrize('source', ['pipe', 'link', '/dev/zero', '~nobody_of_this_name/x', 'x' * 300])

@@ -80,8 +80,11 @@ def test_a_signal_ends_the_control_after_its_call(tmp_path, heeded, capsys):
 
 
 def test_time_may_run_out_in_the_control_too(tmp_path):
-  config = toy_runs.config(control=True, distill__rounds=2, budget__minutes=1e-9)  # A single call of the control.
-  assert train.run(config, tmp_path)['done'] == 1
+  config = toy_runs.config(control=True, distill__rounds=3, budget__minutes=1e-9)  # Two calls of the control.
+  for done in (1, 2, 3):
+    found = train.run(config, tmp_path)
+    assert (found['stopped'], found['done']) == ('budget.minutes', done)
+  assert (tmp_path / 'control' / '1').is_dir()  # The third start did the last round, and a call.
   assert train.run(config, tmp_path)['control'] is not None
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
-from dfkd_jax.models.pretrained.card import Card, Probe, check, describe, digest, make_probe, stored_probe
+from dfkd_jax.models.pretrained.card import Card, Probe, check, describe, digest, digest_of, make_probe, stored_probe
 from dfkd_jax.models.pretrained.conversion import ShapeError, from_flat, from_variables, to_variables
 from dfkd_jax.models.pretrained.errors import line
 from dfkd_jax.models.pretrained.naming import translate
@@ -22,8 +22,8 @@ from dfkd_jax.models.pretrained.sources import check_hub, resolve
 from dfkd_jax.types import PyTree
 
 __all__ = [
-    'Card', 'Probe', 'check', 'check_hub', 'describe', 'digest', 'found_in', 'from_flat', 'from_variables', 'load',
-    'make_probe', 'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe',
+    'Card', 'Probe', 'check', 'check_hub', 'describe', 'digest', 'digest_of', 'found_in', 'from_flat', 'from_variables',
+    'load', 'make_probe', 'read', 'read_metadata', 'read_under', 'resolve', 'save_safetensors', 'stored_probe',
     'to_safetensors', 'to_variables', 'translate',
 ]
 

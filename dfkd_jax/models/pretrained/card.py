@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ def describe(
   moments = network.running().values()
   return Card(
       source='variables in memory' if source is None else os.fspath(source),
-      sha256=_of_arrays(network) if source is None else digest(split_entry(source if path is None else path)[0]),
+      sha256=_of_variables(network) if source is None else digest(split_entry(source if path is None else path)[0]),
       num_classes=getattr(network.module, 'num_classes', None), num_params=network.num_params(),
       batch_norms=len(moments), channels=sum(int(of.mean.size) for of in moments),
       dtype=', '.join(sorted({leaf.dtype.name for leaf in jax.tree.leaves(network.params)})),
@@ -231,14 +232,18 @@ def digest(path: pathlib.Path) -> str:
   return hashlib.sha256(''.join(f'{_of_file(folder / name)}  {name}\n' for name in names).encode()).hexdigest()
 
 
-def _of_arrays(network: Network) -> str:
-  """Over the paths, dtypes, shapes and bytes of all variables."""
+def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 over the names, dtypes, shapes and bytes of arrays, in their order."""
   found = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path({'params': network.params, 'batch_stats': network.batch_stats}):
-    array = np.asarray(leaf)
-    found.update(f'{jax.tree_util.keystr(path)} {array.dtype} {array.shape}'.encode())
+  for name, array in arrays.items():
+    found.update(f'{name} {array.dtype} {array.shape}'.encode())
     found.update(array.tobytes())
   return found.hexdigest()
+
+
+def _of_variables(network: Network) -> str:
+  leaves = jax.tree_util.tree_leaves_with_path({'params': network.params, 'batch_stats': network.batch_stats})
+  return digest_of({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
 
 
 def _of_file(path: pathlib.Path) -> str:

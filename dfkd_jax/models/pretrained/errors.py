@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from dfkd_jax.texts import printable
+
 _NAME, _DETAIL = 80, 1000  # Characters of what is shown of a name, and of all that is said of a file.
 
 
@@ -32,6 +34,5 @@ def some(values: Iterable[Any], most: int = 5) -> list[str]:
 
 def line(error: Any) -> str:
   """What an error says, in one line that is cut off, and without characters that steer a terminal; '' if nothing."""
-  text = ' '.join(str(error)[:20 * _DETAIL].split())
-  text = ''.join(each if each.isprintable() else repr(each)[1:-1] for each in text[:_DETAIL + 1])
+  text = printable(str(error)[:20 * _DETAIL])
   return text if len(text) <= _DETAIL else f'{text[:_DETAIL - 3]}...'
