@@ -271,7 +271,8 @@ class Checkpoints:
     except Exception as error:
       kind = ValueError if complaints.is_passing(error) else kind
       text = f'Cannot {action} in {self.directory}: {complaints.reason(error)}'
-      raise kind(f'{text} {self._kept()}'.strip() if kept and not self._read_only else text) from error
+      left = self._kept() if kept and not self._read_only else ''
+      raise kind(f'{text.rstrip(".")}. {left}' if left else text) from error
 
   def _kept(self) -> str:
     """What is left where a checkpoint could not be written, as the folder has it."""

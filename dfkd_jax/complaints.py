@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 
 from dfkd_jax import parallel
 
@@ -13,6 +14,11 @@ _PASSING = re.compile(
     r'RESOURCE_EXHAUSTED|[Oo]ut of memory|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED'
     r'|\b(EIO|ESTALE|EACCES|EPERM|EMFILE|ENFILE|ENOMEM|ETIMEDOUT|EAGAIN)\b|Permission denied|Too many open files'
     r'|Input/output error|Stale file handle')
+# An error of TensorStore begins with the name of a status, or ends with what was to be opened.
+_TENSORSTORE = re.compile(
+    r"""exception=\w+\(['"](ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL"""
+    '|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE'
+    '|UNIMPLEMENTED|UNKNOWN): |tensorstore_spec')
 
 
 def is_passing(error: Exception) -> bool:
@@ -28,12 +34,14 @@ def reason(error: Exception) -> str:
 
 
 def silence() -> None:
-  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read that has failed."""
+  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read or write that has failed."""
   logger, report = logging.getLogger('absl'), sys.unraisablehook
   if _not_orbax in logger.filters:
     return
   logger.addFilter(_not_orbax)
   logging.getLogger('asyncio').addFilter(_not_echo)
+  warnings.filterwarnings(
+      'ignore', r"coroutine '(\w*serialize|_read_|_open_and_write)[^']*' was never awaited", RuntimeWarning)
 
   def hook(unraisable):
     if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
@@ -43,9 +51,9 @@ def silence() -> None:
 
 
 def _not_echo(record: logging.LogRecord) -> bool:
-  """Not of a read that has failed already, whose other parts nobody waits for."""
+  """Not of a read or write that has failed already, whose other parts nobody waits for."""
   text = record.getMessage()
-  return not ('was never retrieved' in text and 'tensorstore_spec' in text)
+  return not ('was never retrieved' in text and _TENSORSTORE.search(text))
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -29,7 +29,7 @@ NUMBERS = {
     'faults.reseed=0.5': ['faults.reseed', '0.5'],
     'dataset.image_shape[0]=5': ['dataset.image_shape[0]', 'the whole tuple'],
     'dataset.image_shape[9]=5': ['dataset.image_shape[9]', 'the whole tuple'],
-    f'optimizer.milestones={"-" * 3000}1': ['optimizer.milestones', 'cannot take'],
+    f'optimizer.milestones={"-" * 3000}1': ['optimizer.milestones', '-----'],  # Pythons differ in what fails.
     f'student.name={"c" * 100_000}': ['Unknown model', 'cccc']}
 
 

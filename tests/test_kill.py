@@ -15,21 +15,10 @@ spec = importlib.util.spec_from_file_location('kill', toy_runs.ROOT / 'benchmark
 kill = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kill)
 
-CONFIG = """
-from ml_collections import config_dict
-
-def get_config():
-  return config_dict.ConfigDict({fields!r})
-"""
-
-
 @pytest.fixture(scope='module')
 def arguments():
   """A toy run whose files all processes see, with programs that they keep."""
-  config = toy_runs.config(distill__rounds=25, checkpoint__every=2)
-  path = toy_runs.folder() / 'killed.py'
-  path.write_text(CONFIG.format(fields=config.to_dict()))
-  return [f'--config={path}']
+  return [f'--config={toy_runs.config_file("killed.py", distill__rounds=25, checkpoint__every=2)}']
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,15 @@ def config(**changes):
   return found
 
 
+def config_file(name, **changes) -> str:
+  """A file of this process that gives `config`, for a command."""
+  path = folder() / name
+  path.write_text(
+      'from ml_collections import config_dict\n\n\ndef get_config():\n'
+      f'  return config_dict.ConfigDict({config(**changes).to_dict()!r})\n')
+  return str(path)
+
+
 @contextlib.contextmanager
 def quick():
   """Within: programs are compiled without much ado, and kept for the next run."""
