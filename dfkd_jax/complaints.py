@@ -41,9 +41,12 @@ def silence() -> None:
   logger.addFilter(_not_orbax)
   logging.getLogger('asyncio').addFilter(_not_echo)
   warnings.filterwarnings(
-      'ignore', r"coroutine '(\w*serialize|_read_|_open_and_write)[^']*' was never awaited", RuntimeWarning)
+      'ignore', r"coroutine '(async_(de)?serialize|_read_(shard|array|and_create)|_open_and_write)", RuntimeWarning)
 
   def hook(unraisable):
+    code = getattr(unraisable.object, 'cr_code', None)  # Of a coroutine, which was thrown away while it waited.
+    if code is not None and _is_orbax(code.co_filename):
+      return
     if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
       report(unraisable)
 
@@ -57,7 +60,11 @@ def _not_echo(record: logging.LogRecord) -> bool:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-  return f'{os.sep}orbax{os.sep}' not in record.pathname
+  return not _is_orbax(record.pathname)
+
+
+def _is_orbax(path: str) -> bool:
+  return f'{os.sep}orbax{os.sep}' in path
 
 
 def check_directory(directory: str, read_only: bool) -> None:
