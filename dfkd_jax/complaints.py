@@ -14,6 +14,7 @@ _PASSING = re.compile(
     r'RESOURCE_EXHAUSTED|[Oo]ut of memory|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED'
     r'|\b(EIO|ESTALE|EACCES|EPERM|EMFILE|ENFILE|ENOMEM|ETIMEDOUT|EAGAIN)\b|Permission denied|Too many open files'
     r'|Input/output error|Stale file handle')
+_ORBAX = f'{os.sep}orbax{os.sep}'
 # An error of TensorStore begins with the name of a status, or ends with what was to be opened.
 _TENSORSTORE = re.compile(
     r"""exception=\w+\(['"](ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL"""
@@ -34,18 +35,20 @@ def reason(error: Exception) -> str:
 
 
 def silence() -> None:
-  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read or write that has failed."""
-  logger, report = logging.getLogger('absl'), sys.unraisablehook
+  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read or write that has failed.
+
+  Coroutines that were never begun become errors that nothing can raise, for only those say whose they are.
+  """
+  logger, report, orbax = logging.getLogger('absl'), sys.unraisablehook, _ORBAX
   if _not_orbax in logger.filters:
     return
   logger.addFilter(_not_orbax)
   logging.getLogger('asyncio').addFilter(_not_echo)
-  warnings.filterwarnings(
-      'ignore', r"coroutine '(async_(de)?serialize|_read_(shard|array|and_create)|_open_and_write)", RuntimeWarning)
+  warnings.filterwarnings('error', r'coroutine .* was never awaited', RuntimeWarning)
 
-  def hook(unraisable):
-    code = getattr(unraisable.object, 'cr_code', None)  # Of a coroutine, which was thrown away while it waited.
-    if code is not None and _is_orbax(code.co_filename):
+  def hook(unraisable):  # Without globals, which may be gone when the process ends.
+    code = getattr(unraisable.object, 'cr_code', None)
+    if code is not None and orbax in code.co_filename:  # A coroutine that was thrown away.
       return
     if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
       report(unraisable)
@@ -60,11 +63,7 @@ def _not_echo(record: logging.LogRecord) -> bool:
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-  return not _is_orbax(record.pathname)
-
-
-def _is_orbax(path: str) -> bool:
-  return f'{os.sep}orbax{os.sep}' in path
+  return _ORBAX not in record.pathname
 
 
 def check_directory(directory: str, read_only: bool) -> None:
