@@ -27,6 +27,7 @@ import shlex
 import sys
 import traceback
 import types
+import warnings
 from collections.abc import Sequence
 
 from absl import flags, logging
@@ -69,6 +70,8 @@ def _main(argv: Sequence[str], asked: stopping.Asked) -> int:
     config = load(wanted.config)
     override(config, [*_begun_from(config, wanted.init_from), *overrides])
     logging.set_verbosity(logging.WARNING)
+    # Orbax's, after a checkpoint that could not be written; there are none of ours.
+    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     from dfkd_jax import train  # Arguments are checked before the seconds that this import takes.
 
     workdir = default_workdir(wanted.config) if wanted.workdir is None else wanted.workdir

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tempfile
-import warnings
+import traceback
 
 from dfkd_jax import parallel
 
@@ -14,12 +14,12 @@ _PASSING = re.compile(
     r'RESOURCE_EXHAUSTED|[Oo]ut of memory|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED'
     r'|\b(EIO|ESTALE|EACCES|EPERM|EMFILE|ENFILE|ENOMEM|ETIMEDOUT|EAGAIN)\b|Permission denied|Too many open files'
     r'|Input/output error|Stale file handle')
-_ORBAX = f'{os.sep}orbax{os.sep}'
-# An error of TensorStore begins with the name of a status, or ends with what was to be opened.
+_ORBAX = f'{os.sep}orbax{os.sep}checkpoint{os.sep}'
+# A status of TensorStore, or what was to be opened.
 _TENSORSTORE = re.compile(
-    r"""exception=\w+\(['"](ABORTED|ALREADY_EXISTS|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL"""
-    '|INVALID_ARGUMENT|NOT_FOUND|OUT_OF_RANGE|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE'
-    '|UNIMPLEMENTED|UNKNOWN): |tensorstore_spec')
+    'ABORTED: |ALREADY_EXISTS: |CANCELLED: |DATA_LOSS: |DEADLINE_EXCEEDED: |FAILED_PRECONDITION: |INTERNAL: '
+    '|INVALID_ARGUMENT: |NOT_FOUND: |OUT_OF_RANGE: |PERMISSION_DENIED: |RESOURCE_EXHAUSTED: |UNAUTHENTICATED: '
+    r'|UNAVAILABLE: |UNIMPLEMENTED: |UNKNOWN: |.*\[tensorstore_spec=', re.DOTALL)
 
 
 def is_passing(error: Exception) -> bool:
@@ -35,22 +35,21 @@ def reason(error: Exception) -> str:
 
 
 def silence() -> None:
-  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read or write that has failed.
-
-  Coroutines that were never begun become errors that nothing can raise, for only those say whose they are.
-  """
+  """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read or write that has failed."""
   logger, report, orbax = logging.getLogger('absl'), sys.unraisablehook, _ORBAX
   if _not_orbax in logger.filters:
     return
   logger.addFilter(_not_orbax)
   logging.getLogger('asyncio').addFilter(_not_echo)
-  warnings.filterwarnings('error', r'coroutine .* was never awaited', RuntimeWarning)
 
   def hook(unraisable):  # Without globals, which may be gone when the process ends.
-    code = getattr(unraisable.object, 'cr_code', None)
-    if code is not None and orbax in code.co_filename:  # A coroutine that was thrown away.
-      return
-    if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
+    code, place = getattr(unraisable.object, 'cr_code', None), unraisable.exc_traceback
+    files = [code.co_filename] if code else []
+    while place:
+      files.append(place.tb_frame.f_code.co_filename)
+      place = place.tb_next
+    of_orbax = any(orbax in file for file in files)  # A coroutine that was thrown away while it waited.
+    if not of_orbax and str(unraisable.exc_value) != 'Event loop is closed':  # TensorStore calls back too late.
       report(unraisable)
 
   sys.unraisablehook = hook
@@ -58,8 +57,12 @@ def silence() -> None:
 
 def _not_echo(record: logging.LogRecord) -> bool:
   """Not of a read or write that has failed already, whose other parts nobody waits for."""
-  text = record.getMessage()
-  return not ('was never retrieved' in text and _TENSORSTORE.search(text))
+  error = record.exc_info[1] if record.exc_info else None
+  if error is None or 'was never retrieved' not in record.getMessage():
+    return True
+  if error.__traceback__ is None:  # TensorStore's own.
+    return not (type(error) is ValueError and _TENSORSTORE.match(str(error)))
+  return not any(_ORBAX in frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

@@ -15,6 +15,7 @@ spec = importlib.util.spec_from_file_location('kill', toy_runs.ROOT / 'benchmark
 kill = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kill)
 
+
 @pytest.fixture(scope='module')
 def arguments():
   """A toy run whose files all processes see, with programs that they keep."""

@@ -169,5 +169,5 @@ def tree_of(path: pathlib.Path) -> dict[str, bytes]:
           if file.is_file() and file.name != '.lock'}
 
 
-__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'data_dir', 'folder', 'metrics', 'observed', 'quick',
-           'teacher_file', 'tree_of', 'whole']
+__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'config_file', 'data_dir', 'folder', 'metrics', 'observed',
+           'quick', 'teacher_file', 'tree_of', 'whole']
