@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import tempfile
-import traceback
+import types
 
 from dfkd_jax import parallel
 
@@ -36,23 +36,28 @@ def reason(error: Exception) -> str:
 
 def silence() -> None:
   """Drops Orbax's log, of which all that matters is raised too, and late echoes of a read or write that has failed."""
-  logger, report, orbax = logging.getLogger('absl'), sys.unraisablehook, _ORBAX
+  logger, report, of_orbax = logging.getLogger('absl'), sys.unraisablehook, _is_of_orbax
   if _not_orbax in logger.filters:
     return
   logger.addFilter(_not_orbax)
   logging.getLogger('asyncio').addFilter(_not_echo)
 
   def hook(unraisable):  # Without globals, which may be gone when the process ends.
-    code, place = getattr(unraisable.object, 'cr_code', None), unraisable.exc_traceback
-    files = [code.co_filename] if code else []
-    while place:
-      files.append(place.tb_frame.f_code.co_filename)
-      place = place.tb_next
-    of_orbax = any(orbax in file for file in files)  # A coroutine that was thrown away while it waited.
-    if not of_orbax and str(unraisable.exc_value) != 'Event loop is closed':  # TensorStore calls back too late.
+    if of_orbax(unraisable.exc_traceback):  # A coroutine that was thrown away while it waited.
+      return
+    if str(unraisable.exc_value) != 'Event loop is closed':  # Orbax closes it while TensorStore still calls back.
       report(unraisable)
 
   sys.unraisablehook = hook
+
+
+def _is_of_orbax(place: types.TracebackType | None, orbax: str = _ORBAX) -> bool:
+  """Whether an error came by a function of Orbax's."""
+  while place:
+    if orbax in place.tb_frame.f_code.co_filename:
+      return True
+    place = place.tb_next
+  return False
 
 
 def _not_echo(record: logging.LogRecord) -> bool:
@@ -60,9 +65,9 @@ def _not_echo(record: logging.LogRecord) -> bool:
   error = record.exc_info[1] if record.exc_info else None
   if error is None or 'was never retrieved' not in record.getMessage():
     return True
-  if error.__traceback__ is None:  # TensorStore's own.
+  if error.__traceback__ is None:  # As TensorStore's own errors are.
     return not (type(error) is ValueError and _TENSORSTORE.match(str(error)))
-  return not any(_ORBAX in frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+  return not _is_of_orbax(error.__traceback__)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:

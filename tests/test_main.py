@@ -1,8 +1,5 @@
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -337,17 +334,10 @@ def test_a_device_without_room_is_one_line(call, monkeypatch):
   assert '--traceback' in err[0]
 
 
-def process(*arguments, cwd):
-  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
-  return subprocess.run(
-      [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True,
-      timeout=300, env=environment)
-
-
 @pytest.mark.parametrize(('arguments', 'piece'), [
     (['--config.distil.rounds=3'], "'distill.rounds'"), (['--config.dataset.name=fashion'], "'fashion_mnist'")])
 def test_as_a_process_bad_input_is_one_line(arguments, piece, tmp_path):
-  found = process(*arguments, cwd=tmp_path)
+  found = toy_runs.process(*arguments, cwd=tmp_path)
   assert found.returncode == 2
   assert found.stdout == ''
   line, = found.stderr.splitlines()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import toy_runs
@@ -100,11 +99,9 @@ def test_a_new_run_on_a_full_disk(tmp_path):
 @pytest.mark.parametrize('size', [56, 64])
 def test_as_a_process_a_full_disk_is_one_line(tmp_path, size):
   """Kilobytes: most often several arrays fail at once, each with an error of its own."""
-  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  config = toy_runs.config_file('full.py')
   with disk(tmp_path / 'disk', size) as place:
-    found = subprocess.run(
-        [sys.executable, str(toy_runs.ROOT / 'main.py'), f'--config={toy_runs.config_file("full.py")}',
-         f'--workdir={place / "run"}'], capture_output=True, text=True, timeout=300, env=environment, check=False)
+    found = toy_runs.process(f'--config={config}', f'--workdir={place / "run"}', cwd=tmp_path)
   assert found.returncode == 2, found.stderr
   *rounds, last = found.stderr.partition('Results go to ')[2].splitlines()[1:]
   assert last.startswith(f'error: Cannot save in {place}')

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 
@@ -93,6 +95,14 @@ def config_file(name, **changes) -> str:
   return str(path)
 
 
+def process(*arguments, cwd) -> subprocess.CompletedProcess:
+  """`python main.py` to its end, on one device and compiled as by default."""
+  environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
+  return subprocess.run(
+      [sys.executable, str(ROOT / 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+      env=environment, check=False)
+
+
 @contextlib.contextmanager
 def quick():
   """Within: programs are compiled without much ado, and kept for the next run."""
@@ -170,4 +180,4 @@ def tree_of(path: pathlib.Path) -> dict[str, bytes]:
 
 
 __all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'config_file', 'data_dir', 'folder', 'metrics', 'observed',
-           'quick', 'teacher_file', 'tree_of', 'whole']
+           'process', 'quick', 'teacher_file', 'tree_of', 'whole']
