@@ -34,8 +34,9 @@ from absl import flags, logging
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
-from dfkd_jax import stopping, texts
-from dfkd_jax.names import nearest
+from dfkd_jax import messages
+from dfkd_jax.messages import nearest
+from dfkd_jax.runs import signals as run_signals
 
 HERE = pathlib.Path(__file__).resolve().parent
 _STATUS = {'SIGTERM': 0, 'SIGINT': 130}  # Exit status: what schedulers ask for is no error; the habit of shells.
@@ -55,15 +56,15 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str]) -> int:
   """Runs what the arguments name; returns the exit status: 2 after one line on what is wrong with them."""
   try:
-    with stopping.signals() as asked:
+    with run_signals.signals() as asked:
       return _main(argv, asked)
   except KeyboardInterrupt as error:
-    name = error.name if isinstance(error, stopping.Interrupted) else 'SIGINT'
+    name = error.name if isinstance(error, run_signals.Interrupted) else 'SIGINT'
     print(f'Stopped by {name}. The same command goes on from the last checkpoint, if there is one.', file=sys.stderr)
     return _STATUS[name]
 
 
-def _main(argv: Sequence[str], asked: stopping.Asked) -> int:
+def _main(argv: Sequence[str], asked: run_signals.StopRequest) -> int:
   wanted = None
   try:
     wanted, overrides = _arguments(argv)
@@ -99,7 +100,7 @@ def _lines(error: ValueError) -> list[str]:
 
 def _printable(text: str) -> str:
   """One line that ends within a screen: names in it may be those of a foreign file."""
-  return texts.cut(texts.printable(text), _LONGEST)
+  return messages.truncate(messages.printable(text), _LONGEST)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -17,8 +17,10 @@ from importlib import util
 import jax
 import numpy as np
 
-from dfkd_jax import build, distill, parallel, programs
-from dfkd_jax.checkpoint import Checkpoints
+from dfkd_jax import distill, parallel
+from dfkd_jax.config import build
+from dfkd_jax.runs import programs
+from dfkd_jax.runs.checkpoint import Checkpoints
 from dfkd_jax.synth import replay
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -36,9 +38,9 @@ def full_state(config: build.Config) -> dict:
       build.network(config, which, key) for which, key in zip(('teacher', 'student'), keys[:2], strict=True))
   tx = build.optimizer(config, config.distill.rounds, config.distill.steps_per_round)
   synthesis = programs.init(build.synthesizer(config, 1), mesh, keys[2], teacher)
-  images = replay.of(synthesis).images
+  images = replay.find_buffer(synthesis).images
   noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
-  synthesis = replay.with_fields(synthesis, images=jax.device_put(noise, images.sharding))
+  synthesis = replay.replace_buffer(synthesis, images=jax.device_put(noise, images.sharding))
   return {'synthesis': synthesis, 'student': distill.init(student, tx), 'best': jax.tree.map(np.asarray, student)}
 
 

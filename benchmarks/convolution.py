@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dfkd_jax import report
-from dfkd_jax.models import convolution
+from dfkd_jax.models import cpu_convolution
 
 _NUMBERS = ('NHWC', 'HWIO', 'NHWC')
 CASES = {  # images [B, H, W, C], outputs, stride
@@ -38,7 +38,7 @@ def stock(images, kernel, stride):
 
 
 def ours(images, kernel, stride):
-  return convolution.conv_general_dilated(
+  return cpu_convolution.conv_general_dilated(
       images, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=_NUMBERS,
       feature_group_count=images.shape[-1] // kernel.shape[2])
 
@@ -50,7 +50,7 @@ def upsampled(images, kernel, stride):
 
 def folded(images, kernel, stride):
   del stride
-  return convolution.upsampled_conv(images, kernel)
+  return cpu_convolution.upsampled_conv(images, kernel)
 
 
 def seconds_per_step(convolve, images, kernel, stride, *, loop: bool, steps: int = 4, repeats: int = 3) -> float:

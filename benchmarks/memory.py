@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from dfkd_jax import augment, distill, models, synth, tasks
-from dfkd_jax.models import convolution
+from dfkd_jax.models import cpu_convolution
 from dfkd_jax.types import PyTree
 
 SHAPE, CLASSES, LATENT = (224, 224, 3), 1000, 256
@@ -66,7 +66,7 @@ def programs(pair: str, batch_size: int, dtype, remat: bool, num_steps: int) -> 
 
 def compiled(function, shapes: PyTree, donated: tuple[int, ...], where: jax.sharding.Sharding, traced_for: str | None):
   """The program of a function, for a place."""
-  with convolution.traced_for(traced_for) if traced_for else contextlib.nullcontext():
+  with cpu_convolution.traced_for(traced_for) if traced_for else contextlib.nullcontext():
     lowered = jax.jit(function, in_shardings=where, out_shardings=where, donate_argnums=donated).lower(*shapes)
   return lowered.compile()
 

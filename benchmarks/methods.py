@@ -25,6 +25,8 @@ import statistics
 import subprocess
 import sys
 
+import main
+
 METHODS = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq', 'dfad', 'zskt', 'dafl', 'cmi', 'deep_inversion', 'nayer')
 AVERAGED = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq')  # Also with a moving average of the generator (MAD).
 ROWS = {method: (method, ()) for method in METHODS} | {
@@ -48,8 +50,6 @@ PLANNED = ('seed', 'control', 'distill.rounds', 'evaluate.every')  # Not for --s
 SHORT, WARMUP = 10, 2  # Rounds of the run that measures what they cost, and how many are without the student.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import main  # noqa: E402
 
 
 class Pool:

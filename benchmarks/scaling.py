@@ -22,20 +22,20 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+import main as command_line
+from dfkd_jax import distill, parallel
+from dfkd_jax.config import build
+from dfkd_jax.runs import programs
+
 DEVICES = 4
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('XLA_FLAGS', ' '.join((  # Only the programs' text is wanted, not their speed.
     f'--xla_force_host_platform_device_count={DEVICES}', '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true')))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-import main as command_line  # noqa: E402
-from dfkd_jax import build, distill, parallel  # noqa: E402
-from dfkd_jax import programs as rounds  # noqa: E402
-
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8}
 _OPCODE = re.compile(r'(?<=[\s)}\]])([a-z][a-z\-]*)\(')
@@ -138,7 +138,7 @@ def spread(config, devices: int):
   return config
 
 
-def programs(config) -> rounds.Programs:
+def programs(config) -> programs.Programs:
   """Both programs of a round for `DEVICES` devices, from shapes alone."""
   mesh, key = parallel.make_mesh(DEVICES), jax.random.key(0)
   section = config.distill
@@ -146,8 +146,8 @@ def programs(config) -> rounds.Programs:
       jax.eval_shape(lambda which=which: build.network(config, which, key)) for which in ('teacher', 'student'))
   tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
   synthesis = jax.eval_shape(build.synthesizer(config, 1)(None).init, key, teacher)
-  state = rounds.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
-  return rounds.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
+  state = programs.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
+  return programs.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
 
 
 def of_round(found: dict[str, Traffic], config) -> dict[str, Traffic]:

@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-from dfkd_jax import names
+from dfkd_jax import messages
 
 
 def base() -> config_dict.ConfigDict:
@@ -97,7 +97,7 @@ def pick(arguments: str, **choices: tuple[str, ...]) -> dict[str, str]:
     groups = [group for group, allowed in choices.items() if argument in allowed]
     known = [choice for allowed in choices.values() for choice in allowed if choice]
     if not groups:
-      names.known(argument, known, 'config argument')
+      messages.check_choice(argument, known, 'config argument')
     if groups[0] in picked:
       raise ValueError(f'Config arguments {picked[groups[0]]!r} and {argument!r} exclude each other.')
     picked[groups[0]] = argument

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dfkd_jax.names import known
+from dfkd_jax.messages import check_choice
 from dfkd_jax.types import Array, PRNGKey
 
 _ATTEMPTS = 10  # At a resized crop that fits, as in torchvision.
@@ -28,7 +28,7 @@ def create(name: str, **options) -> Callable[[PRNGKey, Array], Array]:
   Raises:
     ValueError: On another name, or on options that do not belong to it.
   """
-  function = _BY_NAME[known(name, _BY_NAME, 'augmentation')]
+  function = _BY_NAME[check_choice(name, _BY_NAME, 'augmentation')]
   allowed = list(inspect.signature(function).parameters)[2:]
   for option in options:
     if option not in allowed:

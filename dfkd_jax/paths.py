@@ -4,7 +4,7 @@ import os
 import pathlib
 import stat
 
-from dfkd_jax.texts import shortened
+from dfkd_jax.messages import short_repr
 
 _LONGEST = 4095  # Bytes of a path, on the usual systems.
 _LONGEST_NAME = 255  # Of a file or folder.
@@ -23,7 +23,7 @@ def expanded(path: str | os.PathLike, field: str = 'path') -> pathlib.Path:
       would never end.
   """
   text = os.fspath(path)
-  what = f'{field} is {shortened(text)}'
+  what = f'{field} is {short_repr(text)}'
   if not text:
     raise ValueError(f'{what}, must be a path.')
   try:

@@ -1,49 +1,27 @@
 """Data-free distillation as a run: rounds of synthesis and of student steps, evaluation, checkpoints, report."""
 
 import contextlib
-import functools
-import json
-import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
-from dfkd_jax import (
-  build,
-  checks,
-  control,
-  distill,
-  faults,
-  flat_state,
-  gallery,
-  held_out,
-  host_buffer,
-  inheritance,
-  parallel,
-  paths,
-  preflight,
-  processes,
-  programs,
-  run_folder,
-  stopping,
-  store,
-  supervised,
-  validation,
-)
-from dfkd_jax.experiment import Experiment
+from dfkd_jax import parallel, paths
+from dfkd_jax.config import build, check_fields
+from dfkd_jax.config import check as config_check
+from dfkd_jax.jobs import preflight, supervised
+from dfkd_jax.jobs.distillation import run_distillation
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import objective
-from dfkd_jax.types import PRNGKey
-
-_FOR_LOOKING = 1 << 31  # Rounds are counted below it.
+from dfkd_jax.parallel import launch
+from dfkd_jax.runs import checkpoint_format
+from dfkd_jax.runs import folder as run_folder
+from dfkd_jax.runs import signals as run_signals
+from dfkd_jax.runs import state as run_state
 
 
 def run(
     config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None, *,
-    resume: str | None = None, signals: bool | stopping.Asked = False,
+    resume: str | None = None, signals: bool | run_signals.StopRequest = False,
 ) -> dict[str, Any]:
   """Runs a config; results go to `workdir`, and come back as the summary.
 
@@ -68,30 +46,30 @@ def run(
       or the disk refuses a file.
   """
   with contextlib.ExitStack() as stack:
-    asked = stack.enter_context(stopping.signals(signals)) if isinstance(signals, bool) else signals
+    asked = stack.enter_context(run_signals.signals(signals)) if isinstance(signals, bool) else signals
     try:
       return _run(config, workdir, command, teacher, resume, asked)
-    except stopping.Stopped as early:
+    except run_signals.Stopped as early:
       return early.summary
 
 
 def _run(
     config: build.Config, workdir: str, command: str | None, teacher: Network | None, resume: str | None,
-    asked: stopping.Asked) -> dict[str, Any]:
-  if not validation.alone(config):
-    checks.check(config)  # Before anybody waits for others.
+    asked: run_signals.StopRequest) -> dict[str, Any]:
+  if not config_check.alone(config):
+    check_fields.check(config)  # Before anybody waits for others.
     asked.at_once = False  # As they will for this one.
-  processes.initialize(**config.distributed.to_dict())
+  launch.initialize(**config.distributed.to_dict())
   asked.again()
   asked.at_once = asked.at_once and jax.process_count() == 1
   if jax.process_count() > 1:
-    parallel.check_alike(store.fingerprint(config), 'The config')
-  with parallel.together():
-    validation.check(config, workdir, teacher, resume)
+    parallel.check_same_on_all(run_state.fingerprint(config), 'The config')
+  with parallel.raise_on_all_processes():
+    config_check.check(config, workdir, teacher, resume)
   if jax.process_count() > 1 and config.job != 'check':  # Else some would go on with it, and others not.
-    with parallel.together():
-      there = run_folder.stored(paths.expanded(workdir, 'workdir'))
-    parallel.check_alike(flat_state.config_hash(there), f'What is seen of {workdir}')
+    with parallel.raise_on_all_processes():
+      there = run_folder.read_stored(paths.expanded(workdir, 'workdir'))
+    parallel.check_same_on_all(checkpoint_format.config_hash(there), f'What is seen of {workdir}')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
@@ -102,150 +80,3 @@ def _run(
   if config.job == 'train':
     return supervised.run(config, workdir, command, resume, asked)
   return run_distillation(config, workdir, command, teacher, resume, asked)
-
-
-def run_distillation(
-    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None,
-    resume: str | None = None, asked: stopping.Asked | None = None,
-) -> dict[str, Any]:
-  """Distils the teacher, that of the config unless another is given, into the student without data.
-
-  Writes metrics.jsonl, summary.json, images.png, student.safetensors, student_best.safetensors and checkpoints.
-  Arguments are those of `run`; `asked` says whether to end early.
-  """
-  section = config.distill
-  mesh = build.mesh(config)
-  with parallel.together():
-    make = build.synthesizer(config, mesh.size)
-    make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
-    programs.steps_per_call(config)
-    build.augmentation(config.augment.student)
-    tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
-    experiment = Experiment(config, workdir, 'round', command, resume, asked)
-    with experiment.ledger.part('setup'):
-      keys = jax.random.split(jax.random.key(config.seed), 5)
-      student_key, init_key, run_key, control_key, picture_key = keys
-      source = None if teacher else config.teacher.source
-      teacher, judge = teacher or build.teacher(config), build.judge(config)
-      card = build.card(teacher, source)
-      experiment.store.stands_on(
-          teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
-          **inheritance.digests(config, experiment.store.stored))
-    if (summary := experiment.store.finished()) is not None:
-      return summary
-    with experiment.ledger.part('setup'):
-      # On the host, since what is placed will be donated, and the control starts from the same.
-      network = inheritance.student(
-          config, build.network(config, 'student', student_key), experiment.store.stored)
-      network = jax.tree.map(np.array, network)
-    factors = _factors(experiment, teacher, network, card)
-    make = build.synthesizer(config, mesh.size, factors)
-    teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
-  parallel.check_alike(json.dumps([experiment.store.meta['weights'], factors]), "The weights of the teacher and judge")
-  with experiment.ledger.part('setup'):
-    synthesis = programs.init(make, mesh, init_key, teacher)
-    with parallel.together():
-      synthesis = inheritance.generator(config, mesh, synthesis, experiment.store.stored)
-    state = programs.State(synthesis, parallel.place(mesh, distill.init(network, tx)))
-  with experiment.ledger.part('compile'):
-    compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
-    finite = faults.finite((state.student, host_buffer.without(state.synthesis)))
-    look = _held_out(experiment, mesh, factors, state, teacher, judge)
-  with experiment:  # All that can be wrong was found by now.
-    build.tell_unused_devices(config, mesh.size)
-    state, done = experiment.store.begin(state, 'round', section.rounds)
-    state = state.replace(synthesis=host_buffer.made(state.synthesis))
-    metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
-    advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)
-    evaluate = functools.partial(_evaluate, experiment, look, run_key)
-    state = experiment.loop(state, done, section.rounds, advance, evaluate)
-    files = supervised.write_students(experiment, 'student', state.student.network)
-    looked_at = gallery.write(experiment, mesh, make, state.synthesis, teacher, judge, picture_key)
-    noise = control.run(experiment, mesh, tx, network, teacher, control_key) if config.control else None
-    return experiment.summary(
-        num_devices=mesh.size, files=(*files, 'images.png'), teacher=metrics_of_teacher, control=noise,
-        preflight=experiment.store.meta['preflight'], images=looked_at, selection=experiment.selection,
-        rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
-        parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
-
-
-def _factors(experiment: Experiment, teacher: Network, student: Network, card) -> objective.Factors | None:
-  """What the preflight goes on with; that of a run which is gone on with was at its beginning. None: the config's."""
-  found = experiment.store.stored.get('preflight')
-  if experiment.config.preflight.enabled and found is None:
-    with experiment.ledger.part('preflight'):
-      _, found = preflight.report(experiment.config, teacher, student, card)
-  experiment.store.meta['preflight'] = found
-  return found and objective.Factors(**found['factors'])
-
-
-def _held_out(experiment, mesh: Mesh, factors, state: programs.State, teacher: Network, judge: Network | None):
-  """(synthesis, key, student) -> metrics on fresh synthetic images; None where real ones do, and nobody else looks."""
-  if experiment.test is not None and judge is None:
-    return None
-  small = build.Config(experiment.config.to_dict())
-  if 'capacity' in small.method:
-    small.method.capacity = build.tasks_of(small) * small.method.batch_size
-  make = build.synthesizer(small, mesh.size, factors)
-  program = held_out.compiled(mesh, make, state.synthesis, teacher, state.student.network, judge)
-  return lambda synthesis, key, student: program(
-      held_out.without_images(synthesis), key, teacher, student, judge)
-
-
-def _evaluate(experiment, look, run_key: PRNGKey, state: programs.State, done: int) -> dict[str, float]:
-  """The student on real images if there are any, and what `look` finds."""
-  found = experiment.evaluate(state.student.network) if experiment.test is not None else {}
-  if look is not None:
-    with experiment.ledger.part('evaluation'):
-      key = jax.random.fold_in(run_key, _FOR_LOOKING + done)
-      found |= {name: float(np.asarray(value)) for name, value in look(
-          state.synthesis, key, state.student.network).items()}
-  return found
-
-
-def _rates(config: build.Config, seconds: dict[str, float]) -> dict[str, float]:
-  """Images a second once compiled: inner steps times images, and images that the student saw."""
-  section, method = config.distill, config.method
-  image_steps = section.rounds * section.calls_per_round * _images_a_call(config) * method.get('num_steps', 0)
-  images = (section.rounds - section.distill_after) * section.steps_per_round * section.batch_size
-  return {'synthesis_image_steps': image_steps / seconds['synthesis'], 'student_images': images / seconds['student']}
-
-
-def _images_a_call(config: build.Config) -> int:
-  return build.tasks_of(config) * config.method.get('batch_size', 0)
-
-
-def _round(
-    experiment, compiled: programs.Programs, finite: faults.Finite, run_key: PRNGKey, teacher: Network,
-    state: programs.State, index: int, reseeded: int):
-  """One round: as many calls as it has, each of synthesis, and of student steps once there is enough to learn from."""
-  section, learnt = experiment.config.distill, []
-  for call in range(section.calls_per_round):
-    key = supervised.round_key(run_key, index * section.calls_per_round + call, reseeded)
-    key_synthesis, key_student = jax.random.split(key)
-    began = time.perf_counter()
-    synthesis, metrics = compiled.synthesize(state.synthesis, key_synthesis, teacher, state.student.network)
-    called, student = time.perf_counter(), state.student
-    if index >= section.distill_after:
-      student, synthesis, found = compiled.distill(student, synthesis, key_student, teacher)
-      learnt.append(found)
-    # Both programs are under way; only now is anything waited for, unless their images are elsewhere.
-    metrics = jax.tree.map(np.asarray, metrics)
-    numbers = {f'synthesis_{name}': float(values[-1]) for name, values in metrics.items()}
-    between = called if compiled.waits else time.perf_counter()
-    jax.block_until_ready(student.step)
-    experiment.ledger.add('synthesis', between - began)
-    experiment.ledger.add('student', time.perf_counter() - between)
-    state = programs.State(synthesis, student)
-    experiment.ledger.count('synthesised', _images_a_call(experiment.config))
-    with faults.noting(key):
-      faults.check_series('synthesis', metrics, call)
-      if learnt:
-        faults.check_series('student', {'loss': learnt[-1]['losses']}, call)
-        experiment.ledger.count('seen', programs.steps_per_call(experiment.config) * section.batch_size)
-      finite.check((student, host_buffer.without(synthesis)))
-  if learnt:  # `agreement` is that on real images.
-    means = {name: float(np.mean([found[name] for found in learnt])) for name in learnt[0] if name != 'losses'}
-    numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement'],
-                **{name: means[name] for name in ('weight', 'weighed_loss')}}
-  return state, numbers

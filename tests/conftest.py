@@ -6,20 +6,18 @@ import os
 import pathlib
 import signal
 
+import jax
+import numpy as np
+import pytest
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # Tolerances are those of CPU, and four devices are wanted.
 os.environ.setdefault('XLA_FLAGS', ' '.join((  # Most of the time here goes to compiling what runs for milliseconds.
     '--xla_force_host_platform_device_count=4', '--xla_backend_optimization_level=1',
     # Halves it where it is known: later versions abort at the name.
     *(['--xla_cpu_use_fusion_emitters=false'] if importlib.metadata.version('jaxlib').startswith('0.10.') else []))))
 os.environ.setdefault('PJRT_NPROC', '32')  # On two cores, loops of collectives deadlock without.
-
-import jax
-import numpy as np
-import pytest
-
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / 'shared'
-
 jax.config.update('jax_debug_key_reuse', True)
 gc.set_threshold(100_000, 50, 50)  # Traces allocate much and leave little for the collector to find.
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ from conftest import HERE, SHARED, golden
 from flax import linen as nn
 from flax import traverse_util
 
-from dfkd_jax import models, tasks
-from dfkd_jax.models import pretrained
+from dfkd_jax import models, tasks, weights
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -24,7 +24,7 @@ def cast(tree):
 @functools.cache
 def wide_resnet(name):
   module = models.create('wrn16_1', 10)
-  return models.bind(module, pretrained.to_variables(golden(name), module, (32, 32, 3)), mean=MEAN, std=STD)
+  return models.bind(module, weights.to_variables(golden(name), module, (32, 32, 3)), mean=MEAN, std=STD)
 
 
 def below(archive, prefix):
@@ -34,18 +34,16 @@ def below(archive, prefix):
 def parameters(arrays, generator, latent_shape, start):
   """Of a generator, from arrays in PyTorch's layout; its running moments, which nothing reads, from `start`."""
   running = {key: value for key, value in start.items() if '.running_' in key}
-  return cast(pretrained.to_variables({**running, **arrays}, generator, latent_shape)['params'])
+  return cast(weights.to_variables({**running, **arrays}, generator, latent_shape)['params'])
 
 
 def torch_layout(params):
-  return pretrained.from_variables({'params': params})
+  return weights.from_variables({'params': params})
 
 
 def labels_of(targets):
   return tasks.classification(10)._replace(sample_labels=lambda *_: jnp.asarray(targets, jnp.int32))
 
-
-# The run whose weights are a formula.
 
 LAYERS = ('conv1', 'bn1', 'conv2', 'bn2', 'fc')
 BLOCKS = ('l1_0', *(f'conv_blocks_{i}' for i in (0, 2, 3, 6, 7, 9)))
@@ -113,3 +111,60 @@ def check_formula(params, reference, message=''):
     np.testing.assert_allclose(
         [found[key].sum(), np.linalg.norm(found[key]), found[key].ravel()[0]],
         [numbers[of] for of in ('sum', 'l2', 'first')], rtol=1e-9, err_msg=f'{key} {message}')
+
+
+def shapes_of(module, input_shape=(32, 32, 3)):
+  return jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *input_shape)))
+
+
+def count(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def recipe(state_dict, gain):
+  """Weights of zoo_forward: one random stream for each name."""
+  weights = {}
+  for name, shape in state_dict:
+    noise = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape).astype(np.float32)
+    if name.endswith('num_batches_tracked'):
+      weights[name] = np.zeros((), np.int64)
+    elif name.endswith('running_var'):
+      weights[name] = np.exp(np.float32(0.2) * noise)
+    elif name.endswith('weight') and len(shape) == 1:
+      weights[name] = 1 + np.float32(0.1) * noise
+    elif len(shape) < 2:
+      weights[name] = np.float32(0.1) * noise
+    else:
+      weights[name] = noise * np.float32(np.sqrt(gain / np.prod(shape[1:])))
+  return weights
+
+
+def nhwc(images):
+  return images.transpose(0, 2, 3, 1)
+
+
+def drawn_variables(module, input_shape):
+  """Variables drawn by NumPy, which saves compiling `init`."""
+  rng = np.random.default_rng(0)
+  draw = lambda path, s: jnp.asarray(
+      rng.normal(size=s.shape) / np.sqrt(np.prod(s.shape[:-1])) if len(s.shape) > 1
+      else np.full(s.shape, float(path[-1].key in ('scale', 'var'))), s.dtype)
+  return jax.tree_util.tree_map_with_path(draw, shapes_of(module, input_shape))
+
+
+def program(make):
+  """One compiled call, (state, latents, targets, teacher, student) -> (state, metrics), of which z and y are inputs."""
+
+  def call(state, latents, targets, teacher, student):
+    return make(latents, targets).synthesize(state, jax.random.key(0), teacher, student)
+
+  return jax.jit(call)
+
+
+def check_images(kept, reference):
+  """What the buffer holds is floor(255 x), as the published folder of PNGs; x is stored as float32."""
+  scaled = 255 * np.asarray(reference, np.float64).transpose(0, 2, 3, 1)
+  # Rounding of the stored x, 6e-8, may cross an integer.
+  tolerance = np.abs(scaled - np.round(scaled)) < 1e-4
+  assert np.abs(kept.astype(int) - np.floor(scaled).astype(int))[~tolerance].max() == 0
+  assert np.abs(kept.astype(int) - np.floor(scaled).astype(int)).max() <= 1

@@ -14,13 +14,11 @@ from hypothesis import Phase, settings
 spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
 main = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(main)
-
 # Bad inputs of each kind that are really run; the first half in test_bad_inputs, the other in test_bad_files.
 COUNTS = {
     'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45, 'workdirs': 17,
     'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20, 'arrays to prepare': 25,
     'folders to prepare': 12, 'arguments of prepare': 19}
-
 CONFIG = """
 import toy_runs
 

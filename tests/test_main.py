@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dfkd_jax import checks, config_fields, models, stopping, synth, train
-from dfkd_jax.models import pretrained
+from dfkd_jax import models, synth, train, weights
+from dfkd_jax.config import check_fields
+from dfkd_jax.config import fields as config_fields
+from dfkd_jax.runs import signals as run_signals
 
 spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
 main = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(main)
-
 CONFIG = """
 import toy_runs
 
@@ -81,7 +82,7 @@ def test_without_arguments_it_is_the_quick_start(call, monkeypatch):
   assert call(config=None)[0] == 0
   ((config, workdir), more), = seen
   assert (config.dataset.name, config.method.name, workdir) == ('fashion_mnist', 'fast_dfkd', 'runs/default')
-  assert isinstance(more.pop('signals'), stopping.Asked)
+  assert isinstance(more.pop('signals'), run_signals.StopRequest)
   assert more == {'command': 'python main.py', 'resume': None}
   assert config.is_locked
 
@@ -116,7 +117,7 @@ def save(path, **changes):
     variables['params']['conv2']['kernel'][0, 0, 0, 0] = np.nan
     save_file(traverse_util.flatten_dict(variables, sep='.'), str(path))
   else:
-    pretrained.save_safetensors(path, variables)
+    weights.save_safetensors(path, variables)
 
 
 BAD = {
@@ -232,7 +233,7 @@ NUMBERS = {name: interval for interval, names in config_fields.RANGES.items() fo
 
 def complaint(config):
   try:
-    checks.check(config)
+    check_fields.check(config)
   except ValueError as error:
     return str(error)
   return ''

@@ -7,7 +7,6 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / 'dfkd_jax').rglob('*.py'), ROOT / 'main.py'])
-
 RUNS = {'eval', 'exec', 'compile', '__import__'}
 MODULES = {  # None of which has any use here; others import them, and these are not looked at.
     'subprocess', 'pty', 'marshal', 'shelve', 'dill', 'joblib', 'cloudpickle', 'pickle', '_pickle', 'yaml', 'runpy',

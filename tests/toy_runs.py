@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from configs import common
+from dfkd_jax import models, report, train, weights
+from dfkd_jax.data import prepare
+from dfkd_jax.runs.loop import Experiment
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # For configs, which are no package.
-
-from configs import common  # noqa: E402, I001
-
-from dfkd_jax import build, models, prepare, report, train  # noqa: E402
-from dfkd_jax.experiment import Experiment  # noqa: E402
-from dfkd_jax.models import pretrained  # noqa: E402
-
 COMPILED = '/jax/core/compile/backend_compile_duration'
 IMAGE, CLASSES = (12, 8, 1), 5
 NETWORKS = {'teacher': dict(widths=(3, 6), strides=(1, 2)), 'student': dict(widths=(2, 3), strides=(1, 2))}
@@ -54,7 +52,7 @@ def teacher_file(widths: tuple[int, ...] = (3, 6)) -> str:
   module = models.create('convnet', CLASSES, widths=widths, strides=(1, 2)[:len(widths)])
   network = models.create_network(module, jax.random.key(7), IMAGE)
   path = folder() / f'teacher_{len(widths)}.safetensors'
-  pretrained.save_safetensors(path, {'params': network.params, 'batch_stats': moved(network.batch_stats)})
+  weights.save_safetensors(path, {'params': network.params, 'batch_stats': moved(network.batch_stats)})
   return str(path)
 
 
@@ -179,5 +177,18 @@ def tree_of(path: pathlib.Path) -> dict[str, bytes]:
           if file.is_file() and file.name != '.lock'}
 
 
-__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'build', 'config', 'config_file', 'data_dir', 'folder', 'metrics', 'observed',
+def equal(tree, other):
+  return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, tree, other))
+
+
+def four_tasks(**changes):
+  """With plain SGD: Adam would turn rounding errors of gradients near zero into steps."""
+  return config(**{**dict(
+      distill__distill_after=0, distill__batch_size=8, method__num_steps=1, method__num_tasks=4, method__capacity=16,
+      optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0, factors__adversarial=0.0,
+      teacher__options__widths=(3,), teacher__options__strides=(1,), teacher__source=teacher_file((3,)),
+      student__options__widths=(2,), student__options__strides=(1,)), **changes})
+
+
+__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'config', 'config_file', 'data_dir', 'folder', 'metrics', 'observed',
            'process', 'quick', 'teacher_file', 'tree_of', 'whole']

@@ -11,7 +11,6 @@ from dfkd_jax import augment, models, synth, tasks
 IMAGE = (12, 8, 3)
 CLASSES = 5
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
-
 # Half the time of a compilation is spent on making programs fast that run for milliseconds.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from dfkd_jax.messages import nearest
 from dfkd_jax.models.convnet import ConvNet
 from dfkd_jax.models.efficientnet import EfficientNetLite
 from dfkd_jax.models.generator import Generator, SpatialGenerator
@@ -19,14 +20,12 @@ from dfkd_jax.models.resnet import ResNet
 from dfkd_jax.models.thin_resnet import ThinResNet
 from dfkd_jax.models.vgg import VGG
 from dfkd_jax.models.wide_resnet import WideResNet
-from dfkd_jax.names import nearest
 
 __all__ = [
     'ConvNet', 'EfficientNetLite', 'Generator', 'ImageNetResNet', 'ImageNetVGG', 'MobileNetV2', 'Network', 'ResNet',
     'SpatialGenerator', 'ThinResNet', 'VGG', 'WideResNet',
     'bind', 'create', 'create_network', 'names',
 ]
-
 _WIDE_RESNET = re.compile(r'wrn(\d+)_(\d+)')
 _WIDER = (32, 64, 128, 256)
 

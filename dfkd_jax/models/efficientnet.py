@@ -100,7 +100,7 @@ class EfficientNetLite(nn.Module):
         block = functools.partial(
             Block, round_channels(channels * self.width), size, 1 if j else strides, expansion,
             name=f'blocks_{i}_{j}', **shared)
-        x = layers.recomputed(self, functools.partial(_run, block, train), x, self.remat)
+        x = layers.remat_if(self, functools.partial(_run, block, train), x, self.remat)
       self.sow('intermediates', f'stage_{i + 1}', x)
     x = nn.relu6(_conv_norm(x, _HEAD, 1, names=('conv_head', 'bn2'), train=train, **shared))
     x = layers.pool_features(self, x)

@@ -116,7 +116,7 @@ class SpatialGenerator(nn.Module):
     x, widths = latents, self.widths[:-1] if self.last == 'subpixel' else self.widths
     for i, width in enumerate(widths):
       run = functools.partial(_conv_block, width=width, index=4 * i, train=train, dtype=self.dtype, upsample=i > 0)
-      x = layers.recomputed(self, run, x, self.remat)
+      x = layers.remat_if(self, run, x, self.remat)
     to_image = _to_larger_image if self.last == 'subpixel' else _to_image
     return to_image(x, self.channels, 4 * len(widths) - 1, self.dtype)
 

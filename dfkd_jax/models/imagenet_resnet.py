@@ -62,7 +62,7 @@ class ImageNetResNet(nn.Module):
       width = self.width * 2**i * (4 if self.bottleneck else 1)
       for j in range(size):
         run = functools.partial(_run, block, width, 2 if i and not j else 1, f'layer{i + 1}_{j}', train)
-        x = layers.recomputed(self, run, x, self.remat)
+        x = layers.remat_if(self, run, x, self.remat)
       self.sow('intermediates', f'stage_{i + 1}', x)
     x = layers.pool_features(self, x)
     return layers.dense(self.num_classes, x.shape[-1], name='fc')(x)

@@ -69,7 +69,7 @@ class ImageNetVGG(nn.Module):
     index = 0
     for i, widths in enumerate(self.groups):
       run = functools.partial(_group, widths, index, train, self.epsilon, self.dtype)
-      x = layers.recomputed(self, run, x, self.remat)
+      x = layers.remat_if(self, run, x, self.remat)
       self.sow('intermediates', f'stage_{i + 1}', x)
       x = nn.max_pool(x, (2, 2), (2, 2))
       index += 3 * len(widths) + 1

@@ -12,15 +12,13 @@ from flax import linen as nn
 from flax import traverse_util
 
 from dfkd_jax import parallel
-from dfkd_jax.models.convolution import conv_general_dilated, upsampled_conv
+from dfkd_jax.models.cpu_convolution import conv_general_dilated, upsampled_conv
 from dfkd_jax.types import Array, Moments, PyTree
 
 _TAP = 'batch_norm_input'  # Names that no submodule has: sow shares their namespace.
 _POOLED = 'batch_norm_input_pooled'
-
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
-
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # PyTorch's default.
 he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, equation 14.
 
@@ -73,7 +71,7 @@ def pool_features(module: nn.Module, x: Array) -> Array:
   return x
 
 
-def recomputed(module: nn.Module, run: Callable[[Array], Array], x: Array, remat: bool) -> Array:
+def remat_if(module: nn.Module, run: Callable[[Array], Array], x: Array, remat: bool) -> Array:
   """`run(x)`; if `remat`, the backward pass computes it anew, and of what lies within keeps only x.
 
   Args:
@@ -91,7 +89,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def tapped(axis: str | None = None) -> Iterator[None]:
+def capture_moments(axis: str | None = None) -> Iterator[None]:
   """Within: every `nn.BatchNorm` sows the moments of its input, and may span devices.
 
   An interceptor does it, so that an unmodified Linen module of the user's works.

@@ -76,7 +76,7 @@ class MobileNetV2(nn.Module):
         run = functools.partial(
             _run, round_channels(channels * self.width), 1 if j else strides, expansion, self.epsilon, self.dtype,
             f'features_{index}', train)
-        x = layers.recomputed(self, run, x, self.remat)
+        x = layers.remat_if(self, run, x, self.remat)
         index += 1
       self.sow('intermediates', f'stage_{stage + 1}', x)
     last = round_channels(1280 * max(1.0, self.width))

@@ -59,7 +59,7 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.
     """
     inputs = self.preprocess(images)
     mutable = ['intermediates', 'batch_stats'] if train else ['intermediates']
-    with layers.tapped(axis):
+    with layers.capture_moments(axis):
       logits, new = self.module.apply(
           {'params': self.params, 'batch_stats': self.batch_stats}, inputs,
           mutable=mutable, **_mode(self.module, train))

@@ -3,12 +3,13 @@
 Nothing here knows a method or a config. Errors are ValueErrors of one line.
 """
 
+from dfkd_jax.report.environment import device, versions
+from dfkd_jax.report.files import replace_file, reporting_disk_errors
+from dfkd_jax.report.image_grid import image_grid
 from dfkd_jax.report.ledger import COUNTS, PARTS, Ledger
-from dfkd_jax.report.metrics import METRICS, MetricsWriter, replacing, writing
-from dfkd_jax.report.pictures import image_grid
+from dfkd_jax.report.metrics import METRICS, MetricsWriter
 from dfkd_jax.report.progress import Progress, note, say
 from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
-from dfkd_jax.report.surroundings import device, versions
 
 __all__ = [
   'COUNTS',
@@ -22,9 +23,9 @@ __all__ = [
   'format_summary',
   'image_grid',
   'note',
-  'replacing',
+  'replace_file',
   'say',
   'versions',
   'write_summary',
-  'writing',
+  'reporting_disk_errors',
 ]

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-from dfkd_jax.names import known
+from dfkd_jax.messages import check_choice
 
 PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'evaluation', 'checkpoint')
 COUNTS = (
@@ -37,7 +37,7 @@ class Ledger:
     Raises:
       ValueError: There is no such part.
     """
-    known(name, PARTS, 'part of a run')
+    check_choice(name, PARTS, 'part of a run')
     self._settle()
     self._open.append(name)
     try:
@@ -52,7 +52,7 @@ class Ledger:
     Raises:
       ValueError: There is no such part.
     """
-    known(name, PARTS, 'part of a run')
+    check_choice(name, PARTS, 'part of a run')
     self._seconds[name] += float(seconds)
 
   def count(self, name: str, number: int = 1) -> None:
@@ -61,7 +61,7 @@ class Ledger:
     Raises:
       ValueError: There is no such count.
     """
-    self._counts[known(name, COUNTS, 'count of a run')] += int(number)
+    self._counts[check_choice(name, COUNTS, 'count of a run')] += int(number)
 
   def counts(self) -> dict[str, int]:
     """All counts so far, in the order of COUNTS."""

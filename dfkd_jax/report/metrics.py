@@ -1,15 +1,12 @@
 """Numbers of a run as lines of JSON, and files that are replaced in one go."""
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from typing import IO, Any
-
-import numpy as np
+from typing import Any
 
 from dfkd_jax import parallel
+from dfkd_jax.report.files import plain, replace_file, reporting_disk_errors
 
 METRICS = 'metrics.jsonl'
 
@@ -28,7 +25,7 @@ class MetricsWriter:
 
   def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
     self.path = os.path.join(workdir, METRICS) if parallel.is_first() else os.devnull
-    with writing(self.path):
+    with reporting_disk_errors(self.path):
       if parallel.is_first():
         os.makedirs(workdir, exist_ok=True)
         if os.path.exists(self.path):
@@ -58,7 +55,7 @@ class MetricsWriter:
       if isinstance(entry[name], str | list | dict):
         raise ValueError(f'Metric {name!r} is {value!r}; it must be a number.')
     left = json.dumps(entry).encode() + b'\n'
-    with writing(self.path):
+    with reporting_disk_errors(self.path):
       while left:
         left = left[self._file.write(left):]
 
@@ -69,7 +66,7 @@ class MetricsWriter:
       ValueError: The disk refuses them.
     """
     if parallel.is_first():
-      with writing(self.path):
+      with reporting_disk_errors(self.path):
         os.fsync(self._file.fileno())
 
   def close(self) -> None:
@@ -77,71 +74,12 @@ class MetricsWriter:
     self._file.close()
 
 
-def plain(value: Any, name: str) -> Any:
-  """JSON values of what a run reports: arrays become numbers or lists, tuples lists, NaN and infinity None.
-
-  Raises:
-    ValueError: A value has no counterpart in JSON; `name` says which.
-  """
-  if isinstance(value, dict):
-    return {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(item, f'{name}.{index}') for index, item in enumerate(value)]
-  if value is None or type(value) in (bool, int, str):
-    return value
-  array = np.asarray(value)
-  if array.dtype.kind in 'OSUMmc':
-    raise ValueError(f'{name!r} is {value!r}, which JSON has no word for.')
-  if array.ndim:
-    return [plain(item, f'{name}.{index}') for index, item in enumerate(array)]
-  if array.dtype.kind in 'biu':
-    return array.item()
-  number = float(str(array[()]))  # As short as its own precision allows: 0.1, not the 0.10000000149 of float32.
-  return number if math.isfinite(number) else None
-
-
-@contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
-  """Turns what the file system refuses into one clear line."""
-  try:
-    yield
-  except OSError as error:
-    raise ValueError(f'Cannot write {os.fspath(path)}: {error.strerror}.') from error
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-  """A new file that takes the place of `path` when the block ends well; otherwise nothing has changed."""
-  temporary = f'{os.fspath(path)}.{os.getpid()}.tmp'
-  try:
-    with open(temporary, 'wb') as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      os.remove(temporary)
-    raise
-
-
-def _sync_folder(path: str | os.PathLike) -> None:
-  """Makes the new name of a file outlast the machine, where the file system can."""
-  folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):
-      os.fsync(folder)
-  finally:
-    os.close(folder)
-
-
 def _trim(path: str, last: float) -> None:
   with open(path, 'rb') as file:
     lines = file.readlines()
   kept = [line for line in lines if _step(line) <= last]
   if kept != lines:
-    with replacing(path) as file:
+    with replace_file(path) as file:
       file.writelines(kept)
 
 

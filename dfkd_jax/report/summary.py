@@ -21,7 +21,7 @@ import json
 import os
 
 from dfkd_jax import parallel
-from dfkd_jax.report.metrics import plain, replacing, writing
+from dfkd_jax.report.files import plain, replace_file, reporting_disk_errors
 
 SUMMARY = 'summary.json'
 PRIVACY = 'Synthetic images carry no privacy guarantee: they may reveal what the teacher was trained on.'
@@ -42,9 +42,9 @@ def write_summary(workdir: str | os.PathLike, summary: dict) -> None:
   path = os.path.join(workdir, SUMMARY)
   if not parallel.is_first():
     return
-  with writing(path):
+  with reporting_disk_errors(path):
     os.makedirs(workdir, exist_ok=True)
-    with replacing(path) as file:
+    with replace_file(path) as file:
       file.write(text.encode() + b'\n')
 
 

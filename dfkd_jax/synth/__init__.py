@@ -11,12 +11,12 @@ import inspect
 import pkgutil
 from typing import Any
 
-from dfkd_jax.names import known
-from dfkd_jax.synth import generative, methods, objective, optimize, replay
+from dfkd_jax.messages import check_choice
+from dfkd_jax.synth import generators, inner_loop, methods, objective, replay
 from dfkd_jax.synth.objective import Factors
 from dfkd_jax.synth.synthesizer import Synthesizer
 
-__all__ = ['Factors', 'Synthesizer', 'create', 'generative', 'names', 'objective', 'optimize', 'replay']
+__all__ = ['Factors', 'Synthesizer', 'create', 'generators', 'names', 'objective', 'inner_loop', 'replay']
 
 
 def names() -> tuple[str, ...]:
@@ -35,7 +35,7 @@ def create(name: str, **numbers: Any) -> Synthesizer:
     ValueError: If there is no such method, or it has no such number.
   """
   for number in numbers:
-    known(number, parameters(name), f'argument of {name}')
+    check_choice(number, parameters(name), f'argument of {name}')
   return _constructor(name)(**numbers)
 
 
@@ -45,4 +45,4 @@ def parameters(name: str) -> tuple[str, ...]:
 
 
 def _constructor(name: str):
-  return getattr(importlib.import_module(f'{methods.__name__}.{known(name, names(), "method")}'), name)
+  return getattr(importlib.import_module(f'{methods.__name__}.{check_choice(name, names(), "method")}'), name)

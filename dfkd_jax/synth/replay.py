@@ -8,7 +8,7 @@ Where device memory does not suffice the images may be elsewhere: `images` is No
 `add` leaves in `added`, and gives what `sample` asks for in `drawn`. All else stays and goes as it does with them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,13 @@ from flax import struct
 
 from dfkd_jax import parallel
 from dfkd_jax.types import Array, Batch, PRNGKey, PyTree
+
+
+class HostBatches(NamedTuple):
+  """Some of a round's steps, each with its images."""
+
+  first: Array  # [] int32, step of the round
+  images: Array  # [n, B, H, W, C] uint8, of this step and those that follow, as `slots` found them
 
 
 class ReplayBuffer(struct.PyTreeNode):
@@ -51,23 +58,23 @@ def create(
       histogram=jnp.zeros(num_classes, jnp.int32), next=jnp.int32(0), size=jnp.int32(0))
 
 
-def of(state: PyTree) -> ReplayBuffer | None:
+def find_buffer(state: PyTree) -> ReplayBuffer | None:
   """The one buffer in a method's state, or None."""
   found = [node for node in jax.tree.leaves(state, is_leaf=_is_buffer) if _is_buffer(node)]
   return found[0] if found else None
 
 
-def with_fields(state: PyTree, **fields: Any) -> PyTree:
+def replace_buffer(state: PyTree, **fields: Any) -> PyTree:
   """A method's state with other fields of its buffer."""
   return jax.tree.map(lambda node: node.replace(**fields) if _is_buffer(node) else node, state, is_leaf=_is_buffer)
 
 
-def given(state: PyTree, images: Array | None) -> PyTree:
+def with_batch(state: PyTree, images: Array | None) -> PyTree:
   """A method's state whose next `sample` gives these images [B, H, W, C] uint8; None: as it is."""
   if images is None:
     return state
-  num_tasks = of(state).labels.shape[0]
-  return with_fields(state, drawn=images.reshape(num_tasks, -1, *images.shape[1:]))
+  num_tasks = find_buffer(state).labels.shape[0]
+  return replace_buffer(state, drawn=images.reshape(num_tasks, -1, *images.shape[1:]))
 
 
 def to_uint8(images: Array) -> Array:

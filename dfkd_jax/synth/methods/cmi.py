@@ -21,11 +21,10 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from dfkd_jax import augment as augmentations
-from dfkd_jax import parallel, tasks
-from dfkd_jax.losses import contrast as contrasts
+from dfkd_jax import augment, parallel, tasks
+from dfkd_jax.losses import contrast
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import meta as meta_learning
+from dfkd_jax.synth import inversion as inversions
 from dfkd_jax.synth import objective, replay
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 from dfkd_jax.types import Array, Batch, Metrics, Outputs, PRNGKey, PyTree
@@ -47,7 +46,7 @@ class Head(nn.Module):
 class State(struct.PyTreeNode):
   """The loop's state, the head, and features of former images."""
 
-  inversion: meta_learning.State
+  inversion: inversions.State
   head: PyTree  # None where the contrast is off
   head_opt_state: PyTree
   bank: Array | None = parallel.sharded()  # [M, N, 2, D]: local and global features
@@ -62,7 +61,7 @@ def random_rows(key: PRNGKey, size: Array, capacity: int, number: int) -> tuple[
   return slots, found >= 0
 
 
-@passes_on(meta_learning.loop, without=('companion_terms',))
+@passes_on(inversions.loop, without=('companion_terms',))
 def cmi(
     *,
     image_shape: tuple[int, int, int],
@@ -113,11 +112,11 @@ def cmi(
     axis: The mapped axis of devices, if any.
     **numbers: Of `meta.loop`; `augment` makes the global view.
   """
-  loop = meta_learning.loop(
+  loop = inversions.loop(
       image_shape=image_shape, task=task, factors=factors, num_steps=num_steps, generator_lr=generator_lr,
       latent_lr=latent_lr, meta=meta, moments_momentum=moments_momentum, batch_size=batch_size, num_tasks=num_tasks,
       axis=axis, companion_terms=('contrast',), **numbers)
-  local_view = local_view or (lambda key, images: augmentations.resized_crop_and_flip(key, images, scale=(0.25, 1.0)))
+  local_view = local_view or (lambda key, images: augment.resized_crop_and_flip(key, images, scale=(0.25, 1.0)))
   share = parallel.even_share(capacity, num_tasks, 'capacity')
   rows = parallel.even_share(bank_size, num_tasks, 'bank_size')
   if factors.active('contrast') and rows <= batch_size:
@@ -158,13 +157,13 @@ def cmi(
       local, global_ = (
           head.apply({'params': params}, jnp.concatenate([views[:, view], bank[slots, view]])) for view in range(2))
       batch = views.shape[0]
-      term = contrasts.contrast(
+      term = contrast.contrast(
           local[:batch], global_[:batch], local[batch:], global_[batch:], contrast_temperature, live)
       return {'contrast': term}, views
 
     companion = None
     if factors.active('contrast'):
-      companion = meta_learning.Companion(state.head, state.head_opt_state, tx, state.bank, terms)
+      companion = inversions.Companion(state.head, state.head_opt_state, tx, state.bank, terms)
     inversion, found = loop.invert(state.inversion, key, teacher, student, companion)
     buffer = replay.add(inversion.buffer, found.kept['images'], found.kept['labels'], axis)
     state = state.replace(inversion=inversion.replace(buffer=buffer))

@@ -22,7 +22,7 @@ from flax import struct
 from dfkd_jax import parallel
 from dfkd_jax.losses import curriculum
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generative, objective, online
+from dfkd_jax.synth import generator_training, generators, objective
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
 
@@ -32,11 +32,11 @@ PER = ('sample', 'batch')
 class State(struct.PyTreeNode):
   """A generator, and how far the student has come."""
 
-  online: online.State
+  online: generator_training.State
   student_step: Array  # [] int32
 
 
-@passes_on(online.synthesizer)
+@passes_on(generator_training.synthesizer)
 def cu_dfkd(
     *,
     factors: objective.Factors = objective.Factors(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0),
@@ -85,14 +85,14 @@ def cu_dfkd(
         f'threshold_start is {threshold_start}, must be above 0, and threshold_growth {threshold_growth}, at least 0.')
   if init_std is not None and init_std <= 0:
     raise ValueError(f'init_std is {init_std}, must be above 0, or None.')
-  generator = online.synthesizer(
+  generator = generator_training.synthesizer(
       factors=factors, adversary=adversary, adversarial=adversarial, balance_temperature=balance_temperature,
       latent_dim=latent_dim, adam_b1=adam_b1, adam_b2=adam_b2, axis=axis, **numbers)
 
   def init(key: PRNGKey, teacher: Network) -> State:
     drawn = generator.init(key, teacher)
     if init_std is not None:
-      params = generative.redraw(jax.random.fold_in(key, 1), drawn.params, init_std)
+      params = generators.redraw(jax.random.fold_in(key, 1), drawn.params, init_std)
       ema = drawn.ema and drawn.ema | {'params': jax.tree.map(jnp.copy, params)}
       drawn = drawn.replace(params=params, ema=ema)
     return State(drawn, jnp.int32(0))

@@ -13,13 +13,13 @@ References:
 
 from typing import Any
 
-from dfkd_jax.synth import objective, online
+from dfkd_jax.synth import generator_training, objective
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 
-State = online.State
+State = generator_training.State
 
 
-@passes_on(online.synthesizer)
+@passes_on(generator_training.synthesizer)
 def dafl(
     *,
     factors: objective.Factors = objective.Factors(one_hot=1.0, balance=20.0, activation=1e-3),
@@ -33,4 +33,4 @@ def dafl(
     latent_dim: Z.
     **numbers: Of `online.synthesizer`.
   """
-  return online.synthesizer(factors=factors, latent_dim=latent_dim, **numbers)
+  return generator_training.synthesizer(factors=factors, latent_dim=latent_dim, **numbers)

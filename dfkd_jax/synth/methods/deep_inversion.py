@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dfkd_jax import augment as augmentations
-from dfkd_jax import parallel, tasks
+from dfkd_jax import augment, parallel, tasks
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generative, objective, optimize, replay
+from dfkd_jax.synth import generators, inner_loop, objective, replay
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
 
@@ -57,7 +56,7 @@ def deep_inversion(
     num_tasks: int = 1,
     task_map: str = 'auto',
     axis: str | None = None,
-    augment: Callable[[PRNGKey, Array], Array] = augmentations.roll_and_flip,
+    augment: Callable[[PRNGKey, Array], Array] = augment.roll_and_flip,
     sample_pixels: Callable[[PRNGKey, tuple[int, ...]], Array] = jax.random.normal,
 ) -> Synthesizer:
   """Makes the DeepInversion synthesizer; defaults are those of the published CIFAR script.
@@ -87,15 +86,15 @@ def deep_inversion(
   if keep not in KEEP:
     raise ValueError(f'keep is {keep!r}, must be one of {KEEP}.')
   factors = factors.checked()
-  map_tasks = optimize.task_mapper(task_map)
+  map_tasks = inner_loop.task_mapper(task_map)
   share = parallel.even_share(capacity, num_tasks, 'capacity')
   tx = optax.adam(learning_rate, b1=adam_b1, b2=adam_b2)
   shape = (batch_size, *image_shape)
 
   def init(key: PRNGKey, teacher: Network) -> State:
     del key
-    generative.check_batch_norm(factors, teacher)
-    generative.check_classes(teacher, jax.ShapeDtypeStruct(shape, jnp.float32), task.num_classes)
+    generators.check_batch_norm(factors, teacher)
+    generators.check_classes(teacher, jax.ShapeDtypeStruct(shape, jnp.float32), task.num_classes)
     return State(step=jnp.int32(0), buffer=replay.create(share, image_shape, task.num_classes, num_tasks))
 
   def invert(state: State, inputs, teacher: Network, student: Network | None):
@@ -114,9 +113,9 @@ def deep_inversion(
           now, outputs, seen, task.labels_from(outputs.logits, labels), teacher=teacher, student=student,
           adversary=adversary, pixels=pixels, reduce=task.reduce)
       loss, metrics = objective.total(found, now)
-      return loss, optimize.Seen((pixels, task.predicted(outputs.logits)), (), metrics)
+      return loss, inner_loop.StepOutput((pixels, task.predicted(outputs.logits)), (), metrics)
 
-    found = optimize.minimize(
+    found = inner_loop.minimize(
         key, loss_fn, pixels, tx.init(pixels), tx=tx, num_steps=num_steps, keep=keep,
         project=lambda pixels: jnp.clip(pixels, -mean / std, (1 - mean) / std))
     kept, labels = found.kept
@@ -130,9 +129,9 @@ def deep_inversion(
         parallel.task_keys(each, num_tasks, axis) for each in jax.random.split(key, 3))
     pixels = jax.vmap(lambda k: sample_pixels(k, shape))(key_pixels)
     labels = jax.vmap(lambda k: task.sample_labels(k, batch_size, state.buffer.histogram))(key_labels)
-    images, labels, metrics = optimize.over_tasks(
+    images, labels, metrics = inner_loop.map_tasks(
         map_tasks, lambda inputs: invert(state, inputs, teacher, student), (pixels, labels, key_steps))
-    metrics = parallel.pmean(jax.tree.map(optimize.mean_of_tasks, metrics), axis)
+    metrics = parallel.pmean(jax.tree.map(inner_loop.mean_over_tasks, metrics), axis)
     return State(state.step + 1, replay.add(state.buffer, images, labels, axis)), metrics
 
   def sample(state: State, key: PRNGKey) -> Batch:

@@ -11,13 +11,13 @@ References:
 
 from typing import Any
 
-from dfkd_jax.synth import objective, online
+from dfkd_jax.synth import generator_training, objective
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 
-State = online.State
+State = generator_training.State
 
 
-@passes_on(online.synthesizer)
+@passes_on(generator_training.synthesizer)
 def dfad(
     *,
     factors: objective.Factors = objective.Factors(adversarial=1.0),
@@ -31,4 +31,4 @@ def dfad(
     adversary: L1 of logits, of all images.
     **numbers: Of `online.synthesizer`.
   """
-  return online.synthesizer(factors=factors, adversary=adversary, **numbers)
+  return generator_training.synthesizer(factors=factors, adversary=adversary, **numbers)

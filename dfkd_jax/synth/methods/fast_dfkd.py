@@ -15,13 +15,14 @@ References:
 from typing import Any
 
 from dfkd_jax import tasks
-from dfkd_jax.synth import buffered, meta
+from dfkd_jax.synth import buffered
+from dfkd_jax.synth import inversion as inversions
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 
-State = meta.State
+State = inversions.State
 
 
-@passes_on(meta.loop, without=('companion_terms',))
+@passes_on(inversions.loop, without=('companion_terms',))
 def fast_dfkd(
     *,
     image_shape: tuple[int, int, int],
@@ -45,7 +46,7 @@ def fast_dfkd(
     **numbers: Of `meta.loop`. The published CIFAR runs take 2, 5 or 10 for `num_steps` and 139 for `reset_after`; the
       one for ImageNet has meta='reptile', carry_latents=True, restart_every=50 and keep='last'.
   """
-  loop = meta.loop(
+  loop = inversions.loop(
       image_shape=image_shape, task=task, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,
       companion_terms=(), **numbers)
   return buffered.synthesizer(

@@ -23,11 +23,11 @@ from flax import struct
 
 from dfkd_jax import tasks
 from dfkd_jax.synth import buffered
-from dfkd_jax.synth import meta as meta_learning
+from dfkd_jax.synth import inversion as inversions
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 from dfkd_jax.types import Array, PRNGKey
 
-State = meta_learning.State
+State = inversions.State
 
 
 class NoisyLayers(struct.PyTreeNode):
@@ -77,7 +77,7 @@ def checked(embeddings: Any, classes: int) -> np.ndarray:
 
 
 @passes_on(
-    meta_learning.loop,
+    inversions.loop,
     without=('ask', 'modulate', 'companion_terms', 'sample_latents', 'read', 'carry_latents', 'restart_every'))
 def nayer(
     *,
@@ -132,7 +132,7 @@ def nayer(
     found = latents_of(layers, labels, normalised(jnp.asarray(embeddings, layers.kernel.dtype)))
     return found if isinstance(latent_dim, int) else found.reshape(-1, *latent_dim)
 
-  loop = meta_learning.loop(
+  loop = inversions.loop(
       image_shape=image_shape, task=task, num_steps=num_steps, latent_dim=latent_dim, generator_lr=generator_lr,
       latent_lr=generator_lr if latent_lr is None else latent_lr, meta=meta, redraw_every=redraw_every,
       redraw_std=redraw_std, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 from dfkd_jax import parallel, tasks
 from dfkd_jax.losses import curriculum
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import meta, replay
+from dfkd_jax.synth import inversion as inversions
+from dfkd_jax.synth import replay
 from dfkd_jax.synth.synthesizer import Synthesizer, passes_on
 from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
 
-State = meta.State
+State = inversions.State
 ASK = ('random', 'argmax')
 COUNTED = ('seen', 'asked')
 DRAWS = ('priority', 'uniform')
@@ -36,7 +37,7 @@ NEW_PRIORITY = ('max', 'modulation', 'one')
 NORMALISE = ('none', 'max')
 
 
-@passes_on(meta.loop, without=('ask', 'modulate', 'companion_terms'))
+@passes_on(inversions.loop, without=('ask', 'modulate', 'companion_terms'))
 def ssd_kd(
     *,
     image_shape: tuple[int, int, int],
@@ -119,7 +120,7 @@ def ssd_kd(
       found *= curriculum.difficulty(logits, targets, gamma)
     return jax.lax.stop_gradient(found) if stop_modulation else found
 
-  loop = meta.loop(
+  loop = inversions.loop(
       image_shape=image_shape, task=task, adversarial_after=adversarial_after, num_tasks=num_tasks, axis=axis,
       ask=label_source == 'random', modulate=modulate if diversity or difficulty else None, companion_terms=(),
       **numbers)

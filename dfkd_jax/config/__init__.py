@@ -1,0 +1,1 @@
+"""Configs: their fields, checks, and what is built from them."""

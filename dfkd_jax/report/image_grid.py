@@ -1,0 +1,85 @@
+"""A picture of images with their labels."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dfkd_jax import parallel
+from dfkd_jax.report.files import replace_file, reporting_disk_errors
+
+MARGIN = 10  # Pixels around every image.
+INK, PAPER, FRAME = (48, 48, 48), (255, 255, 255), (200, 200, 200)
+FONT_SIZES = (15, 14, 13, 12, 11, 10)
+
+
+def image_grid(
+  path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10, scale: int | None = None
+) -> None:
+  """Writes a PNG of images in rows, each with its label underneath. Of several processes the first alone writes.
+
+  Args:
+    path: Of the file, which is replaced in one go.
+    images: [N, H, W, C] float in [0, 1] (clipped) or uint8; C is 1 or 3.
+    labels: N texts, such as the teacher's classes; what does not fit under an image is shortened.
+    columns: Images in a row.
+    scale: Pixels on the paper along one pixel of an image; None makes images of about 96 pixels.
+
+  Raises:
+    ValueError: Shapes or numbers do not fit, or the disk refuses the file.
+  """
+  tiles = _pixels(np.asarray(images))
+  count, height, width, _ = tiles.shape
+  if len(labels) != count:
+    raise ValueError(f'There are {len(labels)} labels for {count} images.')
+  scale = max(1, round(96 / max(height, width))) if scale is None else scale
+  if columns < 1 or scale < 1:
+    raise ValueError(f'columns is {columns} and scale is {scale}; both must be at least 1.')
+  if not parallel.is_first():
+    return
+  sheet = _sheet(tiles.repeat(scale, axis=1).repeat(scale, axis=2), labels, min(columns, count))
+  with reporting_disk_errors(path), replace_file(path) as file:
+    sheet.save(file, format='PNG', optimize=True)
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+  """[N, H, W, 3] uint8."""
+  if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+    raise ValueError(f'Images have shape {list(images.shape)}; they must be [N, H, W, C], C 1 or 3, none empty.')
+  if images.dtype != np.uint8:
+    if images.dtype.kind in 'biu':
+      raise ValueError(f'Images are {images.dtype}; they must be float in [0, 1] or uint8.')
+    images = np.rint(np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1) * 255).astype(np.uint8)
+  return np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+def _sheet(tiles: np.ndarray, labels: Sequence[str], columns: int) -> Image.Image:
+  count, height, width, _ = tiles.shape
+  font = _font(labels, width)
+  right, down = width + MARGIN, height + sum(font.getmetrics()) + MARGIN
+  sheet = Image.new('RGB', (MARGIN + columns * right, MARGIN + -(-count // columns) * down), PAPER)
+  draw = ImageDraw.Draw(sheet)
+  for index, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
+    x, y = MARGIN + index % columns * right, MARGIN + index // columns * down
+    draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
+    sheet.paste(Image.fromarray(tile), (x, y))
+    draw.text((x + width / 2, y + height + 3), _shorten(label, font, width), fill=INK, font=font, anchor='ma')
+  return sheet
+
+
+def _font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+  """The largest that all labels fit in, else the smallest."""
+  for size in FONT_SIZES:
+    font = ImageFont.load_default(size)
+    if all(font.getlength(label) <= width for label in labels):
+      break
+  return font
+
+
+def _shorten(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+  if font.getlength(label) <= width:
+    return label
+  fitting = [label[:end] for end in range(len(label)) if font.getlength(label[:end] + '…') <= width]
+  return fitting[-1].rstrip() + '…' if fitting else ''

@@ -1,0 +1,47 @@
+"""The benchmark of methods: each row is a config, rounds fill the time, and schedules keep their height."""
+
+import importlib.util
+
+import pytest
+import toy_runs
+
+from dfkd_jax import synth
+from dfkd_jax.synth import schedules
+
+spec = importlib.util.spec_from_file_location('benchmark_of_methods', toy_runs.ROOT / 'benchmarks' / 'methods.py')
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+SHORT = {'seconds': {'synthesis': 5.0, 'student': 4.0}}  # Of ten rounds, of which eight have a student: 0.5 s each.
+
+
+def test_every_method_has_a_row():
+  assert {method for method, _ in benchmark.ROWS.values()} == set(synth.names()) - {'noise'}
+
+
+@pytest.mark.parametrize('name', [*benchmark.ROWS, *benchmark.ABLATIONS])
+def test_each_row_is_a_config(name):
+  method, fields = benchmark.ROWS.get(name) or ('ssd_kd', benchmark.ABLATIONS[name])
+  config = benchmark.config_of(method, fields)
+  assert config.method.name == method
+  for field in fields:
+    name, _, value = field.removeprefix('method.').partition('=')
+    assert str(config.method[name]).lower() == value
+
+
+def test_rounds_fill_the_time():
+  """A round takes a second, but for the first ten, which have no student, half a second."""
+  assert set(benchmark.fields_for(100, 'fast_dfkd', (), SHORT)) == {'distill.rounds=105', 'evaluate.every=10'}
+
+
+def test_the_dials_of_cu_dfkd_end_where_the_config_has_them():
+  fields = benchmark.fields_for(600, 'cu_dfkd', (), SHORT)
+  planned, own = benchmark.config_of('cu_dfkd', fields), benchmark.config_of('cu_dfkd', ())
+
+  def ends(config):
+    section, method = config.distill, config.method
+    factor = schedules.ramp(**method.adversarial.to_dict())
+    steps, calls = (section.rounds * of for of in (section.steps_per_round, section.calls_per_round))
+    return method.threshold_start + method.threshold_growth * steps, float(factor(calls))
+
+  assert (planned.distill.rounds, own.distill.rounds) == (600, 250)
+  assert ends(planned) == pytest.approx(ends(own), rel=0.01)

@@ -1,0 +1,73 @@
+"""What a teacher leaves for the backward pass: maps [B, h, w, C] by their number, and none but those it needs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dfkd_jax import models, synth, tasks
+from dfkd_jax.models import cpu_convolution
+from dfkd_jax.synth import objective
+
+BATCH, IMAGE, CLASSES = 11, (32, 48, 3), 5
+
+
+def kept(stage_sizes, remat, **factors):
+  """Shapes of all maps that lie between the passes, of floats and of booleans; nothing is computed.
+
+  In the form of accelerators: on CPU a convolution keeps its input, which the compiler then finds to be unused.
+  """
+  module = models.ImageNetResNet(CLASSES, stage_sizes, bottleneck=True, width=4, remat=remat)
+  teacher = jax.eval_shape(lambda key: models.create_network(module, key, IMAGE), jax.random.key(0))
+  factors, labels = synth.Factors(**factors), jnp.zeros(BATCH, jnp.int32)
+
+  def between(images, teacher):
+    def loss(images):
+      outputs = teacher(images)
+      found = objective.terms(
+          factors, outputs, images, labels, teacher=teacher, reduce=tasks.classification(CLASSES).reduce)
+      return objective.total(found, factors)[0]
+    return jax.vjp(loss, images)[1]
+
+  with cpu_convolution.traced_for('gpu'):
+    leaves = jax.tree.leaves(jax.eval_shape(between, jax.ShapeDtypeStruct((BATCH, *IMAGE), jnp.float32), teacher))
+  maps = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == BATCH]
+  assert len(teacher.running()) == 1 + 3 * sum(stage_sizes) + len(stage_sizes)
+  return [[leaf.shape for leaf in maps if (leaf.dtype == bool) == boolean] for boolean in (False, True)]
+
+
+@pytest.mark.parametrize('stage_sizes', [(2, 1), (3, 2)])
+def test_the_moments_term_keeps_one_map_for_each_batch_norm(stage_sizes):
+  """Beside those that any gradient needs: of each ReLU the signs, and zeros, which cost nothing; of the pool its input.
+
+  The last block's sum, its ReLU and what comes after have no part in the moments.
+  """
+  blocks, stages = sum(stage_sizes), len(stage_sizes)
+  norms, relus = 1 + 3 * blocks + stages, 1 + 3 * blocks
+  maps, signs = kept(stage_sizes, remat=False, one_hot=1.0)
+  assert (len(maps), len(signs)) == (relus + 1, relus)
+  maps, signs = kept(stage_sizes, remat=False, batch_norm=1.0)
+  assert (len(maps), len(signs)) == (relus - 1 + 1 + norms, relus - 1)
+
+
+@pytest.mark.parametrize('stage_sizes', [(2, 1), (3, 2)])
+def test_recomputation_keeps_the_inputs_of_blocks_alone(stage_sizes):
+  """And what the stem needs: of its batch norm, ReLU and pool."""
+  maps, signs = kept(stage_sizes, remat=True, one_hot=1.0, batch_norm=1.0)
+  first, second = stage_sizes
+  stem, inputs = [(BATCH, 16, 24, 4)] * 3, [(BATCH, 8, 12, 4)]
+  inputs += [(BATCH, 8, 12, 16)] * first + [(BATCH, 4, 6, 32)] * (second - 1)
+  assert sorted(maps) == sorted(stem + inputs)
+  assert signs == [(BATCH, 16, 24, 4)]
+
+
+def test_programs_may_be_traced_for_another_machine():
+  """On CPU a convolution of few channels is a product of matrices, elsewhere a convolution."""
+  gradient = lambda: jax.jit(jax.grad(lambda maps, kernel: jnp.square(cpu_convolution.conv_general_dilated(
+      maps, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))).sum())).lower(
+          jnp.ones((2, 6, 7, 3)), jnp.ones((3, 3, 3, 5))).as_text()
+  with cpu_convolution.traced_for('gpu'):
+    stock = gradient()
+    with cpu_convolution.traced_for('cpu'):
+      ours = gradient()
+  assert 'stablehlo.convolution' in stock
+  assert 'stablehlo.convolution' not in ours

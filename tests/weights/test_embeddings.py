@@ -1,0 +1,108 @@
+"""Files of class embeddings: what is read, and one line for everything else."""
+
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dfkd_jax.weights import embeddings
+
+GIVEN = np.random.default_rng(0).normal(size=(5, 3))
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64', 'int8', ml_dtypes.bfloat16])
+def test_both_formats_and_all_kinds_of_numbers(tmp_path, dtype):
+  given = (10 * GIVEN).astype(dtype)
+  save_file({'text': given}, tmp_path / 'given.safetensors')
+  names = ['given.safetensors']
+  if isinstance(dtype, str):  # NumPy's own format knows no other.
+    np.save(tmp_path / 'given.npy', given)
+    names.append('given.npy')
+  for name in names:
+    found = embeddings.load(tmp_path / name)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, given.astype(np.float32))
+
+
+def write(path, kind):
+  """A file with which something is wrong."""
+  arrays = {'words': np.full((5, 3), 'coat'), 'complex': GIVEN + 1j}
+  if kind == 'objects':  # Whose loading would run what is in the file.
+    np.save(path, np.array([[print]] * 5), allow_pickle=True)
+  elif kind == 'text':
+    path.write_text('0.1 0.2')
+  elif kind == 'folder':
+    path.mkdir()
+  elif kind != 'missing':
+    np.save(path, arrays[kind])
+
+
+@pytest.mark.parametrize(('kind', 'message'), {
+    'words': 'must be one array of numbers, not of <U4', 'complex': 'not of complex128',
+    'objects': 'must be one array of numbers: it holds an array of dtype object',
+    'text': 'must be one array of numbers', 'folder': 'cannot be read: Is a directory',
+    'missing': 'cannot be read: No such file'}.items())
+def test_bad_files_cost_one_line(tmp_path, kind, message):
+  write(tmp_path / 'given.npy', kind)
+  with pytest.raises(ValueError, match=message) as error:
+    embeddings.load(tmp_path / 'given.npy')
+  assert 'given.npy' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('suffix', ['npy', 'safetensors', 'pth'])
+@pytest.mark.parametrize('tenth', range(10))
+def test_truncated_files(tmp_path, suffix, tenth):
+  path = tmp_path / f'given.{suffix}'
+  if suffix == 'npy':
+    np.save(path, GIVEN)
+  else:
+    save_file({'text': GIVEN}, path)
+  path.write_bytes(path.read_bytes()[:path.stat().st_size * tenth // 10])
+  with pytest.raises(ValueError, match='must be one array of numbers') as error:
+    embeddings.load(path)
+  assert '\n' not in str(error.value)
+
+
+def test_files_of_several_arrays(tmp_path):
+  save_file({'text': GIVEN, 'image': GIVEN}, tmp_path / 'given.safetensors')
+  with pytest.raises(ValueError, match=r'must be one array of numbers: the file has 2\.'):
+    embeddings.load(tmp_path / 'given.safetensors')
+
+
+def header(text):
+  text = text.encode() + b'\n'
+  return b'\x93NUMPY\1\0' + len(text).to_bytes(2, 'little') + text
+
+
+def of_shape(shape):
+  return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+
+
+@pytest.mark.parametrize('text', [
+    of_shape('(5, 10**13)'), of_shape((5, 10**13)), of_shape((5, 10**9)), of_shape((10**30,)), of_shape((5, -3)),
+    '[' * 9000, '-' * 9000 + '1', of_shape(f'({"9" * 4000},)'), of_shape(f'({"9" * 4000}, {"9" * 4000})'),
+    of_shape(f'({"9" * 9000},)'), of_shape((2,) * 3000), of_shape(('x',)), '\x1b[2J' * 2000, '{1: 2}', '\0'],
+    ids=range(15))
+def test_hostile_headers_cost_one_line_and_no_memory(tmp_path, text):
+  (tmp_path / 'given.npy').write_bytes(header(text) + bytes(24))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match='must be one array of numbers: ') as error:
+      embeddings.load(tmp_path / 'given.npy')
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000  # Which Python's parser takes for its brackets.
+  finally:
+    tracemalloc.stop()
+  said = str(error.value)
+  assert said.isprintable()
+  assert len(said) < 1200
+
+
+def test_what_follows_an_array_is_refused(tmp_path):
+  np.save(tmp_path / 'given.npy', GIVEN)
+  with (tmp_path / 'given.npy').open('ab') as file:
+    file.write(b'1')
+  with pytest.raises(ValueError, match='it has 249 bytes of an array, whose header says 248'):
+    embeddings.load(tmp_path / 'given.npy')
