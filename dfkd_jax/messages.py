@@ -1,4 +1,4 @@
-"""Why a file is not read, in a text that is safe to print whatever the file holds."""
+"""Texts for people: errors that carry their field, names that may be misspelt, text that is safe to print."""
 
 import difflib
 from collections.abc import Iterable
@@ -68,3 +68,15 @@ def truncate(text: str, most: int) -> str:
 def short_repr(value: object, most: int = 100) -> str:
   """The value as Python writes it, cut."""
   return truncate(repr(value), most)
+
+
+class FieldError(ValueError):
+  """A value that is not allowed.
+
+  Attributes:
+    field: Name of the argument, or dotted name of the config field, that has it.
+  """
+
+  def __init__(self, field: str, message: str):
+    self.field = field
+    super().__init__(message)
