@@ -37,7 +37,7 @@ def test_errors_of_a_file_are_one_line(error, message):
 
 def test_a_name_that_is_not_allowed_is_told_with_the_nearest():
   assert messages.check_choice('cosine', ('cosine', 'constant'), 'schedule') == 'cosine'
-  with pytest.raises(ValueError, match="schedule 'cosin'.*mean 'cosine'.*cosine, constant"):
+  with pytest.raises(ValueError, match=r"schedule 'cosin'.*mean 'cosine'.*cosine, constant"):
     messages.check_choice('cosin', ('cosine', 'constant'), 'schedule')
   assert messages.nearest('xyz', ('cosine',)) == ''
 

@@ -28,14 +28,14 @@ class Card(NamedTuple):
 
   def lines(self) -> list[str]:
     """Lines of text for a reader."""
-    mean, std = (', '.join(f'{number:.4g}' for number in numbers) for numbers in (self.mean, self.std))
+    mean, std = (', '.join(f'{x:.4g}' for x in numbers) for numbers in (self.mean, self.std))
+    order, classes = 'BGR, ' if self.bgr else '', self.num_classes or 'unknown'
+    resized = f', resized to {self.resize}' if self.resize else ''
     return [
         f'weights     {self.source} (SHA-256 {self.sha256[:16]})',
-        f'network     {self.num_params:,} parameters in {self.dtype}, '
-        f'{self.num_classes or "unknown"} classes',
+        f'network     {self.num_params:,} parameters in {self.dtype}, {classes} classes',
         f'batch norm  {self.batch_norms} layers with {self.channels:,} channels',
-        f'images      {"BGR, " if self.bgr else ""}mean ({mean}), std ({std})'
-        f'{f", resized to {self.resize}" if self.resize else ""}']
+        f'images      {order}mean ({mean}), std ({std}){resized}']
 
 
 def describe(
@@ -49,18 +49,16 @@ def describe(
     path: Where they lie, if `source` is no path.
   """
   moments = network.running().values()
+  if source is None:
+    variables = {'params': network.params, 'batch_stats': network.batch_stats}
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    sha256 = digest_arrays({jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves})
+  else:
+    sha256 = digest_files(split_entry(source if path is None else path)[0])
   return Card(
-      source='variables in memory' if source is None else os.fspath(source),
-      sha256=(_digest_variables(network) if source is None
-              else digest_files(split_entry(source if path is None else path)[0])),
+      source='variables in memory' if source is None else os.fspath(source), sha256=sha256,
       num_classes=getattr(network.module, 'num_classes', None), num_params=network.num_params(),
       batch_norms=len(moments), channels=sum(int(norm.mean.size) for norm in moments),
       dtype=', '.join(sorted({leaf.dtype.name for leaf in jax.tree.leaves(network.params)})),
       mean=tuple(map(float, network.mean)), std=tuple(map(float, network.std)),
       bgr=network.bgr, resize=network.resize)
-
-
-def _digest_variables(network: Network) -> str:
-  variables = {'params': network.params, 'batch_stats': network.batch_stats}
-  leaves = jax.tree_util.tree_leaves_with_path(variables)
-  return digest_arrays({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})

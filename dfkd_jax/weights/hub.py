@@ -11,8 +11,7 @@ from dfkd_jax.messages import RefusedError, one_line, safe_names
 from dfkd_jax.weights.formats import tfjs
 from dfkd_jax.weights.reading import HUB_FILES, split_entry
 
-_SOURCE = re.compile(
-    r'hf:(?P<repo>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^/#]+))?(?:/(?P<file>[^#]+))?(?:#(?P<entry>.+))?')
+_SOURCE = re.compile(r'hf:([^/@#]+/[^/@#]+)(?:@([^/#]+))?(?:/([^#]+))?(?:#(.+))?')
 _SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.ckpt', '.tar', '.h5', '.keras', '.npz')
 _SHARD = re.compile(r'-shard\d+of\d+\.bin$')  # Of TensorFlow.js. Its model.json names them.
 
@@ -22,7 +21,7 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
 
   Args:
     source: A path of a file or folder, with '#ENTRY' for an entry of a checkpoint (see `read`). Or
-      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', which is kept in the hub's cache. Without FILE it is
+      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', kept in the hub's cache. Without FILE it is
       model.safetensors, or pytorch_model.bin, or the only file of weights. A model.json of
       TensorFlow.js comes with its shards.
 
@@ -31,30 +30,24 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
   """
   source = os.fspath(source)
   if source.startswith('hf:'):
-    return _fetch(source)
-  if '://' in source:
+    path, entry = _fetch(source)
+  elif '://' in source:
     raise ValueError(f'{source!r}, an address: download the file, and name its path.')
-  path, entry = split_entry(paths.expand_path(source, 'source'))
-  if not path.exists():
-    raise ValueError(f'{source!r}: there is no such file or folder.')
-  return _with_entry(path, entry)
+  else:
+    path, entry = split_entry(paths.expand_path(source, 'source'))
+    if not path.exists():
+      raise ValueError(f'{source!r}: there is no such file or folder.')
+  return path.with_name(f'{path.name}#{entry}') if entry else path
 
 
 def check_hub_source(source: str) -> None:
-  """Checks the spelling of a source in the hub, without a connection.
-
-  Raises:
-    ValueError: It is misspelt.
-  """
+  """Raises ValueError if a source in the hub is misspelt. Needs no connection."""
   if not _SOURCE.fullmatch(source):
     raise ValueError(f'{source!r}, must be hf:OWNER/REPO[@REVISION][/FILE].')
 
 
-def _with_entry(path: pathlib.Path, entry: str | None) -> pathlib.Path:
-  return path.with_name(f'{path.name}#{entry}') if entry else path
-
-
-def _fetch(source: str) -> pathlib.Path:
+def _fetch(source: str) -> tuple[pathlib.Path, str | None]:
+  """Downloads a file, unless it is in the cache. Returns its path and the entry."""
   check_hub_source(source)
   repo, revision, file, entry = _SOURCE.fullmatch(source).groups()
   try:
@@ -80,7 +73,7 @@ def _fetch(source: str) -> pathlib.Path:
   except Exception as error:  # Of the hub, its HTTP library, or the disk.
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     raise ValueError(f'{source!r} cannot be fetched: {one_line(lines[0])}') from error
-  return _with_entry(path, entry)
+  return path, entry
 
 
 def _list_files(hub: Any, repo: str, revision: str | None) -> list[str]:

@@ -49,4 +49,5 @@ def _explain_classes(error: ValueError, num_classes: int | None) -> str:
   (*before, classes), (*expected, last) = error.stored, error.expected
   if before != expected or last != num_classes:
     return ''
-  return f' The weights seem to have {classes} classes, the network {num_classes} (dataset.num_classes).'
+  return (f' The weights seem to have {classes} classes, the network {num_classes} '
+          '(dataset.num_classes).')

@@ -51,7 +51,7 @@ def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(arrays)
   name, count = collections.Counter(name for name, _ in renamed).most_common(1)[0]
   if count > 1:
-    raise ValueError(f'Two parameters are called {safe_name(name)} once their names are translated.')
+    raise ValueError(f'Two parameters are called {safe_name(name)} once names are translated.')
   return dict(renamed)
 
 

@@ -123,24 +123,24 @@ def _check_variables(network: Network, trained: bool) -> np.ndarray:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise ValueError(f'{name} holds {count} values that are not finite.')
   moments = network.running()
-  variances = {path: np.asarray(norm.var) for path, norm in moments.items()}
-  for path, var in variances.items() if trained else ():
-    if (var < 0).any():
-      raise ValueError(f'batch_stats/{path}/var holds {(var < 0).sum()} negative variances, '
-                       f'down to {var.min():.3g}.')
-  if trained and moments and all(
-      (norm.mean == 0).all() and (norm.var == 1).all() for norm in moments.values()):
-    raise ValueError(f'The running moments of all {len(moments)} batch norms are 0 and 1, as before '
-                     'any training: the weights come without them.')
-  return np.concatenate([var.ravel() for var in variances.values()] or [np.zeros(0)])
+  for path, norm in moments.items() if trained else ():
+    if count := int((norm.var < 0).sum()):
+      raise ValueError(f'batch_stats/{path}/var holds {count} negative variances, '
+                       f'down to {float(norm.var.min()):.3g}.')
+  is_initial = [(norm.mean == 0).all() and (norm.var == 1).all() for norm in moments.values()]
+  if trained and moments and all(is_initial):
+    raise ValueError(f'The running moments of all {len(moments)} batch norms are 0 and 1, as '
+                     'before any training: the weights come without them.')
+  return np.concatenate(
+      [np.asarray(norm.var).ravel() for norm in moments.values()] or [np.zeros(0)])
 
 
 def _compute_logits(network: Network, images: np.ndarray) -> np.ndarray:
   with jax.default_matmul_precision('highest'):
-    logits = jax.jit(_forward)(network, jnp.asarray(images))
-  return np.asarray(logits, np.float32)
+    return np.asarray(_forward(network, jnp.asarray(images)), np.float32)
 
 
+@jax.jit
 def _forward(network: Network, images: Array) -> Array:
   return network(images).logits
 

@@ -99,7 +99,8 @@ def _fill(
   variables = {}
   for key, (path, leaf) in expected.items():
     if key not in arrays:
-      raise ValueError(f'Missing parameter {"/".join(path)} {leaf.shape}: the weights hold no {key}.')
+      raise ValueError(
+          f'Missing parameter {"/".join(path)} {leaf.shape}: the weights hold no {key}.')
     variables[path] = _cast(*arrays[key], leaf)
   return traverse_util.unflatten_dict(variables)
 

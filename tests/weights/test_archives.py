@@ -119,7 +119,7 @@ def test_files_of_pytorch_are_bounded(tmp_path, monkeypatch, refuse):
     (tmp_path / 'w').write_bytes(saved(form, arrays=arrays))
     np.testing.assert_array_equal(weights.read(tmp_path / 'w')['a'], arrays['a'])
     monkeypatch.setattr(pytorch, '_LARGEST_PICKLE', 100)
-    with pytest.raises(ValueError, match='(Refused to|Could not) read'):
+    with pytest.raises(ValueError, match=r'(Refused to|Could not) read'):
       weights.read(tmp_path / 'w')
   monkeypatch.setattr(archives, 'LARGEST', 80_000)
   assert 'at most 80000 are unpacked' in refuse(saved('zip', arrays=arrays))

@@ -104,5 +104,5 @@ def test_bytes_after_an_array_are_refused(tmp_path):
   np.save(tmp_path / 'given.npy', GIVEN)
   with (tmp_path / 'given.npy').open('ab') as file:
     file.write(b'1')
-  with pytest.raises(ValueError, match='has 249 bytes of an array, .* 248'):
+  with pytest.raises(ValueError, match=r'has 249 bytes of an array, .* 248'):
     embeddings.load(tmp_path / 'given.npy')

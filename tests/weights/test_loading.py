@@ -227,10 +227,9 @@ def test_another_number_of_classes_is_said_plainly(tmp_path):
     weights.load(tmp_path / 'w', CONVNET, IMAGE)
 
 
-@pytest.mark.parametrize('changes', [
-    {'fc.weight': np.zeros((7, 4), np.float32)},
-    {'conv1.weight': np.zeros((5, 3, 3, 3), np.float32)}])
-def test_other_shapes_say_nothing_of_classes(changes, tmp_path):
+@pytest.mark.parametrize('shape', [(5, 3, 3, 3), (2, 4, 3, 3), (2, 3)])
+def test_other_shapes_say_nothing_of_classes(shape, tmp_path):
+  changes = {'conv1.weight': np.zeros(shape, np.float32)}
   (tmp_path / 'w').write_bytes(safetensors_numpy.save(convnet_weights(7) | changes))
   with pytest.raises(ValueError, match=r'w does not fit: Parameter .* has the shape') as error:
     weights.load(tmp_path / 'w', CONVNET, IMAGE)

@@ -238,5 +238,5 @@ def test_folders_of_the_hub(name, tmp_path):
 
 def test_other_folders_are_refused(tmp_path):
   (tmp_path / 'saved_model.pb').write_bytes(b'x')
-  with pytest.raises(ValueError, match=r"^Refused to [^\n]* a folder [^\n]*\['saved_model.pb'\]\.$"):
+  with pytest.raises(ValueError, match=r"^Refused to [^\n]* folder [^\n]*\['saved_model.pb'\]\.$"):
     weights.read(tmp_path)

@@ -63,10 +63,12 @@ def _note_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
 _ALLOWED = {
     ('collections', 'OrderedDict'): OrderedDict, ('torch', 'Size'): tuple,
     ('builtins', 'set'): set, ('__builtin__', 'set'): set,
-    **{('torch._utils', f'_rebuild_tensor{version}'): _note_tensor for version in ('', '_v2', '_v3')},
-    **{('torch._utils', f'_rebuild_parameter{end}'): _note_parameter for end in ('', '_with_state')},
-    **{(module, f'{kind}Storage'): kind for kind in _DTYPES for module in ('torch', 'torch.storage')},
-    **{('torch', np.dtype(dtype).name): kind for kind, dtype in _DTYPES.items() if kind != 'Untyped'},
+    **{('torch._utils', f'_rebuild_tensor{end}'): _note_tensor for end in ('', '_v2', '_v3')},
+    **{('torch._utils', f'_rebuild_parameter{end}'): _note_parameter
+       for end in ('', '_with_state')},
+    **{(module, f'{kind}Storage'): kind
+       for kind in _DTYPES for module in ('torch', 'torch.storage')},
+    **{('torch', np.dtype(_DTYPES[kind]).name): kind for kind in _DTYPES if kind != 'Untyped'},
 }
 # INST, OBJ, NEWOBJ, EXT1, EXT2, EXT4, NEWOBJ_EX, BYTEARRAY8, NEXT_BUFFER, READONLY_BUFFER: other
 # ways to call or import something, and one that allocates as much as it announces.

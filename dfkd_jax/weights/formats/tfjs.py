@@ -32,7 +32,8 @@ def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
   if missing := [path for path in shards if not path.is_file()]:
     raise RefusedError(f'lacks its file {safe_name(missing[0].name)}')
   if (num_bytes := sum(path.stat().st_size for path in shards)) > archives.LARGEST:
-    raise RefusedError(f'has {num_bytes} bytes in its files, but at most {archives.LARGEST} are read')
+    raise RefusedError(
+        f'has {num_bytes} bytes in its files, but at most {archives.LARGEST} are read')
   arrays = []
   for group in _read_manifest(data):
     content = b''.join((folder / name).read_bytes() for name in group['paths'])
@@ -44,9 +45,8 @@ def list_shards(data: bytes) -> list[str]:
   """Lists the files that a model.json names, in order, each within its folder."""
   names = [name for group in _read_manifest(data) for name in group['paths']]
   for name in names:
-    path = pathlib.PurePosixPath(name)
-    is_windows_path = '\\' in name or pathlib.PureWindowsPath(name).drive
-    if path.is_absolute() or '..' in path.parts or is_windows_path:
+    path = pathlib.PureWindowsPath(name)  # Separates at '/' too.
+    if path.anchor or '..' in path.parts:
       raise RefusedError(f"names '{safe_name(name)}', which lies outside of its folder")
   return names
 
