@@ -17,7 +17,7 @@ MOST_MEMORY = 1_000_000  # Bytes, for files of a few thousand.
 
 
 def pack(members, method=zipfile.ZIP_DEFLATED, sizes=None):
-  """An archive whose directory claims the `sizes` for some members."""
+  """An archive. Its directory claims the `sizes` for some members."""
   stream = io.BytesIO()
   with zipfile.ZipFile(stream, 'w', method) as archive:
     for name, data in members.items():

@@ -1,4 +1,4 @@
-"""Files of class embeddings: what is read, and one line for everything else."""
+"""Files of class embeddings: both formats, and one line for a bad file."""
 
 import tracemalloc
 

@@ -1,9 +1,9 @@
 """Files of `torch.save`, read without PyTorch and without running anything that a file asks for.
 
-Both formats are pickles beside raw numbers: a zip archive (since PyTorch 1.6), and before that five
-pickles and the numbers in one stream. A pickle may name any function of any module, to be called.
-This reader knows a short list of names, for objects that only note where a tensor lies. It refuses
-all other names.
+Both formats are pickles beside raw numbers. Since PyTorch 1.6 they lie in a zip archive. Before,
+five pickles and the numbers followed each other in one stream. A pickle may name any function of
+any module, to be called. This reader knows a short list of names, for objects that only note where
+a tensor lies. It refuses all other names.
 """
 
 import functools
@@ -76,7 +76,7 @@ _REFUSED_STEPS = b'io\x81\x82\x83\x84\x92\x96\x97\x98'
 
 
 class _Unpickler(pickle._Unpickler):
-  """Unpickles notes of tensors. Written in Python, so that no step allocates what it announces."""
+  """Unpickles notes of tensors. Pickle's C version would allocate any size that is announced."""
 
   def __init__(self, stream: io.BytesIO):
     super().__init__(stream, encoding='utf-8')
@@ -118,7 +118,7 @@ _Unpickler.dispatch = _Unpickler.dispatch | {
 
 
 def read_zip(data: bytes) -> Any:
-  """Reads what was saved, with read-only arrays in place of the tensors within its dicts."""
+  """Reads the saved object, with read-only arrays in place of the tensors within its dicts."""
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
     archives.check_sizes(archive.infolist())
     names = archive.namelist()
