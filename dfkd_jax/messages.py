@@ -51,6 +51,12 @@ def check_choice(name: str, allowed: Iterable[str], what: str) -> str:
   return name
 
 
+def check_option(field: str, value: object, options: tuple) -> None:
+  """Raises a FieldError unless the value is one of the options."""
+  if value not in options:
+    raise FieldError(field, f'{field} is {value!r}, must be one of {options}.')
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
   """Suggests the allowed name that is most similar: ' Did you mean ...?', or '' if none is."""
   similar = difflib.get_close_matches(name, list(allowed), 1)

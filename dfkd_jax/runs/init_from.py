@@ -12,11 +12,9 @@ from jax.sharding import Mesh
 from dfkd_jax import parallel, paths, weights
 from dfkd_jax.config import build
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generator_training
-from dfkd_jax.synth import inversion as inversions
+from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import PyTree
 
-_STATES = (inversions.State, generator_training.State)
 _FIELDS = ('meta_params', 'params', 'batch_stats')  # Of a generator in either.
 
 
@@ -99,7 +97,8 @@ def student(config: build.Config, network: Network, there: Mapping[str, Any], wh
   return network.replace(params=found['params'], batch_stats=found.get('batch_stats', network.batch_stats))
 
 
-def generator(config: build.Config, mesh: Mesh, synthesis: PyTree, there: Mapping[str, Any]) -> PyTree:
+def generator(
+    config: build.Config, mesh: Mesh, synthesizer: Synthesizer, synthesis: PyTree, there: Mapping[str, Any]) -> PyTree:
   """A method's state with the generator of `init_from.generator`, if that is set and needed (`has`).
 
   Raises:
@@ -108,21 +107,16 @@ def generator(config: build.Config, mesh: Mesh, synthesis: PyTree, there: Mappin
   source = config.init_from.generator
   if source is None or 'generator' in already_loaded(config, there):
     return synthesis
-  if not any(_is_generator(node) for node in jax.tree.leaves(synthesis, is_leaf=_is_generator)):
+  own = synthesizer.generator(synthesis)
+  if own is None:
     raise ValueError(f'init_from.generator is {source!r}, must be None: this method has no generator that lasts.')
   try:
     arrays = _generator_of(source_path(config, 'generator'))
   except ValueError as error:
     raise ValueError(f'init_from.generator is {source!r}, whose run has no generator that lasts: {error}') from None
   found = {_name(path): array for path, array in arrays.items()}
-
-  def taken(node):
-    if not _is_generator(node):
-      return node
-    fields = {name: getattr(node, name) for name in _FIELDS if hasattr(node, name)}
-    return node.replace(**parallel.place(mesh, {name: _filled(source, name, of, found) for name, of in fields.items()}))
-
-  return jax.tree.map(taken, synthesis, is_leaf=_is_generator)
+  filled = {kind: _filled(source, kind, tree, found) for kind, tree in own.items()}
+  return synthesizer.with_generator(synthesis, parallel.place(mesh, filled))
 
 
 def _filled(source: str, field: str, tree: PyTree, there: Mapping[str, np.ndarray]) -> PyTree:
@@ -149,10 +143,6 @@ def _name(path: str) -> str | None:
   if depth is None:
     return None
   return '/'.join(['batch_stats' if parts[depth] == 'batch_stats' else 'params', *parts[depth + 1:]])
-
-
-def _is_generator(node: PyTree) -> bool:
-  return isinstance(node, _STATES)
 
 
 def _checkpoint(source: str) -> pathlib.Path | None:
