@@ -27,7 +27,7 @@ class FieldError(ValueError):
 
 
 @contextlib.contextmanager
-def read_errors(path: str | os.PathLike) -> Iterator[None]:
+def explain_read_errors(path: str | os.PathLike) -> Iterator[None]:
   """Turns anything that a bad file at `path` raises into a ValueError of one line."""
   try:
     yield

@@ -30,7 +30,7 @@ def test_a_line_is_short():
     (KeyError('a\nb'), r"Could not read w: it is truncated or damaged ('a\nb')."),
     (EOFError(), 'Could not read w: it is truncated or damaged (EOFError).')])
 def test_errors_of_a_file_are_one_line(error, message):
-  with pytest.raises(ValueError, match='read w') as caught, messages.read_errors('w'):
+  with pytest.raises(ValueError, match='read w') as caught, messages.explain_read_errors('w'):
     raise error
   assert str(caught.value) == message
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dfkd_jax.messages import RefusedError, read_errors, safe_name
+from dfkd_jax.messages import RefusedError, explain_read_errors, safe_name
 from dfkd_jax.paths import special_kind
 from dfkd_jax.weights.formats import tfjs
 from dfkd_jax.weights.reading import find_weights
@@ -27,7 +27,7 @@ def digest_files(path: pathlib.Path) -> str:
     ValueError: A folder holds no weights, or a model.json is damaged or lacks a shard.
   """
   path.stat()  # Raises OSError if there is none.
-  with read_errors(path):
+  with explain_read_errors(path):
     folder, names = _list_files(path)
   if names == [path.name] and not path.is_dir():
     return _digest_file(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dfkd_jax.messages import RefusedError, read_errors, safe_names
+from dfkd_jax.messages import RefusedError, explain_read_errors, safe_names
 from dfkd_jax.paths import special_kind
 from dfkd_jax.weights.formats import keras, npz, orbax, pytorch, safetensors, tfjs
 
@@ -61,7 +61,7 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
   if kind := special_kind(path):
     raise ValueError(f'Refused to read {path}: it is {kind}.')
   data = None if path.is_dir() else path.read_bytes()
-  with read_errors(path):
+  with explain_read_errors(path):
     if data is None:
       path = find_weights(path)
       if path.is_dir():

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from dfkd_jax.messages import RefusedError, read_errors, safe_names
+from dfkd_jax.messages import RefusedError, explain_read_errors, safe_names
 
 _ITEMS = ('default', 'state', 'params', 'items', 'model')  # Names of a tree in a step's folder.
 # Where variables lie in a tree: in the checkpoints of this program, and in common ones.
@@ -53,7 +53,7 @@ def read_subtree(
     ValueError: There are none, or the tree is damaged.
   """
   start = prefix and f'{prefix}/'
-  with read_errors(tree):
+  with explain_read_errors(tree):
     arrays = _read(tree, lambda paths: {
         path: path.removeprefix(start) for path in paths
         if path.startswith(start) and is_wanted(path.removeprefix(start))})
