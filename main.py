@@ -100,7 +100,7 @@ def _lines(error: ValueError) -> list[str]:
 
 def _printable(text: str) -> str:
   """One line that ends within a screen: names in it may be those of a foreign file."""
-  return messages.truncate(messages.printable(text), _LONGEST)
+  return messages.one_line(text, _LONGEST)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

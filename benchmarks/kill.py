@@ -94,7 +94,7 @@ def writing(workdir: pathlib.Path) -> bool:
 
 def results(workdir: pathlib.Path) -> dict[str, Any]:
   """All that a run came to: arrays and bytes, by name."""
-  arrays = weights.read_under(weights.found_in(workdir / 'checkpoints'), '')
+  arrays = weights.read_subtree(weights.find_checkpoint(workdir / 'checkpoints'), '')
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   summary = json.loads((workdir / 'summary.json').read_text())
   return arrays | {name: np.frombuffer((workdir / name).read_bytes(), np.uint8) for name in FILES} | {

@@ -68,12 +68,12 @@ def _run(
     config_check.check(config, workdir, teacher, resume)
   if jax.process_count() > 1 and config.job != 'check':  # Else some would go on with it, and others not.
     with parallel.raise_on_all_processes():
-      there = run_folder.read_stored(paths.expanded(workdir, 'workdir'))
+      there = run_folder.read_stored(paths.expand_path(workdir, 'workdir'))
     parallel.check_same_on_all(checkpoint_format.config_hash(there), f'What is seen of {workdir}')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
-    jax.config.update('jax_compilation_cache_dir', str(paths.expanded(config.compilation_cache)))
+    jax.config.update('jax_compilation_cache_dir', str(paths.expand_path(config.compilation_cache)))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
   if config.job == 'check':
     return preflight.run(config, workdir, command, teacher)

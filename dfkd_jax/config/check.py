@@ -50,7 +50,7 @@ def check(
   check_fields.look(config, problems)
   there = {}
   if written := workdir is not None and config.get('job') != 'check':
-    workdir = problems.ask(lambda: paths.expanded(workdir, 'workdir'), 'workdir')
+    workdir = problems.ask(lambda: paths.expand_path(workdir, 'workdir'), 'workdir')
     there = _there(problems, workdir)
   if not problems.concern('fields'):
     _look(config, problems, teacher, there)
@@ -110,7 +110,7 @@ def _precision(name: str | None) -> None:
 def _cache(folder: str | None) -> None:
   if not folder:
     return
-  path = paths.expanded(folder, 'compilation_cache')
+  path = paths.expand_path(folder, 'compilation_cache')
   if os.path.lexists(path) and not path.is_dir():
     raise ValueError(f'compilation_cache is {folder!r}, must be a folder: it is a file.')
   if path == path.parent:

@@ -10,7 +10,7 @@ import numpy as np
 
 from dfkd_jax.config import fields as config_fields
 from dfkd_jax.messages import check_choice, nearest, short_repr
-from dfkd_jax.paths import expanded
+from dfkd_jax.paths import expand_path
 from dfkd_jax.synth import buffer_memory
 
 JOBS = ('distill', 'train', 'check')
@@ -158,7 +158,7 @@ def _paths(config: ml_collections.ConfigDict, problems: Problems) -> None:
   for name in config_fields.PATHS:
     value = _get(config, name)
     if isinstance(value, str) and not value.startswith(config_fields.NO_PATHS):
-      problems.ask(lambda name=name, value=value: expanded(value.partition('#')[0] or value, name), name)
+      problems.ask(lambda name=name, value=value: expand_path(value.partition('#')[0] or value, name), name)
 
 
 def _numbers(config: ml_collections.ConfigDict, problems: Problems) -> None:

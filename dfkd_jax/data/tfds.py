@@ -100,8 +100,8 @@ def _check_arguments(
 def _roots(data_dir: str | os.PathLike | None) -> list[pathlib.Path]:
   """Where to look, in this order."""
   if data_dir is not None:
-    return [paths.expanded(data_dir, 'data_dir')]
-  return [EMBEDDED, paths.expanded(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR')]
+    return [paths.expand_path(data_dir, 'data_dir')]
+  return [EMBEDDED, paths.expand_path(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets', 'TFDS_DATA_DIR')]
 
 
 def check_prepared(name: str, split: str, data_dir: str | os.PathLike | None = None) -> None:

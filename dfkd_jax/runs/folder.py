@@ -25,7 +25,7 @@ _OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 
 
 def check_place(workdir: pathlib.Path) -> None:
   """Raises ValueError if the folder could not be made or written, without trying to."""
-  what, nearest = f'workdir is {str(workdir)!r}', paths.expanded(workdir, 'workdir').absolute()
+  what, nearest = f'workdir is {str(workdir)!r}', paths.expand_path(workdir, 'workdir').absolute()
   while not os.path.lexists(nearest):
     nearest = nearest.parent
   if not nearest.is_dir():
@@ -34,7 +34,7 @@ def check_place(workdir: pathlib.Path) -> None:
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise ValueError(f'{what}, must be writable: {nearest} is not.')
   for name in _FILES:  # Else a run would come to its end, and fail there.
-    if (workdir / name).is_dir() or paths.special(workdir / name):
+    if (workdir / name).is_dir() or paths.special_kind(workdir / name):
       raise ValueError(f'{what}, must be a folder for a run: {name} in it is no file.')
   for name in _FOLDERS:
     if os.path.lexists(workdir / name) and not (workdir / name).is_dir():

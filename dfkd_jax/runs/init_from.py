@@ -52,16 +52,16 @@ def _digest(config: build.Config, which: str) -> str:
   source, path = config.init_from[which], source_path(config, which)
   try:
     if _checkpoint(source) is None:
-      return weights.digest(path)
+      return weights.digest_files(path)
     arrays = _generator_of(path) if which == 'generator' else weights.read(path)
   except (OSError, ValueError) as error:
     raise ValueError(f'init_from.{which} is {source!r}: {error}') from None
-  return weights.digest_of(dict(sorted(arrays.items())))
+  return weights.digest_arrays(dict(sorted(arrays.items())))
 
 
 def _generator_of(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The arrays of the generator in a checkpoint, and no others: the images beside them may be many."""
-  return weights.read_under(path, 'synthesis', _name)
+  return weights.read_subtree(path, 'synthesis', _name)
 
 
 def source_path(config: build.Config, which: str) -> pathlib.Path | None:
@@ -147,5 +147,5 @@ def _name(path: str) -> str | None:
 
 def _checkpoint(source: str) -> pathlib.Path | None:
   """The latest checkpoint in the folder of a run; None if it is none."""
-  folder = paths.expanded(source, 'init_from') / 'checkpoints'
-  return weights.found_in(folder) if folder.is_dir() else None
+  folder = paths.expand_path(source, 'init_from') / 'checkpoints'
+  return weights.find_checkpoint(folder) if folder.is_dir() else None

@@ -44,7 +44,7 @@ class Experiment:
       asked: run_signals.StopRequest | None = None):
     self._began = time.perf_counter()
     self.config, self.unit, self.command = config, unit, command
-    self.workdir = paths.expanded(workdir, 'workdir')
+    self.workdir = paths.expand_path(workdir, 'workdir')
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
       self.store = RunState(config, self.workdir, self.ledger, resume)

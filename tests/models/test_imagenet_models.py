@@ -10,6 +10,7 @@ import pytest
 import toys
 from conftest import golden
 from golden_networks import count, drawn_variables, nhwc, recipe, shapes_of
+from safetensors.numpy import save_file
 
 from dfkd_jax import models, weights
 from dfkd_jax.models import generator, imagenet_vgg, resnet
@@ -272,25 +273,25 @@ def test_names_of_other_code_bases(module, dialect, tmp_path):
   state = {k: rng.uniform(1, 2, shape).astype(np.float32) for k, shape in state_of(module, (32, 32)).items()}
   theirs = dialect(state)
   assert not {k for k in theirs if k in state}
-  translated = weights.translate(theirs)
+  translated = weights.translate_names(theirs)
   wanted = {k: v for k, v in state.items() if 'tracked' not in k}
   assert wanted.keys() <= translated.keys()
   for name, array in wanted.items():
     np.testing.assert_array_equal(translated[name], array, err_msg=name)
-  weights.safetensors_numpy.save_file({k: np.ascontiguousarray(v) for k, v in theirs.items()}, tmp_path / 'w')
+  save_file({k: np.ascontiguousarray(v) for k, v in theirs.items()}, tmp_path / 'w')
   jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path / 'w', module, (32, 32, 3)),
                weights.to_variables(state, module, (32, 32, 3)))
 
 
 def test_depthwise_kernels_of_keras_keep_their_channels():
   kernel = np.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-  out = weights.translate({'dw/depthwise_kernel': kernel, 'dw/bias': np.zeros(20)})
+  out = weights.translate_names({'dw/depthwise_kernel': kernel, 'dw/bias': np.zeros(20)})
   assert out['dw.weight'].shape == (20, 1, 2, 3)
   np.testing.assert_array_equal(out['dw.weight'][3 * 5 + 2, 0], kernel[:, :, 3, 2])
 
 
 def test_own_names_pass_and_clashes_are_refused():
   own = {'conv1.weight': np.zeros(1), 'blocks.0.0.conv_dw.weight': np.zeros(1), 'odd/name': np.zeros(1)}
-  assert weights.translate(own) == own
+  assert weights.translate_names(own) == own
   with pytest.raises(ValueError, match=r'Two parameters are called conv1\.weight once'):
-    weights.translate({'conv1/kernel': np.zeros((1, 1, 1, 1)), 'conv1_conv/kernel': np.zeros((1, 1, 1, 1))})
+    weights.translate_names({'conv1/kernel': np.zeros((1, 1, 1, 1)), 'conv1_conv/kernel': np.zeros((1, 1, 1, 1))})

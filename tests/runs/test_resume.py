@@ -192,7 +192,7 @@ def test_a_new_run_begins_with_an_old_ones_networks(tmp_path, monkeypatch):
   module = build.module(new, 'student')
   wanted = weights.load(tmp_path / 'old' / 'student.safetensors', module, toy_runs.IMAGE)
   assert equal(begun[0].student.network.params, jax.device_get(wanted['params']))
-  generator = weights.read_under(weights.found_in(tmp_path / 'old' / 'checkpoints'), 'synthesis/meta_params')
+  generator = weights.read_subtree(weights.find_checkpoint(tmp_path / 'old' / 'checkpoints'), 'synthesis/meta_params')
   mine = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
           for path, leaf in jax.tree_util.tree_leaves_with_path(begun[0].synthesis.meta_params)}
   assert equal(mine, generator)

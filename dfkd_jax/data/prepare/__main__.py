@@ -61,7 +61,7 @@ def _read(flags: argparse.Namespace) -> tuple[str, Mapping[str, prepare.Split], 
   splits = flags.splits or ['test']
   if len(splits) != 1:
     raise ValueError(f'--split is {" ".join(splits)}, must be one.')
-  name = flags.name or paths.expanded(flags.source, 'source').absolute().stem.lower()
+  name = flags.name or paths.expand_path(flags.source, 'source').absolute().stem.lower()
   if flags.what == 'arrays':
     return name, *prepare.read_arrays(name, flags.source, splits[0])
   of_split, class_names = prepare.read_folder(flags.source, classes=flags.classes, labels=flags.labels)

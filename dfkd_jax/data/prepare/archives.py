@@ -148,7 +148,7 @@ def _npz_arrays(
       archives.check_sizes(members[key] for key in wanted)
       arrays = {key: npz.read_member(archive, members[key], 'fiubUS') for key in wanted}
     except ValueError as error:  # Of pickled ones, or of damaged headers.
-      raise ValueError(f'{str(source)!r} cannot be read: {messages.first_line(error)}') from error
+      raise ValueError(f'{str(source)!r} cannot be read: {messages.one_line(error)}') from error
   found = {split: (arrays[images], arrays[labels]) for split, (images, labels) in keys.items()}
   names = arrays.get('class_names')
   if names is not None and (names.ndim != 1 or names.dtype.kind not in 'US'):
@@ -165,7 +165,7 @@ def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> tuple[d
       an .npz file with `<split>_images`, `<split>_labels` and maybe `class_names`.
     splits: Which ones to read; ValueError if they cannot be.
   """
-  source = paths.expanded(source, 'source')
+  source = paths.expand_path(source, 'source')
   reader = _from_idx if source.is_dir() else _from_npz if source.suffix == '.npz' else _from_cifar
   return _read(lambda: reader(name, source, tuple(splits)), source)
 
@@ -181,7 +181,7 @@ def read_arrays(
       `class_names`; ValueError if it has not, or cannot be read.
     split: What the images are.
   """
-  source = paths.expanded(source, 'source')
+  source = paths.expand_path(source, 'source')
   return _read(lambda: _npz_arrays(name, source, {split: ('images', 'labels')}), source)
 
 
@@ -193,4 +193,4 @@ def _read(read: Callable[[], Any], source: pathlib.Path) -> Any:
   except ValueError:
     raise
   except Exception as error:  # A damaged file may raise anything.
-    raise ValueError(f'{str(source)!r} cannot be read: {messages.first_line(error) or type(error).__name__}') from error
+    raise ValueError(f'{str(source)!r} cannot be read: {messages.one_line(error) or type(error).__name__}') from error

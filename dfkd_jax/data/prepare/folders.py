@@ -9,7 +9,7 @@ import numpy as np
 
 from dfkd_jax.data.prepare import image_files
 from dfkd_jax.data.prepare.writer import Split
-from dfkd_jax.paths import expanded
+from dfkd_jax.paths import expand_path
 
 
 def read_folder(
@@ -34,7 +34,7 @@ def read_folder(
     ValueError: A folder or file is not there, a class has no image, a label is
       unknown, or an image is not labelled.
   """
-  source = expanded(source, 'source')
+  source = expand_path(source, 'source')
   if not source.is_dir():
     raise ValueError(f'There is no folder {str(source)!r}.')
   names = None if classes is None else _lines(classes)
@@ -101,7 +101,7 @@ def _images(folder: pathlib.Path) -> Iterator[str]:
 def _lines(path: str | os.PathLike) -> Sequence[str]:
   """A file's lines, without blank ones."""
   try:
-    text = expanded(path, 'file').read_text(encoding='utf-8')
+    text = expand_path(path, 'file').read_text(encoding='utf-8')
   except (OSError, UnicodeDecodeError) as error:
     raise ValueError(f'{str(path)!r} cannot be read: {error}') from error
   lines = [line.strip() for line in text.splitlines() if line.strip()]

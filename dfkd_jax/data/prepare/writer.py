@@ -63,7 +63,7 @@ def write(
       there already, or a file is no image.
   """
   known = _KNOWN.get(name, _Known('1.0.0'))
-  data_dir = paths.expanded(data_dir, 'data_dir').absolute()
+  data_dir = paths.expand_path(data_dir, 'data_dir').absolute()
   target = data_dir / name / known.version
   there = existing.find(target, name, splits)
   class_names = _class_names(name, splits, class_names, known.class_names, there)
