@@ -1,17 +1,15 @@
 """Decoding, resizing and cropping of images."""
 
 import concurrent.futures
-import contextlib
 import io
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from dfkd_jax import messages
+from dfkd_jax.data.errors import reporting_read_errors
 
 Shape = tuple[int, int, int]  # (H, W, C)
 BATCH_SIZE = 64  # Images that threads work on at once. This bounds the memory.
@@ -85,13 +83,3 @@ def _resize_and_crop(image: Any, height: int, width: int, crop: float) -> Any:
   image = image.resize(sides, Image.Resampling.BILINEAR)
   left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
   return image.crop((left, top, left + width, top + height))
-
-
-@contextlib.contextmanager
-def reporting_read_errors(name: str) -> Iterator[None]:
-  """Turns any error of the block into a ValueError of one line, "<name> cannot be read: ..."."""
-  try:
-    yield
-  except Exception as error:  # Readers of damaged files raise errors of many types.
-    reason = re.sub(r' <_io\.BytesIO.*?>', '', str(error)) or type(error).__name__
-    raise ValueError(f'{name} cannot be read: {messages.first_line(reason)}') from error

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dfkd_jax import paths
-from dfkd_jax.data.images import (
-    BATCH_SIZE, MODES, Shape, decode_all, decode_image, reporting_read_errors)
+from dfkd_jax.data.errors import reporting_read_errors
+from dfkd_jax.data.images import BATCH_SIZE, MODES, Shape, decode_all, decode_image
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tensorflow_datasets'
 _WELL_KNOWN = {'cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist'}

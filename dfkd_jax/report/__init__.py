@@ -9,8 +9,7 @@ from dfkd_jax.report.image_grid import image_grid
 from dfkd_jax.report.ledger import COUNTS, PARTS, Ledger
 from dfkd_jax.report.metrics import METRICS, MetricsWriter
 from dfkd_jax.report.progress import Progress, note, say
-from dfkd_jax.report.summary import (
-    PRIVACY, Summary, check_summary, format_summary, write_summary)
+from dfkd_jax.report.summary import PRIVACY, Summary, check_summary, format_summary, write_summary
 
 __all__ = [
     'COUNTS', 'METRICS', 'PARTS', 'PRIVACY', 'Ledger', 'MetricsWriter', 'Progress', 'Summary',

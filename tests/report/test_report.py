@@ -224,7 +224,7 @@ def test_closing_lines_say_all_results():
   assert rows['control'][:4] == ['41.02%', '80.00%', '43.00%', '2.1000']
   # 0.8529 / 0.9268 and 0.8602 / 0.9268.
   assert rows['student / teacher'] == ['0.920', 'last,', '0.928', 'best']
-  assert rows['parameters'] == 'student 78,042, teacher 313,002, ratio 0.249'.split()
+  assert rows['parameters'] == ['student', '78,042,', 'teacher', '313,002,', 'ratio', '0.249']
   times = re.findall(r'([\d.]+) s +(\d+)%  (\w+)', text)
   assert times[:2] == [('100.0', '50', 'student'), ('80.0', '40', 'synthesis')]
   assert times[2:] == [('15.0', '8', 'other'), ('5.0', '2', 'setup')]

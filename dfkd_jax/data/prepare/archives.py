@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dfkd_jax import messages, paths
-from dfkd_jax.data.images import reporting_read_errors
+from dfkd_jax.data.errors import reporting_read_errors
 from dfkd_jax.data.prepare.writer import Split
 from dfkd_jax.weights.formats import archives, npz
 

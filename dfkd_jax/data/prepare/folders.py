@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dfkd_jax.data.images import reporting_read_errors
+from dfkd_jax.data.errors import reporting_read_errors
 from dfkd_jax.data.prepare import image_files
 from dfkd_jax.data.prepare.writer import Split
 from dfkd_jax.paths import expanded

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dfkd_jax.data.images import map_in_threads, reporting_read_errors
+from dfkd_jax.data.errors import reporting_read_errors
+from dfkd_jax.data.images import map_in_threads
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 _JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'

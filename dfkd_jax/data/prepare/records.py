@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dfkd_jax.data.images import reporting_read_errors
+from dfkd_jax.data.errors import reporting_read_errors
 from dfkd_jax.data.prepare.image_files import Files, encode_png, is_jpeg
 
 
