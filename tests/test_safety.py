@@ -16,8 +16,8 @@ LOADS = {'numpy.load', 'numpy.lib.format.read_array', 'numpy.lib.npyio.load'}  #
 # What is wanted of these in one file each, and why.
 ALLOWED = {
     'dfkd_jax/models/pretrained/torch_files.py': {'pickle._Unpickler'},  # Whose find_class has a list of its own.
-    'dfkd_jax/report/surroundings.py': {'importlib.metadata'},  # Versions.
-    'dfkd_jax/data.py': {'importlib.util'},  # Whether TensorFlow is installed.
+    'dfkd_jax/report/environment.py': {'importlib.metadata'},  # Versions.
+    'dfkd_jax/data/tfds.py': {'importlib.util'},  # Whether TensorFlow is installed.
     'dfkd_jax/synth/__init__.py': {'importlib'},  # A method by the name of a file in synth/methods, which is checked.
     'main.py': {'importlib.util'},  # The config that a user names is a program of the user's.
 }

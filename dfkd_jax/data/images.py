@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dfkd_jax.data.errors import reporting_read_errors
 
@@ -41,9 +42,9 @@ def decode_all(
     if images is None:
       images = np.empty((size, *(image_shape or image.shape)), np.uint8)
     if image.shape != images.shape[1:]:
-      source = 'asked for' if image_shape else 'the shape of the first image'
-      raise ValueError(f'Data set {name!r} has an image of {image.dtype} {image.shape}, '
-                       f'but uint8 {images.shape[1:]} is {source}.')
+      source = 'image_shape' if image_shape else 'the shape of the first image'
+      raise ValueError(f'Data set {name!r} has an image {image.shape}, must be '
+                       f'{images.shape[1:]}, {source}.')
     images[row], labels[row] = image, label
   return images, labels
 
@@ -60,8 +61,6 @@ def decode_image(
     raw: bytes, channels: int | None, image_shape: Shape | None, crop: float | None
 ) -> np.ndarray:
   """Decodes a JPEG or PNG file to uint8 [H, W, C]; see `load` for `image_shape` and `crop`."""
-  from PIL import Image
-
   with Image.open(io.BytesIO(raw)) as image:
     mode = MODES.get(channels, image.mode)
     if image.mode != mode and (mode != 'RGB' or image.mode[0] in 'IF'):
@@ -74,10 +73,8 @@ def decode_image(
   return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _resize_and_crop(image: Any, height: int, width: int, crop: float) -> Any:
+def _resize_and_crop(image: Image.Image, height: int, width: int, crop: float) -> Image.Image:
   """Resizes and crops a PIL image, rounding as torchvision's Resize and CenterCrop do."""
-  from PIL import Image
-
   short = round(max(height, width) / crop)
   sides = tuple(int(short * side / min(image.size)) for side in image.size)
   image = image.resize(sides, Image.Resampling.BILINEAR)

@@ -64,15 +64,13 @@ def load(
   builder = _make_builder(name, _find_folder(name, split, data_dir))
   features = builder.info.features
   if not {'image', 'label'} <= set(features) or not hasattr(features['label'], 'names'):
-    raise ValueError(f'Data set {name!r} must have an image and a class label, '
-                     f'got features {sorted(features)}.')
-  if (dtype := np.dtype(features['image'].np_dtype)) != np.uint8:
-    raise ValueError(f'Images of data set {name!r} must be uint8, got {dtype}.')
+    raise ValueError(f'Data set {name!r} has {sorted(features)}, needs an image and a class label.')
+  if features['image'].np_dtype != np.uint8:
+    raise ValueError(f'Images of {name!r} are {features["image"].np_dtype}, must be uint8.')
   with reporting_read_errors(f'Split {split!r} of {name!r}'):
     size, records = _open_records(builder, split, *shard)
   if not size:
-    raise ValueError(f'There is no image in split {split!r} of data set {name!r}, '
-                     f'shard {shard[0]} of {shard[1]}.')
+    raise ValueError(f'Split {split!r} of {name!r} has no image for shard {shard}.')
   channels = features['image'].shape[-1] if crop is None else image_shape[-1]
   decode = lambda raw: decode_image(raw, channels, image_shape, crop)
   images, labels = decode_all(name, size, records, image_shape, decode)

@@ -52,8 +52,7 @@ def evaluate(
   has_teacher = teacher_predictions is not None
   targets = np.asarray(teacher_predictions, np.int32) if has_teacher else labels
   if targets.shape != labels.shape:
-    raise ValueError(f'teacher_predictions must be {labels.shape} as the labels, '
-                     f'got {targets.shape}.')
+    raise ValueError(f'teacher_predictions must be {labels.shape}, got {targets.shape}.')
   rows, network, sums = _process_rows(len(images), shared), parallel.local_copy(network), []
   for arrays, is_real in _batches((images[rows], labels[rows], targets[rows]), batch_size):
     sums.append(_batch_sums(network, *arrays, is_real, task=task))
@@ -109,8 +108,7 @@ def _batch_sums(
   """Sums of metrics and agreement over the images of a batch that are not padding."""
   logits = network(_to_float(images)).logits
   if logits.shape[-1] != task.num_classes:
-    raise ValueError(
-        f'The network has {logits.shape[-1]} classes, but the task {task.num_classes}.')
+    raise ValueError(f'The network has {logits.shape[-1]} classes, the task {task.num_classes}.')
   # One example at a time: a task's metrics are sums over a batch and cannot skip padding.
   metrics = jax.vmap(
       lambda *example: task.metrics(*jax.tree.map(lambda a: a[None], example)))(logits, labels)
@@ -141,8 +139,8 @@ def _batches(
 def _check(images: np.ndarray, labels: np.ndarray, task: Task | None, batch_size: int) -> None:
   """Raises ValueError unless these are images with labels for the task."""
   if images.ndim != 4 or not len(images) or len(labels) != len(images):
-    raise ValueError(f'Images must be [N, H, W, C] with N > 0 labels, '
-                     f'got {images.shape} and {labels.shape}.')
+    raise ValueError(f'Images must be [N > 0, H, W, C] with N labels, got {images.shape} '
+                     f'and {labels.shape}.')
   if images.dtype != np.uint8 and images.dtype.kind != 'f':
     raise ValueError(f'Images must be uint8, or float in [0, 1], got {images.dtype}.')
   if batch_size < 1:

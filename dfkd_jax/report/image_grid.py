@@ -48,8 +48,7 @@ def image_grid(
 def _to_pixels(images: np.ndarray) -> np.ndarray:
   """Converts images to [N, H, W, 3] uint8."""
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-    raise ValueError(f'Images have shape {list(images.shape)}, must be [N, H, W, C] '
-                     'with C 1 or 3, none empty.')
+    raise ValueError(f'Images have shape {images.shape}, must be non-empty [N, H, W, 1 or 3].')
   if images.dtype != np.uint8:
     if images.dtype.kind in 'biu':
       raise ValueError(f'Images are {images.dtype}, must be float in [0, 1] or uint8.')

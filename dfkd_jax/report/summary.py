@@ -143,7 +143,8 @@ def _table(summary: Summary) -> list[str]:
       ('teacher', summary.get('teacher'), []),
       (f'{name}, last', student['last'], []),
       (f'{name}, best', student.get('best'), ['best is selected on the test set']),
-      ('control', summary.get('control'), ['same student and steps, on noise images'])]
+      ('control', summary.get('control'),
+       ['same student and steps, on noise images labelled by the teacher'])]
   lines = [('on real test images', 'top-1', 'top-5', 'agreement', 'cross-entropy', '')]
   for label, result, notes in rows:
     if result:

@@ -214,12 +214,12 @@ def test_bad_sources_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(('name', 'shape', 'labels', 'names', 'message'), [
     ('Tiny', (3, 4, 1), (0, 1), None, "snake_case, got 'Tiny'"),
     ('tiny', (3, 4, 2), (0, 1), None, r'got uint8 \(2, 3, 4, 2\)'),
-    ('tiny', (3, 4, 1), (0, -1), None, 'got -1..0'),
-    ('tiny', (3, 4, 1), (0, 3), ('a', 'b'), 'must be in 0..1, got 0..3'),
+    ('tiny', (3, 4, 1), (0, -1), None, '-1..0, must be 0..'),
+    ('tiny', (3, 4, 1), (0, 3), ('a', 'b'), '0..3, must be 0..1'),
     ('tiny', (3, 4, 1), (.5, 1.), None, 'got float64'),
     ('cifar10', (28, 28, 1), (0, 1), None, r'must be \(32, 32, 3\) each'),
     ('cifar10', (32, 32, 3), (0, 1), ('a', 'b'), 'has 10 classes, got 2 class names'),
-    ('mnist', (28, 28, 1), (0, 10), None, 'must be in 0..9, got 0..10'),
+    ('mnist', (28, 28, 1), (0, 10), None, '0..10, must be 0..9'),
 ])
 def test_what_cannot_be_written_is_refused(tmp_path, name, shape, labels, names, message):
   with fails_in_one_line(message):
@@ -254,7 +254,7 @@ def test_errors_say_where_was_looked_and_what_to_do(tmp_path, monkeypatch):
     data.load('flowers', 'train[:5]', tmp_path)
   with fails_in_one_line('cannot be read'):
     data.load('flowers', 'test[:', tmp_path)
-  with fails_in_one_line(r'\(4, 5, 3\), but uint8 \(5, 5, 3\) is asked for'):
+  with fails_in_one_line(r'image \(4, 5, 3\), must be \(5, 5, 3\), image_shape'):
     data.load('flowers', 'test', tmp_path, image_shape=(5, 5, 3))
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'nowhere'))
   with fails_in_one_line(f'not prepared in .*assets.* or {tmp_path}/nowhere'):

@@ -152,7 +152,7 @@ def broken_folders(root):
       (source('deep'), r"v.png' .*more than 8 bits"),
       (source('cut', classes='absent.txt'), 'absent.txt.* cannot be read'),
       (source('cut', classes='empty'), 'no line'),
-      (source('cut', classes='twice'), "got 'a' twice"),
+      (source('cut', classes='twice'), "class 'a' twice"),
       (source('cut', classes='other'), "Unknown label 'a', must be .* 2 classes 'b' to 'c'"),
       (source('flat', labels='odd'), "line 'x.png', must be"),
       (source('flat', labels='both'), "line 'x.png 1', must be"),

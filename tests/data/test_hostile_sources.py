@@ -89,7 +89,7 @@ def tar(path, *members):
 def test_members_of_archives_are_bounded(tmp_path, name, refused, monkeypatch):
   monkeypatch.setattr(prepare_archives, '_LARGEST_MEMBER', 1_000_000)
   message = refused('cifar100', tar(tmp_path / 'c.tar.gz', (name, ZEROS)))
-  assert f'{name!r} in it has 30000000 bytes, must be at most 1000000' in message
+  assert f'{name!r} has 30000000 bytes, must be at most 1000000' in message
 
 
 def test_only_the_first_members_of_archives_are_read(tmp_path, refused, monkeypatch):

@@ -157,9 +157,9 @@ def test_threads_keep_the_order_and_shards_share_it_out(tmp_path, monkeypatch):
 
 def test_sizes_that_differ_need_a_crop(tmp_path):
   folder = written(tmp_path, [photo(9, 8), photo(7, 8), photo(9, 8)])
-  with fails_in_one_line(r'\(8, 7, 3\), but uint8 \(8, 9, 3\) is the shape of the first'):
+  with fails_in_one_line(r'image \(8, 7, 3\), must be \(8, 9, 3\), the shape of the first'):
     data.load('tiny', 'test', folder)
-  with fails_in_one_line(r'\(8, 7, 3\), but uint8 \(8, 9, 3\) is asked for'):
+  with fails_in_one_line(r'image \(8, 7, 3\), must be \(8, 9, 3\), image_shape'):
     data.load('tiny', 'test', folder, image_shape=(8, 9, 3))
   assert data.load('tiny', 'test', folder, shard=(0, 2)).images.shape == (2, 8, 9, 3)
 
@@ -170,7 +170,7 @@ def test_sizes_that_differ_need_a_crop(tmp_path):
     ({'crop': 0.9}, 'image_shape is None'),
     ({'crop': 0.9, 'image_shape': (4, 4, 2)}, r'image_shape is \(4, 4, 2\)'),
     ({'shard': (2, 2)}, r'shard is \(2, 2\), must be'),
-    ({'shard': (3, 4)}, "no image in split 'test' of data set 'tiny', shard 3 of 4"),
+    ({'shard': (3, 4)}, r"'test' of 'tiny' has no image for shard \(3, 4\)"),
 ])
 def test_arguments_that_do_not_fit(tmp_path, options, message):
   prepare.write('tiny', {'test': (np.zeros((3, 4, 5, 3), np.uint8), np.arange(3))}, tmp_path)

@@ -158,5 +158,5 @@ def test_arrays_that_do_not_fit_are_refused(images, labels, options, message):
 
 
 def test_a_network_of_another_number_of_classes_is_refused():
-  with pytest.raises(ValueError, match='The network has 6 classes, but the task 7'):
+  with pytest.raises(ValueError, match='has 6 classes, the task 7'):
     evaluate.evaluate(tiny(6), real(3, 6), task=tasks.classification(7))

@@ -132,8 +132,7 @@ def _read_members(source: pathlib.Path, names: set[str]) -> dict[str, bytes]:
       file = os.path.basename(member.name)
       if file in names and member.isfile():
         if member.size > _LARGEST_MEMBER:
-          raise ValueError(
-              f'{file!r} in it has {member.size} bytes, must be at most {_LARGEST_MEMBER}')
+          raise ValueError(f'{file!r} has {member.size} bytes, must be at most {_LARGEST_MEMBER}')
         contents[file] = archive.extractfile(member).read()
   if missing := sorted(names - set(contents)):
     raise ValueError(f'it has no {missing[0]!r}')

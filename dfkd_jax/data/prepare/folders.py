@@ -39,7 +39,7 @@ def read_folder(
   source = expanded(source, 'source')
   if not source.is_dir():
     raise ValueError(f'There is no folder {str(source)!r}.')
-  names = None if classes is None else _read_lines(classes)
+  names = classes and _read_lines(classes)
   images = _by_folder(source) if labels is None else _by_list(source, labels)
   names = names or _class_names({label for _, label in images}, numbers=labels is not None)
   indices = {name: i for i, name in enumerate(names)}
@@ -66,8 +66,7 @@ def _by_folder(source: pathlib.Path) -> list[tuple[str, str]]:
   """Returns (path, class) of all images in sub-folders."""
   folders = sorted(path for path in source.iterdir() if path.is_dir() and path.name[0] != '.')
   if not folders:
-    raise ValueError(f'{str(source)!r} has no sub-folders, must have one for each class '
-                     '(or labels in a list).')
+    raise ValueError(f'{str(source)!r} has no sub-folders for classes, and no labels are given.')
   images = []
   for folder in folders:
     paths = sorted(_find_images(folder))
@@ -84,8 +83,7 @@ def _by_list(source: pathlib.Path, labels: str | os.PathLike) -> list[tuple[str,
     name, label, *_ = *line.split(), None, None
     path = os.path.join(source, name)
     if label is None or path in images:
-      raise ValueError(f"{str(labels)!r} has line {line!r}, must be 'filename label' "
-                       'and have each file once.')
+      raise ValueError(f"{str(labels)!r} has line {line!r}, must be 'filename label', once a file.")
     if not os.path.isfile(path):
       raise ValueError(f'{str(labels)!r} names {name!r}, which is not in {str(source)!r}.')
     images[path] = label

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from dfkd_jax.data.errors import reporting_read_errors
 from dfkd_jax.data.images import map_in_threads
@@ -47,8 +48,6 @@ def encode_file(path: str | os.PathLike) -> bytes:
   Raises:
     ValueError: The file is not an image, is cut off, or has more than 8 bits.
   """
-  from PIL import Image
-
   with reporting_read_errors(f'Image {os.fspath(path)!r}'):
     raw = pathlib.Path(path).read_bytes()
     with Image.open(io.BytesIO(raw)) as image:
@@ -65,8 +64,6 @@ def encode_file(path: str | os.PathLike) -> bytes:
 
 def encode_png(image: np.ndarray) -> bytes:
   """Encodes an image uint8 [H, W, C]."""
-  from PIL import Image
-
   stream = io.BytesIO()
   image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
   image.save(stream, 'png', compress_level=9)

@@ -73,8 +73,7 @@ def write(
   """
   for identifier in (name, *splits):
     if not re.fullmatch(r'[a-z][a-z0-9_]*', identifier):
-      raise ValueError(
-          f'Names of data sets and splits must be in snake_case, got {identifier!r}.')
+      raise ValueError(f'Names must be in snake_case, got {identifier!r}.')
   splits = {key: _check_split(f'split {key!r} of {name!r}', *split)
             for key, split in splits.items()}
   definition = _DEFINITIONS.get(name, _Definition('1.0.0'))
@@ -116,8 +115,7 @@ def _check_split(
                      f'got {labels.dtype} {labels.shape}.')
   for key, column in columns.items():
     if len(column) != len(images):
-      raise ValueError(
-          f'Column {key!r} of {title} must have {len(images)} values, got {len(column)}.')
+      raise ValueError(f'Column {key!r} of {title} has {len(column)} of {len(images)} values.')
   return Split(images, labels, columns)
 
 
@@ -150,15 +148,13 @@ def _choose_class_names(
   names = next((names for names in (class_names, stored, defined) if names is not None), None)
   num_classes = _MOST_CLASSES if names is None else len(names)
   if lowest < 0 or highest >= num_classes:
-    raise ValueError(
-        f'Labels of {name!r} must be in 0..{num_classes - 1}, got {lowest}..{highest}.')
+    raise ValueError(f'Labels of {name!r} are {lowest}..{highest}, must be 0..{num_classes - 1}.')
   names = [str(item) for item in names or range(1 + highest)]
   if defined and len(names) != len(defined):
     raise ValueError(f'{name!r} has {len(defined)} classes, got {len(names)} class names.')
   if len(set(names)) < len(names):
-    raise ValueError(f'Classes of {name!r} must have different names, '
-                     f'got {max(names, key=names.count)!r} twice.')
+    raise ValueError(f'{name!r} has class {max(names, key=names.count)!r} twice.')
   for i, (old, new) in enumerate(itertools.zip_longest(stored or names, names)):
     if old != new:
-      raise ValueError(f'Class {i} of {name!r} is {new!r}, must be {old!r} as in its other splits.')
+      raise ValueError(f'Class {i} of {name!r} is {new!r}, must be {old!r} as in other splits.')
   return names
