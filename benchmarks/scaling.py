@@ -153,8 +153,8 @@ def compile_round(config) -> programs.Programs:
   mesh, key = parallel.make_mesh(DEVICES), jax.random.key(0)
   section = config.distill
   teacher, student = (
-      jax.eval_shape(lambda which=which: build.network(config, which, key))
-      for which in ('teacher', 'student'))
+      jax.eval_shape(lambda role=role: build.network(config, role, key))
+      for role in ('teacher', 'student'))
   tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
   synthesis = jax.eval_shape(build.synthesizer(config, 1)(None).init, key, teacher)
   learner = jax.eval_shape(lambda network: distill.init(network, tx), student)
@@ -173,8 +173,8 @@ def flops_of_round(config) -> float:
   key, section, method = jax.random.key(0), config.distill, config.method
   image = jnp.zeros((1, *config.dataset.image_shape))
   flops = lambda function, *inputs: jax.jit(function).lower(*inputs).cost_analysis()['flops']
-  networks = [jax.eval_shape(lambda which=which: build.network(config, which, key))
-              for which in ('teacher', 'student')]
+  networks = [jax.eval_shape(lambda role=role: build.network(config, role, key))
+              for role in ('teacher', 'student')]
   teacher, student = (flops(lambda network, x: network(x).logits, network, image)
                       for network in networks)
   forward = 0.0

@@ -77,7 +77,7 @@ class Progress:
       print(text, file=self._stream, flush=True)
 
   def close(self) -> None:
-    """Leaves the bar as it is; may be called twice."""
+    """Closes the bar, which stays visible; may be called twice."""
     if self._bar is not None:
       self._bar.close()
 

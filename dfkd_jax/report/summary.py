@@ -11,8 +11,7 @@ from dfkd_jax.messages import short_repr
 from dfkd_jax.report.files import replace_file, reporting_disk_errors, to_json
 
 SUMMARY = 'summary.json'
-PRIVACY = ('Synthetic images carry no privacy guarantee: '
-           'they may reveal what the teacher was trained on.')
+PRIVACY = 'Synthetic images carry no privacy guarantee: they may reveal training data of the teacher.'
 _FIRST = ('student', 'teacher', 'control', 'parameters', 'seconds', 'wall_seconds', 'seed',
           'command', 'workdir')  # The first keys of the file; the others follow by name.
 
