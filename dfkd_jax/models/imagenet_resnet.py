@@ -11,24 +11,24 @@ from dfkd_jax.types import Array
 
 
 class ImageNetResNet(nn.Module):
-  """ResNet-18, -34, -50 as torchvision defines them, whose names these are.
+  """ResNet-18, -34, -50 under torchvision's names.
 
-  Keras' ResNet-50 is that of the paper: strides in the first 1x1 convolution of a
-  bottleneck, biases in all convolutions, epsilon 1.001e-5.
+  Keras' ResNet-50 follows the paper: strides in the first 1x1 convolution of a bottleneck, biases
+  in all convolutions, epsilon 1.001e-5.
 
   Attributes:
-    num_classes: Of the logits.
+    num_classes: Number of logits.
     stage_sizes: Blocks of each stage; each stage but the first halves the maps.
-    bottleneck: Blocks of three convolutions, four times as wide.
-    width: Of the stem, and of the first stage's inner convolutions.
-    stride_in: Which convolution of a bottleneck has the strides, '3x3' or '1x1'.
+    bottleneck: Whether blocks have three convolutions, and four times the width.
+    width: Channels of the stem, and of the first stage's inner convolutions.
+    stride_in: Convolution of a bottleneck that has the strides, '3x3' or '1x1'.
     conv_bias: Whether convolutions have biases.
-    epsilon: Of the batch norms.
-    remat: Keep only the input of each block for the backward pass.
-    dtype: Of the computation; None for that of parameters and inputs.
+    epsilon: Epsilon of the batch norms.
+    remat: Whether the backward pass keeps only the input of each block.
+    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
 
   Raises:
-    ValueError: If `stride_in` is neither.
+    ValueError: `stride_in` is unknown.
   """
 
   num_classes: int
@@ -48,25 +48,20 @@ class ImageNetResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Normalised images [B, H, W, C] to logits [B, num_classes], at least float32."""
-    x = layers.Conv(
-        self.width, (7, 7), 2, padding=3, use_bias=self.conv_bias, kernel_init=layers.he_fan_out,
-        dtype=self.dtype, name='conv1')(x)
-    x = layers.BatchNorm(
-        use_running_average=not train, epsilon=self.epsilon, dtype=self.dtype, name='bn1')(x)
-    x = nn.max_pool(nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
-    block = functools.partial(
-        Block, bottleneck=self.bottleneck, projection_name='downsample', kernel_init=layers.he_fan_out,
-        stride_in=self.stride_in, use_bias=self.conv_bias, epsilon=self.epsilon, dtype=self.dtype)
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    conv_norm = layers.conv_norm(
+        train, self.dtype, epsilon=self.epsilon, use_bias=self.conv_bias)
+    x = nn.relu(conv_norm(x, self.width, 7, 2, names=('conv1', 'bn1')))
+    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     for i, size in enumerate(self.stage_sizes):
       width = self.width * 2**i * (4 if self.bottleneck else 1)
       for j in range(size):
-        run = functools.partial(_run, block, width, 2 if i and not j else 1, f'layer{i + 1}_{j}', train)
+        block = functools.partial(
+            Block, width, 2 if i and not j else 1, self.bottleneck, projection_name='downsample',
+            kernel_init=layers.he_fan_out, stride_in=self.stride_in, use_bias=self.conv_bias,
+            epsilon=self.epsilon, dtype=self.dtype, name=f'layer{i + 1}_{j}')
+        run = functools.partial(layers.apply_block, block, train)
         x = layers.remat_if(self, run, x, self.remat)
       self.sow('intermediates', f'stage_{i + 1}', x)
     x = layers.pool_features(self, x)
     return layers.dense(self.num_classes, x.shape[-1], name='fc')(x)
-
-
-def _run(block, width, strides, name, train, x):
-  return block(width, strides, name=name)(x, train)

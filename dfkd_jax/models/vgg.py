@@ -9,15 +9,15 @@ from dfkd_jax.types import Array
 
 
 class VGG(nn.Module):
-  """Groups of 3x3 convolutions, a 2x2 max-pooling after each of the first three, one dense layer.
+  """Groups of 3x3 convolutions, a 2x2 max-pooling after each of the first three, a dense layer.
 
-  As CRD (arXiv:1910.10699) and FastDFKD have it: images 64 high, and only they,
-  are pooled once more after the fourth group; then the pixels are averaged.
+  As in CRD (arXiv:1910.10699) and FastDFKD, only images of height 64 are pooled once more after
+  the fourth group. Then the pixels are averaged.
 
   Attributes:
-    num_classes: Of the logits.
+    num_classes: Number of logits.
     groups: Widths of the convolutions of each group.
-    dtype: Of the computation; None for that of parameters and inputs.
+    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   """
 
   num_classes: int
@@ -26,18 +26,16 @@ class VGG(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Normalised images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    conv_norm = layers.conv_norm(train, self.dtype, use_bias=True)
     num_pools = 4 if x.shape[1] == 64 else 3
     for group, widths in enumerate(self.groups):
       for i, width in enumerate(widths):
-        x = layers.Conv(
-            width, (3, 3), padding=1, kernel_init=layers.he_fan_out, dtype=self.dtype,
-            name=f'block{group}_{3 * i}')(x)
-        x = layers.BatchNorm(
-            use_running_average=not train, dtype=self.dtype, name=f'block{group}_{3 * i + 1}')(x)
-        x = nn.relu(x)
+        names = (f'block{group}_{3 * i}', f'block{group}_{3 * i + 1}')
+        x = nn.relu(conv_norm(x, width, 3, names=names))
       self.sow('intermediates', f'stage_{group + 1}', x)
       if group < num_pools:
         x = nn.max_pool(x, (2, 2), (2, 2))
     x = layers.pool_features(self, x)
-    return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name='classifier')(x)
+    init = nn.initializers.normal(0.01)
+    return nn.Dense(self.num_classes, kernel_init=init, name='classifier')(x)

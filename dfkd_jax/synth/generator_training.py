@@ -104,11 +104,11 @@ def synthesizer(
       optax.stateless(lambda grads, _: parallel.pmean(grads, axis)), optax.adam(generator_lr, b1=adam_b1, b2=adam_b2))
 
   def init(key: PRNGKey, teacher: Network) -> State:
-    generators.check_batch_norm(factors, teacher)
     variables = generators.variables(generator, key, (batch_size, *latent_shape))
     params = variables['params']
     outputs = generators.check_shapes(
         generator, params, (batch_size, *latent_shape), image_shape, teacher, task.num_classes)
+    generators.check_batch_norm(factors, teacher, outputs)
     if factors.active('activation') and outputs.features is None:
       raise ValueError('The teacher sows no features: the factor activation must be 0.')
     state = State(

@@ -53,11 +53,13 @@ def check_classes(teacher: Network, images: Array, num_classes: int) -> Outputs:
   return outputs
 
 
-def check_batch_norm(factors: Factors, teacher: Network) -> None:
-  """Raises a ValueError if a term of moments is wanted and the teacher has none to match."""
+def check_batch_norm(factors: Factors, teacher: Network, outputs: Outputs) -> None:
+  """Raises a ValueError if a term matches moments and the teacher's are missing, or cannot be captured."""
   for term in ('batch_norm', 'relative_batch_norm'):
     if factors.active(term) and not teacher.running():
       raise ValueError(f'The teacher has no BatchNorm: the term {term} has nothing to match, its factor must be 0.')
+    if factors.active(term):
+      teacher.check_moments(outputs.moments)
 
 
 def redraw(key: PRNGKey, params: PyTree, std: float = 0.02) -> PyTree:

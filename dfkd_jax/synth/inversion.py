@@ -167,10 +167,10 @@ def loop(
   meta_tx = adam(generator_lr * num_steps if meta_lr is None else meta_lr)
 
   def init(key: PRNGKey, teacher: Network, buffer: replay.ReplayBuffer) -> State:
-    generators.check_batch_norm(factors, teacher)
     key_params, key_latents = jax.random.split(key)
     params = generators.init(generator, key_params, (batch_size, *latent_shape))
     shapes = generators.check_shapes(generator, params, (batch_size, *latent_shape), image_shape, teacher, task.num_classes)
+    generators.check_batch_norm(factors, teacher, shapes)
     return State(
         latents=draw_latents(key_latents) if carry_latents else None,
         step=jnp.int32(0), meta_params=params, meta_opt_state=meta_tx.init(params),

@@ -93,8 +93,8 @@ def deep_inversion(
 
   def init(key: PRNGKey, teacher: Network) -> State:
     del key
-    generators.check_batch_norm(factors, teacher)
-    generators.check_classes(teacher, jax.ShapeDtypeStruct(shape, jnp.float32), task.num_classes)
+    outputs = generators.check_classes(teacher, jax.ShapeDtypeStruct(shape, jnp.float32), task.num_classes)
+    generators.check_batch_norm(factors, teacher, outputs)
     return State(step=jnp.int32(0), buffer=replay.create(share, image_shape, task.num_classes, num_tasks))
 
   def invert(state: State, inputs, teacher: Network, student: Network | None):
