@@ -1,4 +1,4 @@
-"""One of several processes that a test starts: runs the jobs of a file in turn, and leaves what came of them.
+"""One of several processes of a test: runs the jobs of a file in turn, and writes their results.
 
 python one_process.py JOBS PROCESS_ID
 """
@@ -14,7 +14,7 @@ from dfkd_jax import report, train
 
 
 def stop_after(rounds: int | None) -> None:
-  """Interrupts the run when so many rounds and one more are done, of which the last is not saved."""
+  """Interrupts the run one round after `rounds`, before that round is saved."""
   original, done = report.Progress.update, []
 
   def update(self, **numbers):

@@ -1,4 +1,10 @@
-"""Networks by name, and generators."""
+"""Networks by name, and generators.
+
+These attributes mean the same in all networks and blocks: `num_classes`, the number of logits;
+`dtype` of the computation (None: that of parameters and inputs); `epsilon` and `momentum` of the
+batch norms; and `remat`, whether the backward pass keeps only the input of each block and
+computes the block again.
+"""
 
 import functools
 import re
@@ -9,16 +15,12 @@ from flax import linen as nn
 
 from dfkd_jax.messages import nearest
 from dfkd_jax.models.convnet import ConvNet
-from dfkd_jax.models.efficientnet import EfficientNetLite
 from dfkd_jax.models.generator import Generator, SpatialGenerator
-from dfkd_jax.models.imagenet_resnet import ImageNetResNet
-from dfkd_jax.models.imagenet_vgg import ImageNetVGG
-from dfkd_jax.models.mobilenet import MobileNetV2
+from dfkd_jax.models.mobilenet import EfficientNetLite, MobileNetV2
 from dfkd_jax.models.network import Network, bind
 from dfkd_jax.models.network import create as create_network
-from dfkd_jax.models.resnet import ResNet
-from dfkd_jax.models.thin_resnet import ThinResNet
-from dfkd_jax.models.vgg import VGG
+from dfkd_jax.models.resnet import ImageNetResNet, ResNet, ThinResNet
+from dfkd_jax.models.vgg import VGG, ImageNetVGG
 from dfkd_jax.models.wide_resnet import WideResNet
 
 __all__ = [

@@ -12,10 +12,8 @@ class ConvNet(nn.Module):
   """A 3x3 convolution, batch norm and ReLU per width; mean over pixels; dense layer.
 
   Attributes:
-    num_classes: Number of logits.
     widths: Channels of the convolutions.
     strides: Strides of the convolutions, as many as `widths`.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
 
   Raises:
     ValueError: The numbers of strides and widths differ.

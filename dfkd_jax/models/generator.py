@@ -22,7 +22,6 @@ class Generator(nn.Module):
     width: Channels of the last hidden convolution; the first has twice as many.
     stem_width: Channels before the convolutions; None for `2 * width`. With width 64, 256 gives
       the "large" generator of DataFree's baselines.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
 
   Raises:
     ValueError: H or W is not divisible by 4.
@@ -70,8 +69,6 @@ class SpatialGenerator(nn.Module):
     widths: Channels of the convolutions; all but the first come after an upsampling.
     channels: Channels of the image.
     last: 'conv' as published, or 'subpixel', which leaves the last of `widths` unused.
-    remat: Whether the backward pass keeps only the input of each stage.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
 
   Raises:
     ValueError: `last` is unknown, or it is 'subpixel' and there is only one width.

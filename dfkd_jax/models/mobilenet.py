@@ -1,6 +1,7 @@
-"""MobileNetV2 (Sandler et al., arXiv:1801.04381)."""
+"""MobileNetV2 (Sandler et al., arXiv:1801.04381) and EfficientNet-Lite (arXiv:1905.11946)."""
 
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -8,10 +9,23 @@ from flax import linen as nn
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
-# Table 2 of the paper: expansion, channels, blocks and strides of each stage.
-_STAGES = (
+# Table 2 of MobileNetV2: expansion, channels, blocks and strides of each stage.
+_MOBILENET = (
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
     (6, 320, 1, 1))
+# Table 1 of EfficientNet: size of the depthwise kernel, strides, expansion, channels and blocks.
+_EFFICIENTNET = (
+    (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+_NAMES = {  # Convolution and batch norm of each step, with and without an expansion.
+    'torchvision': (
+        (('conv_0_0', 'conv_0_1'), ('conv_1_0', 'conv_1_1'), ('conv_2', 'conv_3')),
+        (('conv_0_0', 'conv_0_1'), ('conv_1', 'conv_2'))),
+    'timm': (
+        (('conv_pw', 'bn1'), ('conv_dw', 'bn2'), ('conv_pwl', 'bn3')),
+        (('conv_dw', 'bn1'), ('conv_pw', 'bn2'))),
+}
+PADDINGS = ('same', 'torch')
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:
@@ -21,33 +35,40 @@ def round_channels(channels: float, divisor: int = 8) -> int:
 
 
 class InvertedResidual(nn.Module):
-  """Expansion (1x1), depthwise 3x3 and projection (1x1), named `conv_*` as in torchvision.
+  """Expansion (1x1), depthwise convolution and projection (1x1), each with a batch norm.
 
   Attributes:
     width: Output channels.
     strides: Strides of the depthwise convolution.
     expansion: Inner channels per input channel; 1 leaves the first convolution out.
-    epsilon: Epsilon of the batch norms.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
+    size: Size of the depthwise kernel.
+    padding: 'same' or 'torch', see `EfficientNetLite`.
+    names: Whose names the submodules have, 'torchvision' or 'timm'.
   """
 
   width: int
   strides: int = 1
   expansion: int = 6
+  size: int = 3
+  padding: str = 'torch'
+  names: str = 'torchvision'
   epsilon: float = 1e-5
+  momentum: float = 0.9
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]."""
-    conv_norm = layers.conv_norm(train, self.dtype, epsilon=self.epsilon)
-    inner, y, number = self.expansion * x.shape[-1], x, 0
-    if self.expansion != 1:
-      y, number = nn.relu6(conv_norm(y, inner, 1, names=('conv_0_0', 'conv_0_1'))), 1
+    conv_norm = layers.conv_norm(
+        train, self.dtype, epsilon=self.epsilon, momentum=self.momentum)
+    inner, y = self.expansion * x.shape[-1], x
+    *expand, depthwise, project = _NAMES[self.names][self.expansion == 1]
+    for names in expand:
+      y = nn.relu6(conv_norm(y, inner, 1, names=names))
     y = nn.relu6(conv_norm(
-        y, inner, 3, self.strides, names=(f'conv_{number}_0', f'conv_{number}_1'),
-        feature_group_count=inner))
-    y = conv_norm(y, self.width, 1, names=(f'conv_{number + 1}', f'conv_{number + 2}'))
+        y, inner, self.size, self.strides, names=depthwise, feature_group_count=inner,
+        **_padding(self.padding)))
+    y = conv_norm(y, self.width, 1, names=project)
     return x + y if self.strides == 1 and x.shape[-1] == self.width else y
 
 
@@ -55,11 +76,7 @@ class MobileNetV2(nn.Module):
   """MobileNetV2 under torchvision's names, without the dropout before the last layer.
 
   Attributes:
-    num_classes: Number of logits.
     width: Factor of all channels; the last convolution keeps at least 1280.
-    epsilon: Epsilon of the batch norms.
-    remat: Whether the backward pass keeps only the input of each block.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   """
 
   num_classes: int
@@ -75,11 +92,11 @@ class MobileNetV2(nn.Module):
     stem = round_channels(32 * self.width)
     x = nn.relu6(conv_norm(x, stem, 3, 2, names=('features_0_0', 'features_0_1')))
     index = 1
-    for stage, (expansion, channels, size, strides) in enumerate(_STAGES, 1):
+    for stage, (expansion, channels, size, strides) in enumerate(_MOBILENET, 1):
       for j in range(size):
         block = functools.partial(
             InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
-            expansion, self.epsilon, self.dtype, name=f'features_{index}')
+            expansion, epsilon=self.epsilon, dtype=self.dtype, name=f'features_{index}')
         run = functools.partial(layers.apply_block, block, train)
         x = layers.remat_if(self, run, x, self.remat)
         index += 1
@@ -89,3 +106,58 @@ class MobileNetV2(nn.Module):
     x = layers.pool_features(self, x)
     init = nn.initializers.normal(0.01)
     return nn.Dense(self.num_classes, kernel_init=init, name='classifier_1')(x)
+
+
+class EfficientNetLite(nn.Module):
+  """EfficientNet with ReLU6 and no squeeze-and-excitation, under timm's names; no dropout.
+
+  Lite0, 1 and 2 were published for 224, 240 and 260 pixels, with images (x - 127) / 128 of bytes.
+
+  Attributes:
+    width: Factor of the channels of all stages, but not of stem and head.
+    depth: Factor of the number of blocks, except in the first and last stage.
+    padding: 'same' as in TensorFlow, where strides pad more at the end, or 'torch', which pads
+      both sides alike. Weights trained with one lose some accuracy with the other.
+
+  Raises:
+    ValueError: `padding` is unknown.
+  """
+
+  num_classes: int
+  width: float = 1.0
+  depth: float = 1.0
+  padding: str = 'same'
+  epsilon: float = 1e-3
+  momentum: float = 0.99
+  remat: bool = False
+  dtype: Any = None
+
+  def __post_init__(self) -> None:
+    if self.padding not in PADDINGS:
+      raise ValueError(f'Unknown padding {self.padding!r}; there are {", ".join(PADDINGS)}.')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    norm = {'epsilon': self.epsilon, 'momentum': self.momentum}
+    conv_norm = layers.conv_norm(train, self.dtype, **norm)
+    x = nn.relu6(conv_norm(x, 32, 3, 2, names=('conv_stem', 'bn1'), **_padding(self.padding)))
+    for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET):
+      if 0 < i < len(_EFFICIENTNET) - 1:
+        blocks = math.ceil(self.depth * blocks)
+      for j in range(blocks):
+        block = functools.partial(
+            InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
+            expansion, size, self.padding, 'timm', dtype=self.dtype, name=f'blocks_{i}_{j}', **norm)
+        run = functools.partial(layers.apply_block, block, train)
+        x = layers.remat_if(self, run, x, self.remat)
+      self.sow('intermediates', f'stage_{i + 1}', x)
+    x = nn.relu6(conv_norm(x, 1280, 1, names=('conv_head', 'bn2')))
+    x = layers.pool_features(self, x)
+    return layers.dense(self.num_classes, x.shape[-1], name='classifier')(x)
+
+
+def _padding(name: str) -> dict[str, str]:
+  """Options of `conv_norm`, which pads as PyTorch does by default."""
+  return {'padding': 'SAME'} if name == 'same' else {}

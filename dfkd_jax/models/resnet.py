@@ -1,5 +1,6 @@
-"""Residual networks for small images (He et al., arXiv:1512.03385): 3x3 stem, no max-pooling."""
+"""Residual networks (He et al., arXiv:1512.03385) for small images and for ImageNet."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from dfkd_jax.types import Array
 
 SHORTCUTS = ('projection', 'pad')
 STRIDE_IN = ('3x3', '1x1')
+_DOWNSAMPLE = {'projection_name': 'downsample', 'kernel_init': layers.he_fan_out}
 
 
 def shrink_and_pad(x: Array, width: int, strides: int) -> Array:
@@ -43,8 +45,6 @@ class Block(nn.Module):
     stride_in: Convolution of a bottleneck that has the strides: '3x3', or the first '1x1' as in
       the paper.
     use_bias: Whether convolutions have biases.
-    epsilon: Epsilon of the batch norms.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   """
 
   width: int
@@ -82,15 +82,25 @@ class Block(nn.Module):
     return nn.relu(y + x)
 
 
+def _apply_stages(module, x, train, widths, sizes, *, remat=False, **options):
+  """Applies stages of blocks `layer<stage>_<index>` to maps; all but the first halve them."""
+  for stage, (width, size) in enumerate(zip(widths, sizes, strict=True), 1):
+    for i in range(size):
+      block = functools.partial(
+          Block, width, 2 if stage > 1 and i == 0 else 1, dtype=module.dtype,
+          name=f'layer{stage}_{i}', **options)
+      x = layers.remat_if(module, functools.partial(layers.apply_block, block, train), x, remat)
+    module.sow('intermediates', f'stage_{stage}', x)
+  return layers.pool_features(module, x)
+
+
 class ResNet(nn.Module):
   """ResNet-18, -34, -50 with the stem for 32x32 images of FastDFKD (arXiv:2112.06253).
 
   Attributes:
-    num_classes: Number of logits.
-    stage_sizes: Blocks of each stage; each stage but the first halves the image.
+    stage_sizes: Blocks of each stage.
     bottleneck: Whether blocks have three convolutions, and four times the width.
     width: Channels of the stem, and of the first stage's inner convolutions.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   """
 
   num_classes: int
@@ -104,12 +114,94 @@ class ResNet(nn.Module):
     """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
     conv_norm = layers.conv_norm(train, self.dtype, kernel_init=layers.uniform_fan_in)
     x = nn.relu(conv_norm(x, self.width, 3, names=('conv1', 'bn1')))
-    for i, size in enumerate(self.stage_sizes):
-      width = self.width * 2**i * (4 if self.bottleneck else 1)
-      for j in range(size):
-        x = Block(
-            width, 2 if i and not j else 1, self.bottleneck, dtype=self.dtype,
-            name=f'layer{i + 1}_{j}')(x, train)
-      self.sow('intermediates', f'stage_{i + 1}', x)
-    x = layers.pool_features(self, x)
+    x = _apply_stages(
+        self, x, train, _stage_widths(self), self.stage_sizes, bottleneck=self.bottleneck)
     return layers.dense(self.num_classes, x.shape[-1], name='linear')(x)
+
+
+class ImageNetResNet(nn.Module):
+  """ResNet-18, -34, -50 for ImageNet under torchvision's names: 7x7 stem and max-pooling.
+
+  Keras' ResNet-50 follows the paper: strides in the first 1x1 convolution of a bottleneck, biases
+  in all convolutions, epsilon 1.001e-5.
+
+  Attributes:
+    stage_sizes: Blocks of each stage.
+    bottleneck: Whether blocks have three convolutions, and four times the width.
+    width: Channels of the stem, and of the first stage's inner convolutions.
+    stride_in: Convolution of a bottleneck that has the strides, '3x3' or '1x1'.
+    conv_bias: Whether convolutions have biases.
+
+  Raises:
+    ValueError: `stride_in` is unknown.
+  """
+
+  num_classes: int
+  stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
+  bottleneck: bool = False
+  width: int = 64
+  stride_in: str = '3x3'
+  conv_bias: bool = False
+  epsilon: float = 1e-5
+  remat: bool = False
+  dtype: Any = None
+
+  def __post_init__(self) -> None:
+    if self.stride_in not in STRIDE_IN:
+      raise ValueError(f'Unknown stride_in {self.stride_in!r}; there are {", ".join(STRIDE_IN)}.')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    options = {'epsilon': self.epsilon, 'use_bias': self.conv_bias}
+    conv_norm = layers.conv_norm(train, self.dtype, **options)
+    x = nn.relu(conv_norm(x, self.width, 7, 2, names=('conv1', 'bn1')))
+    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = _apply_stages(
+        self, x, train, _stage_widths(self), self.stage_sizes, remat=self.remat,
+        bottleneck=self.bottleneck, stride_in=self.stride_in, **options, **_DOWNSAMPLE)
+    return layers.dense(self.num_classes, x.shape[-1], name='fc')(x)
+
+
+class ThinResNet(nn.Module):
+  """ResNet of 6n + 2 layers in three stages, such as ResNet-20 and -110 (section 4.2).
+
+  Attributes:
+    depth: Number of layers, 6n + 2.
+    widths: Channels of the stem, then of the three stages.
+    shortcut: 'projection' (as in CRD, arXiv:1910.10699, and FastDFKD) or 'pad', which has no
+      parameters (option A of the paper).
+
+  Raises:
+    ValueError: `depth` is not 6n + 2, or `shortcut` is unknown.
+  """
+
+  num_classes: int
+  depth: int = 20
+  widths: tuple[int, int, int, int] = (16, 16, 32, 64)
+  shortcut: str = 'projection'
+  dtype: Any = None
+
+  def __post_init__(self) -> None:
+    if self.depth < 8 or self.depth % 6 != 2:
+      raise ValueError(f'A thin ResNet has 6n + 2 layers (8, 14, 20, ...), not {self.depth}.')
+    if self.shortcut not in SHORTCUTS:
+      raise ValueError(f'Unknown shortcut {self.shortcut!r}; there are {", ".join(SHORTCUTS)}.')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    conv_norm = layers.conv_norm(train, self.dtype)
+    x = nn.relu(conv_norm(x, self.widths[0], 3, names=('conv1', 'bn1')))
+    sizes = [(self.depth - 2) // 6] * 3
+    x = _apply_stages(
+        self, x, train, self.widths[1:], sizes, shortcut=self.shortcut, **_DOWNSAMPLE)
+    return layers.dense(self.num_classes, x.shape[-1], name='fc')(x)
+
+
+def _stage_widths(module: ResNet | ImageNetResNet) -> list[int]:
+  """Output channels of each stage."""
+  factor = 4 if module.bottleneck else 1
+  return [module.width * 2**stage * factor for stage in range(len(module.stage_sizes))]

@@ -15,7 +15,6 @@ class Block(nn.Module):
   Attributes:
     width: Output channels.
     strides: Strides of the first convolution.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   """
 
   width: int
@@ -40,10 +39,8 @@ class WideResNet(nn.Module):
   """WRN-depth-widen: three groups of (depth - 4) / 6 blocks, no dropout.
 
   Attributes:
-    num_classes: Number of logits.
     depth: Number of layers, 6n + 4.
     widen: Factor of the widths 16, 32 and 64.
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
 
   Raises:
     ValueError: `depth` is not 6n + 4.

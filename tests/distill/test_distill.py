@@ -31,15 +31,17 @@ def samples_of(name, batch):
   """Values per channel before each batch norm of a WRN-16 on 32x32 pixels."""
   if name.startswith('block1') or name.startswith('block2.layer.0.bn1'):
     return batch * 32 * 32
-  return batch * (16 * 16 if name.startswith('block2') or name.startswith('block3.layer.0.bn1') else 8 * 8)
+  return batch * (
+      16 * 16 if name.startswith('block2') or name.startswith('block3.layer.0.bn1') else 8 * 8)
 
 
 def test_two_steps_of_sgd_as_published(x64):
-  """PyTorch's running variance takes the unbiased one of a batch, n / (n - 1) of Flax's; that alone is set right."""
+  """Corrects running variances: PyTorch uses a batch's unbiased one, n / (n - 1) times Flax's."""
   archive = golden('kd_step')
   if 'x' not in archive:
     pytest.skip('The reference steps are not at hand, only the learning rates.')
-  teacher, student = toys.float64(wide_resnet('teacher_wrn16_1')), toys.float64(wide_resnet('student_wrn16_1'))
+  teacher, student = (
+      toys.float64(wide_resnet(name)) for name in ('teacher_wrn16_1', 'student_wrn16_1'))
   tx = distill.coupled_sgd(0.2, momentum=0.9, weight_decay=1e-4)
 
   @jax.jit
@@ -52,7 +54,8 @@ def test_two_steps_of_sgd_as_published(x64):
   expected = torch_layout(student)
   for index in (1, 2):
     before = torch_layout(state.network)
-    images = jnp.asarray(archive['x'][index - 1].transpose(0, 2, 3, 1), jnp.float64)  # Normalised already.
+    # Normalised already.
+    images = jnp.asarray(archive['x'][index - 1].transpose(0, 2, 3, 1), jnp.float64)
     wanted, state, loss, logits = step(state, images)
     np.testing.assert_allclose(loss, archive[f'step{index}/loss_f64'], rtol=1e-9)
     np.testing.assert_allclose(wanted, archive[f'step{index}/t_out_f64'], rtol=1e-9, atol=1e-9)
@@ -66,12 +69,13 @@ def test_two_steps_of_sgd_as_published(x64):
         expected[name] = 0.9 * expected[name] + n / (n - 1) * (value - 0.9 * before[name])
         value = expected[name]
       np.testing.assert_allclose(
-          value, archive[f'step{index}/after_f64/{name}'], rtol=1e-6, atol=1e-7, err_msg=f'{name} after {index}')
+          value, archive[f'step{index}/after_f64/{name}'], rtol=1e-6, atol=1e-7,
+          err_msg=f'{name} after {index}')
   assert step._cache_size() == 1
 
 
 def test_learning_rates_as_published():
-  """20 epochs before the student learns, then a cosine over 200 to 2e-4, constant within an epoch of 400 steps."""
+  """20 epochs without the student, then a cosine over 200 to 2e-4, constant within 400 steps."""
   rates = golden('kd_step')['lr_per_epoch_lr0.2_warmup20_epochs220'][20:]
   schedule = distill.cosine_by_round(0.2, rounds=200, steps_per_round=400, end_value=2e-4)
   steps = 400 * jnp.arange(200)
@@ -81,7 +85,8 @@ def test_learning_rates_as_published():
 
 def test_learning_rate_by_hand():
   schedule = distill.cosine_by_round(1.0, rounds=4, steps_per_round=3)
-  by_hand = np.repeat((1 + np.cos(np.pi * np.array([0, 1, 2, 3, 4, 4]) / 4)) / 2, 3)  # It stays at the end.
+  # It stays at the end.
+  by_hand = np.repeat((1 + np.cos(np.pi * np.array([0, 1, 2, 3, 4, 4]) / 4)) / 2, 3)
   np.testing.assert_allclose([schedule(step) for step in range(18)], by_hand, atol=1e-6)
 
 
@@ -106,7 +111,7 @@ IMAGES = np.random.default_rng(0).uniform(size=(20, *toys.IMAGE)).astype(np.floa
 
 
 def fixed(weights):
-  """A method with twenty images; `weigh` counts its calls, and `weights` gives [6] ones from losses."""
+  """A method with twenty images: `weigh` counts its calls, `weights` maps losses to [6]."""
   def sample(state, key):
     slots = jax.random.randint(key, (6,), 0, 20)
     return Batch(jnp.asarray(IMAGES)[slots], slots, slots)
@@ -151,7 +156,8 @@ def test_a_round_equals_a_plain_loop():
     (loss, (new, same)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), new, loss, same
 
-  params, batch_stats, losses, agreements = toys.student().params, toys.student().batch_stats, [], []
+  params, batch_stats = toys.student().params, toys.student().batch_stats
+  losses, agreements = [], []
   for step_key in jax.random.split(jax.random.key(0), 3):
     key_sample, key_augment = jax.random.split(step_key)
     images = synthesizer.sample(state, key_sample).images
@@ -173,7 +179,8 @@ def test_samples_of_weight_zero_teach_nothing():
   assert_close(found.network.params, toys.student().params, rtol=0)
   assert [float(metrics[name]) for name in ('loss', 'weight', 'weighed_loss')] == [0, 0, 0]
   # The batch norms still see the images.
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found.network.batch_stats, toys.student().batch_stats)
+  moved = jax.tree.map(
+      lambda a, b: np.abs(a - b).max(), found.network.batch_stats, toys.student().batch_stats)
   assert min(jax.tree.leaves(moved)) > 1e-4
 
 
@@ -181,7 +188,8 @@ def test_no_gradient_flows_through_the_weights():
   """Weights of 1 / loss would make the product constant, and the student learn nothing."""
   found, _, metrics = run(fixed(lambda losses: 1 / losses), optax.sgd(0.1), num_steps=1)
   np.testing.assert_allclose(metrics['loss'], 1, rtol=1e-5)
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found.network.params, toys.student().params)
+  moved = jax.tree.map(
+      lambda a, b: np.abs(a - b).max(), found.network.params, toys.student().params)
   assert max(jax.tree.leaves(moved)) > 1e-4
 
 
@@ -196,7 +204,8 @@ def test_state_and_student_may_be_donated():
   student = jax.tree.map(jnp.copy, distill.init(toys.student(), tx))
   state = synthesizer.init(jax.random.key(0), toys.teacher())
   program = toys.jit(lambda *inputs: distill.distill(
-      *inputs, synthesizer=synthesizer, tx=tx, num_steps=2, augment=augment.identity), donate_argnums=(0, 1))
+      *inputs, synthesizer=synthesizer, tx=tx, num_steps=2, augment=augment.identity),
+      donate_argnums=(0, 1))
   after, _, _ = program(student, state, jax.random.key(1), toys.teacher())
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(student.network.params))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, toys.teacher())))
@@ -208,7 +217,8 @@ def test_state_and_student_may_be_donated():
     ('l2', lambda s, t: ((s - t) ** 2).mean(-1)),
     ('kl', lambda s, t: np.asarray(divergence.kl(s, t, 3.0)))])
 def test_divergence_is_one_number_a_sample(kind, expected):
-  s, t = (np.random.default_rng(seed).normal(size=(4, 3, 2, 5)).astype(np.float32) for seed in (0, 1))
+  s, t = (
+      np.random.default_rng(seed).normal(size=(4, 3, 2, 5)).astype(np.float32) for seed in (0, 1))
   dense = distill.divergence(kind, jnp.asarray(s), jnp.asarray(t), 3.0)
   np.testing.assert_allclose(dense, expected(s, t).reshape(4, -1).mean(1), rtol=1e-5)
   plain = distill.divergence(kind, jnp.asarray(s[:, 0, 0]), jnp.asarray(t[:, 0, 0]), 3.0)

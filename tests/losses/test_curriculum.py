@@ -1,4 +1,4 @@
-"""Self-paced weights and the loss that they amount to: tables, brute force, and the bound that makes them work."""
+"""Self-paced weights and their loss: tables, brute force, and the bound that both rest on."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -102,7 +102,7 @@ def test_weights_fall_with_the_loss_and_grow_with_the_threshold(loss, other, thr
 
 @pytest.mark.parametrize('kind', curriculum.KINDS)
 def test_alternation_never_raises_the_robust_loss(kind, x64):
-  """Weights in closed form, then the exact minimum of the weighted losses: here squares, so a weighted mean."""
+  """Weights in closed form, then the exact minimum of weighted squares, a weighted mean."""
   points, place = np.array([0.0, 0.1, -0.2, 0.3, 6.0, -7.0, 9.0]), 1.2
   losses = lambda x: jnp.asarray((x - points) ** 2 / 2)
   values = [robust(losses(place), 2.0, kind).sum()]
@@ -121,9 +121,11 @@ def student_gradient(threshold, kind):
 
   def loss_fn(logits):
     losses = divergence.kl(logits, teacher, 4.0)
-    return (jax.lax.stop_gradient(curriculum.self_paced_weights(losses, threshold, kind)) * losses).mean()
+    weights = curriculum.self_paced_weights(losses, threshold, kind)
+    return (jax.lax.stop_gradient(weights) * losses).mean()
 
-  return jax.grad(loss_fn)(student), jax.grad(lambda logits: divergence.kl(logits, teacher, 4.0).mean())(student)
+  plain = lambda logits: divergence.kl(logits, teacher, 4.0).mean()
+  return jax.grad(loss_fn)(student), jax.grad(plain)(student)
 
 
 @pytest.mark.parametrize('kind', curriculum.KINDS)
@@ -155,5 +157,6 @@ def test_shapes_and_extremes(kind):
 
 @pytest.mark.parametrize('function', [curriculum.self_paced_weights, curriculum.robust_loss])
 def test_an_unknown_kind_is_named(function):
-  with pytest.raises(ValueError, match=r"kind is 'linear', must be one of \('log', 'soft', 'hard'\)"):
+  with pytest.raises(
+      ValueError, match=r"kind is 'linear', must be one of \('log', 'soft', 'hard'\)"):
     function(jnp.ones(3), 1.0, 'linear')
