@@ -110,10 +110,10 @@ def formula_network(widths, base):
 
 def check_formula(params, reference, message=''):
   """Sum, norm and first number of each parameter of a generator."""
-  found = torch_layout(params)
+  arrays = torch_layout(params)
   for key, numbers in reference.items():
     np.testing.assert_allclose(
-        [found[key].sum(), np.linalg.norm(found[key]), found[key].ravel()[0]],
+        [arrays[key].sum(), np.linalg.norm(arrays[key]), arrays[key].ravel()[0]],
         [numbers[of] for of in ('sum', 'l2', 'first')], rtol=1e-9, err_msg=f'{key} {message}')
 
 

@@ -46,7 +46,7 @@ def refuse_metrics(where: int | None, process_id: int) -> None:
 def main(jobs: pathlib.Path, process_id: int) -> None:
   results = []
   for job in pickle.loads(jobs.read_bytes()):
-    fields = job['config'] | job['own'].get(process_id, {})
+    fields = job['config'] | job['changes'].get(process_id, {})
     config = config_dict.ConfigDict(fields)
     config.distributed.process_id = process_id
     stop_after(job['stop_after'])

@@ -6,7 +6,7 @@ import toy_runs
 
 
 def config(**changes):
-  """Three rounds of four tasks, whose SGD steps change the student's agreement and accuracy."""
+  """Three rounds of four tasks, in which the student's agreement and accuracy change."""
   return toy_runs.config(**{**dict(
       seed=2, num_devices=None, distill__rounds=3, distill__distill_after=0, distill__batch_size=8,
       method__num_steps=2,

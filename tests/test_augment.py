@@ -16,7 +16,7 @@ NAMES = [
 
 
 def ramp(*shape):
-  """Images [B, H, W, C] of which each pixel is unique and above 0."""
+  """Images [B, H, W, C] with unique pixels above 0."""
   return jnp.arange(1, 1 + np.prod(shape), dtype=jnp.float32).reshape(shape)
 
 

@@ -1,9 +1,11 @@
 """Networks by name, and generators.
 
-These attributes mean the same in all networks and blocks: `num_classes`, the number of logits;
-`dtype` of the computation (None: that of parameters and inputs); `epsilon` and `momentum` of the
-batch norms; and `remat`, whether the backward pass keeps only the input of each block and
-computes the block again.
+These attributes mean the same in all networks and blocks:
+
+  num_classes: Number of logits.
+  dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
+  epsilon, momentum: Of the batch norms.
+  remat: Whether the backward pass keeps only the input of each block, and recomputes the rest.
 """
 
 import functools

@@ -156,7 +156,7 @@ def _to_larger_image(x, channels, index, dtype):
 
 
 def _repeat_four_times(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
-  """Initializer whose four pixels, the slower axis of the outputs, start equal."""
+  """Initializes four pixels, the slower axis of the outputs, to equal values."""
 
   def repeated(key, shape, dtype=jnp.float32):
     return jnp.tile(init(key, (*shape[:-1], shape[-1] // 4), dtype), 4)

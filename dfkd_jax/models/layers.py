@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ def conv_norm(
   """Returns a function that applies a convolution and its batch norm.
 
   The function is (x [B, H, W, I], width, size, strides=1, *, names, ...) -> [B, H', W', width].
-  `names` are the names of the two submodules. Any further options are those of `nn.Conv`; the
+  `names` are the names of the two submodules. Further options are passed to `nn.Conv`. The
   padding is `size // 2` by default.
   """
 
@@ -131,7 +131,7 @@ def capture_moments(axis: str | None = None) -> Iterator[None]:
   does not use them.
 
   Args:
-    axis: Name of a mapped axis whose devices share one batch. Moments are averaged over it, and
+    axis: Name of a mapped axis of devices that share one batch. Moments are averaged over it, and
       batch norms in training normalize by these averages.
   """
 
@@ -215,7 +215,7 @@ def pooled_by_path(intermediates: PyTree) -> dict[str, Array]:
 def running_by_path(batch_stats: PyTree) -> dict[str, Moments]:
   """Running moments of all normalizations, by the paths of `moments_by_path`.
 
-  A normalization is any module whose `batch_stats` have names with 'mean' and with 'var'.
+  A normalization is any module with names in `batch_stats` that contain 'mean' and 'var'.
   """
   norms = defaultdict(dict)
   for (*path, name), value in traverse_util.flatten_dict(dict(batch_stats)).items():
@@ -231,16 +231,16 @@ def running_by_path(batch_stats: PyTree) -> dict[str, Moments]:
 
 def _captures(intermediates: PyTree) -> dict[str, _Capture]:
   layers = {}
-  for path, calls in traverse_util.flatten_dict(dict(intermediates)).items():
-    for number, capture in enumerate(calls if path[-1] == _CAPTURE else (), 1):
-      parts = path[:-1] if number == 1 else (*path[:-1], f'call {number}')
-      *stacked, last = capture.marker.shape
-      layers |= _unstack(parts, capture, () if last else stacked)
+  for (*path, name), calls in traverse_util.flatten_dict(dict(intermediates)).items():
+    for number, capture in enumerate(calls if name == _CAPTURE else (), 1):
+      parts = path if number == 1 else [*path, f'call {number}']
+      *stacked, size = capture.marker.shape  # The size is 0 unless layers are stacked behind it.
+      layers |= _unstack(parts, capture, () if size else stacked)
   return dict(sorted(layers.items()))
 
 
-def _unstack(path: tuple[str, ...], tree: PyTree, shape: tuple[int, ...]) -> dict[str, PyTree]:
-  """One tree for each index into the leading axes `shape`, by path; the tree itself if () ."""
+def _unstack(path: Sequence[str], tree: PyTree, shape: Sequence[int]) -> dict[str, PyTree]:
+  """One tree for each index into the leading axes `shape`, by path; the tree itself if ()."""
   entries = {}
   for index in np.ndindex(*shape):
     # Escaped as in JSON pointers (RFC 6901), since names may contain a slash.

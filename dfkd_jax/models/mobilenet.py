@@ -43,7 +43,7 @@ class InvertedResidual(nn.Module):
     expansion: Inner channels per input channel; 1 leaves the first convolution out.
     size: Size of the depthwise kernel.
     padding: 'same' or 'torch', see `EfficientNetLite`.
-    names: Whose names the submodules have, 'torchvision' or 'timm'.
+    names: Library that names the submodules, 'torchvision' or 'timm'.
   """
 
   width: int

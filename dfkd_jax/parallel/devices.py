@@ -41,7 +41,7 @@ BATCHES = PartitionSpec(None, AXIS)  # [steps, B], with each step's batch split.
 
 
 def sharded(**options: Any) -> dataclasses.Field:
-  """Declares a dataclass field whose arrays are split over devices along their first axis."""
+  """Declares a dataclass field with arrays that are split over devices along their first axis."""
   return struct.field(metadata={'sharded': True}, **options)
 
 
@@ -178,7 +178,7 @@ def each_device(
     mesh: From `make_mesh`.
     arguments: One tree of PartitionSpecs (see `specs`) for each argument.
     results: A tree of PartitionSpecs for the result.
-    donate: Positions of arguments whose memory the results may reuse.
+    donate: Positions of arguments that may lend their memory to the results.
   """
   if mesh.size == 1:
     return jax.jit(functools.partial(function, axis=None), donate_argnums=donate)

@@ -14,8 +14,8 @@ import threading
 import jax
 
 AUTO = 'auto'
-# Environment variables with the number of processes that a cluster started together. SLURM's is
-# that of a step: a batch script is one process, even if SLURM_NTASKS is larger.
+# Environment variables with the number of processes that a cluster started together. SLURM counts
+# them by step: a batch script is one process, even if SLURM_NTASKS is larger.
 _COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'MEGASCALE_NUM_SLICES')
 _HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')  # Comma-separated.
 _SHUTDOWN = 60  # Seconds that a process waits for the others at its end.
@@ -94,7 +94,7 @@ def _check_port(coordinator: str) -> None:
     socket.create_server(('', int(coordinator.rsplit(':', 1)[1]))).close()
   except (OSError, OverflowError) as error:
     raise ValueError(
-        f'distributed.coordinator is {coordinator!r}, whose port cannot be opened: {error}.'
+        f'distributed.coordinator is {coordinator!r}, but its port cannot be opened: {error}.'
     ) from error
 
 

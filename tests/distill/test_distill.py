@@ -46,9 +46,9 @@ def test_two_steps_of_sgd_as_published(x64):
 
   @jax.jit
   def step(student, images):
-    wanted = teacher(images).logits
-    loss_fn = lambda outputs: (divergence.kl(outputs.logits, wanted, 20.0).mean(), outputs.logits)
-    return (wanted, *distill.train_step(student, images, loss_fn, tx))
+    targets = teacher(images).logits
+    loss_fn = lambda outputs: (divergence.kl(outputs.logits, targets, 20.0).mean(), outputs.logits)
+    return (targets, *distill.train_step(student, images, loss_fn, tx))
 
   state = distill.init(student, tx)
   expected = torch_layout(student)
@@ -56,12 +56,12 @@ def test_two_steps_of_sgd_as_published(x64):
     before = torch_layout(state.network)
     # Normalised already.
     images = jnp.asarray(archive['x'][index - 1].transpose(0, 2, 3, 1), jnp.float64)
-    wanted, state, loss, logits = step(state, images)
+    targets, state, loss, logits = step(state, images)
     np.testing.assert_allclose(loss, archive[f'step{index}/loss_f64'], rtol=1e-9)
-    np.testing.assert_allclose(wanted, archive[f'step{index}/t_out_f64'], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(targets, archive[f'step{index}/t_out_f64'], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(logits, archive[f'step{index}/s_out_f64'], rtol=1e-9, atol=1e-9)
-    found = torch_layout(state.network)
-    for name, value in found.items():
+    arrays = torch_layout(state.network)
+    for name, value in arrays.items():
       if name.endswith('num_batches_tracked'):
         continue
       if name.endswith('running_var'):
@@ -139,18 +139,18 @@ def run(synthesizer, tx, seed=0, rounds=1, **changes):
 def test_a_round_equals_a_plain_loop():
   tx = optax.sgd(1e-3)  # At larger rates rounding grows from step to step.
   synthesizer = fixed(lambda losses: jnp.arange(1.0, 7.0))
-  found, state, metrics = run(synthesizer, tx, augment=augment.flip)
+  trained, state, metrics = run(synthesizer, tx, augment=augment.flip)
 
   @toys.jit
   def step(params, batch_stats, images):
-    wanted = toys.teacher()(images).logits
+    targets = toys.teacher()(images).logits
 
     def loss_fn(params):
       network = toys.student().replace(params=params, batch_stats=batch_stats)
       outputs, new = network.forward(images, train=True)
-      p, log_q = jax.nn.softmax(wanted / 4), jax.nn.log_softmax(outputs.logits / 4)
+      p, log_q = jax.nn.softmax(targets / 4), jax.nn.log_softmax(outputs.logits / 4)
       per_sample = 16 * (p * (jnp.log(p) - log_q)).sum(1)
-      same = (outputs.logits.argmax(1) == wanted.argmax(1)).mean()
+      same = (outputs.logits.argmax(1) == targets.argmax(1)).mean()
       return (jnp.arange(1.0, 7.0) * per_sample).sum() / 6, (new, same)
 
     (loss, (new, same)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -165,31 +165,31 @@ def test_a_round_equals_a_plain_loop():
     params, batch_stats, loss, same = step(params, batch_stats, images)
     losses.append(loss)
     agreements.append(same)
-  assert_close(found.network.params, params, rtol=1e-4, atol=1e-5)
-  assert_close(found.network.batch_stats, batch_stats, rtol=1e-4, atol=1e-5)
+  assert_close(trained.network.params, params, rtol=1e-4, atol=1e-5)
+  assert_close(trained.network.batch_stats, batch_stats, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(metrics['loss'], np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics['agreement'], np.mean(agreements), rtol=1e-6)
   np.testing.assert_allclose(metrics['weight'], 3.5, rtol=1e-6)
   np.testing.assert_allclose(metrics['weighed_loss'], np.mean(losses) / 3.5, rtol=1e-5)
-  assert (int(found.step), int(state.calls)) == (3, 3)
+  assert (int(trained.step), int(state.calls)) == (3, 3)
 
 
 def test_samples_of_weight_zero_teach_nothing():
-  found, _, metrics = run(fixed(jnp.zeros_like), optax.sgd(0.1))
-  assert_close(found.network.params, toys.student().params, rtol=0)
+  trained, _, metrics = run(fixed(jnp.zeros_like), optax.sgd(0.1))
+  assert_close(trained.network.params, toys.student().params, rtol=0)
   assert [float(metrics[name]) for name in ('loss', 'weight', 'weighed_loss')] == [0, 0, 0]
   # The batch norms still see the images.
   moved = jax.tree.map(
-      lambda a, b: np.abs(a - b).max(), found.network.batch_stats, toys.student().batch_stats)
+      lambda a, b: np.abs(a - b).max(), trained.network.batch_stats, toys.student().batch_stats)
   assert min(jax.tree.leaves(moved)) > 1e-4
 
 
 def test_no_gradient_flows_through_the_weights():
   """Weights of 1 / loss would make the product constant, and the student learn nothing."""
-  found, _, metrics = run(fixed(lambda losses: 1 / losses), optax.sgd(0.1), num_steps=1)
+  trained, _, metrics = run(fixed(lambda losses: 1 / losses), optax.sgd(0.1), num_steps=1)
   np.testing.assert_allclose(metrics['loss'], 1, rtol=1e-5)
   moved = jax.tree.map(
-      lambda a, b: np.abs(a - b).max(), found.network.params, toys.student().params)
+      lambda a, b: np.abs(a - b).max(), trained.network.params, toys.student().params)
   assert max(jax.tree.leaves(moved)) > 1e-4
 
 
@@ -233,7 +233,7 @@ def test_an_unknown_divergence_is_named():
 def test_all_parameters_take_part_in_a_step():
   """Batch norms' scales and biases decay too, as published."""
   tx = distill.coupled_sgd(0.1, momentum=0.0, weight_decay=0.5)
-  found, _, _ = run(fixed(jnp.zeros_like), tx, num_steps=1)
-  for path, leaf in traverse_util.flatten_dict(found.network.params).items():
+  trained, _, _ = run(fixed(jnp.zeros_like), tx, num_steps=1)
+  for path, leaf in traverse_util.flatten_dict(trained.network.params).items():
     before = traverse_util.flatten_dict(toys.student().params)[path]
     np.testing.assert_allclose(leaf, 0.95 * before, rtol=1e-5, err_msg='/'.join(path))

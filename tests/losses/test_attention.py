@@ -50,7 +50,7 @@ def test_gradient_is_finite_at_dead_and_at_equal_maps(student):
 
 @pytest.mark.parametrize('teacher', [(), (jnp.ones((2, 3, 5, 1)),), (jnp.ones((2, 3, 4, 1)),) * 2])
 def test_other_stages_are_refused(teacher):
-  with pytest.raises(ValueError, match=r'Stages of the student have \(\(3, 4\),\) pixels'):
+  with pytest.raises(ValueError, match=r'Stages of the student have \[\(3, 4\)\] pixels'):
     attention.attention_transfer((jnp.ones((2, 3, 4, 6)),), teacher)
 
 

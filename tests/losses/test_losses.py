@@ -286,8 +286,8 @@ def test_relative_batch_norm_does_not_depend_on_the_scale_of_a_layer(scales, see
   make = lambda: {name: Moments(draw.normal(size=size), draw.uniform(0.1, 2, size))
                   for name, size in (('stem', 3), ('block/bn', 5))}
   moments, running = make(), make()
-  scaled = lambda found: {name: Moments(s * found[name].mean, s * s * found[name].var)
-                          for name, s in zip(found, scales, strict=True)}
+  scaled = lambda layers: {name: Moments(s * layers[name].mean, s * s * layers[name].var)
+                          for name, s in zip(layers, scales, strict=True)}
   np.testing.assert_allclose(
       inversion.relative_batch_norm(scaled(moments), scaled(running)),
       inversion.relative_batch_norm(moments, running),

@@ -33,7 +33,7 @@ TIMM = {
 
 def images_of(low, height, width):
   """Noise of few pixels, enlarged: [B, C, h, w] to [B, C, H, W]."""
-  times = [-(-size // own) for size, own in zip((height, width), low.shape[2:], strict=True)]
+  times = [-(-size // pixels) for size, pixels in zip((height, width), low.shape[2:], strict=True)]
   return low.repeat(times[0], 2).repeat(times[1], 3)[:, :, :height, :width]
 
 
@@ -131,8 +131,8 @@ def test_blocks_computed_anew_change_nothing_but_memory(module, x64):
       models.bind(module, drawn_variables(module, (36, 40, 3))))
 
   def loss(params, images, remat):
-    own = network.replace(module=module.clone(remat=remat), params=params)
-    outputs, stats = own.forward(images, train=True)
+    copy = network.replace(module=module.clone(remat=remat), params=params)
+    outputs, stats = copy.forward(images, train=True)
     moments = sum(jnp.sin(m.mean).sum() + jnp.log1p(m.var).sum() for m in outputs.moments.values())
     return moments + jnp.sin(outputs.logits).sum(), (outputs, stats)
 
@@ -151,10 +151,11 @@ def test_blocks_computed_anew_change_nothing_but_memory(module, x64):
 def test_paths_of_blocks_computed_anew_stay_the_same(module):
   """Variables and sown values; larger networks share the code of the two tested above."""
   network = models.bind(module, shapes_of(module))
-  forward = lambda own: jax.eval_shape(
-      functools.partial(models.Network.forward, train=True), own,
-      jax.ShapeDtypeStruct((2, 33, 40, 3), jnp.float32))
-  plain, anew = forward(network), forward(network.replace(module=module.clone(remat=True)))
+  images = jax.ShapeDtypeStruct((2, 33, 40, 3), jnp.float32)
+  forward = functools.partial(models.Network.forward, train=True)
+  plain, anew = (
+      jax.eval_shape(forward, network.replace(module=module.clone(remat=remat)), images)
+      for remat in (False, True))
   assert plain == anew
   assert len(plain[0].maps) == 7
   assert list(plain[0].moments) == list(network.running())
@@ -301,9 +302,9 @@ def test_names_of_other_code_bases(module, dialect, tmp_path):
   theirs = dialect(state)
   assert not {k for k in theirs if k in state}
   translated = weights.translate(theirs)
-  wanted = {k: v for k, v in state.items() if 'tracked' not in k}
-  assert wanted.keys() <= translated.keys()
-  for name, array in wanted.items():
+  expected = {k: v for k, v in state.items() if 'tracked' not in k}
+  assert expected.keys() <= translated.keys()
+  for name, array in expected.items():
     np.testing.assert_array_equal(translated[name], array, err_msg=name)
   weights.safetensors_numpy.save_file(
       {k: np.ascontiguousarray(v) for k, v in theirs.items()}, tmp_path / 'w')
@@ -319,10 +320,10 @@ def test_depthwise_kernels_of_keras_keep_their_channels():
 
 
 def test_own_names_pass_and_clashes_are_refused():
-  own = {
+  names = {
       'conv1.weight': np.zeros(1), 'blocks.0.0.conv_dw.weight': np.zeros(1),
       'odd/name': np.zeros(1)}
-  assert weights.translate(own) == own
+  assert weights.translate(names) == names
   with pytest.raises(ValueError, match=r'Two parameters are called conv1\.weight once'):
     weights.translate(
         {'conv1/kernel': np.zeros((1, 1, 1, 1)), 'conv1_conv/kernel': np.zeros((1, 1, 1, 1))})

@@ -109,7 +109,7 @@ def test_convolution_in_vmap_and_scan(case):
 
 
 def test_convolution_gradients_are_canonical_within_loops():
-  """What the custom gradient is for: no convolution of another layout in the program."""
+  """The custom gradient leaves no convolution of another layout in the program."""
   if jax.default_backend() != 'cpu':
     pytest.skip('Other backends get the stock convolution.')
   module = layers.Conv(5, (3, 3), 2, padding=1)
@@ -286,7 +286,7 @@ def test_capture_keeps_vectors_alive_and_no_activations():
 
 
 class Opposite(nn.Module):
-  """A user's own model whose flag has the opposite sense."""
+  """A user's own model with a flag of the opposite sense."""
 
   @nn.compact
   def __call__(self, x, deterministic: bool = False):

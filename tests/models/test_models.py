@@ -171,7 +171,7 @@ def test_generator_forward(generator_case):
   batch = weights.from_variables({'params': {}, **new})
   for name, n in (
       ('conv_blocks.0', 8 * 64), ('conv_blocks.3', 8 * 256), ('conv_blocks.7', 8 * 1024)):
-    # Moved from 0 and 1 here; there from what the file holds, and by the unbiased variance.
+    # Moved from 0 and 1 here; there from the file's values, and by the unbiased variance.
     for moment, start, unbiased in (
         ('running_mean', 0, 1), ('running_var', np.float32(0.9), n / (n - 1))):
       moved = 0.9 * values[f'w/{name}.{moment}'].astype(np.float64) + (
@@ -331,7 +331,7 @@ def test_initial_weights_are_spread_as_published(module, shape, leaf, std, unifo
     params = traverse_util.flatten_dict(module.init(key, jnp.zeros((1, *shape)))['params'], sep='/')
     return params[leaf], {k: v for k, v in params.items() if 'bn' in k or k.endswith('scale')}
 
-  drawn, norms = jax.jit(init)(jax.random.key(3))  # Only what is returned gets compiled.
+  drawn, norms = jax.jit(init)(jax.random.key(3))  # Compiles only the results.
   np.testing.assert_allclose(drawn.std(), std, rtol=0.06)
   assert (np.abs(drawn).max() <= np.sqrt(3) * std * 1.0001) == uniform
   assert all((values == path.endswith('scale')).all() for path, values in norms.items())

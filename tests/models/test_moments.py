@@ -79,7 +79,7 @@ class ChannelsFirst(nn.Module):
 
 
 class Slash(nn.Module):
-  """Two batch norms whose names, joined by slashes, are equal."""
+  """Two batch norms with paths that are equal when joined by slashes."""
 
   @nn.compact
   def __call__(self, x, train: bool = False):

@@ -145,7 +145,7 @@ def calls(state, networks, num, size, **changes):
 
 def calls_by_pmap(state, networks, num, **changes):
   """The same by `jax.pmap`, which takes a leading axis of devices on everything."""
-  each = lambda tree: jax.tree.map(lambda leaf: jnp.stack([leaf] * NUM), tree)
+  replicate = lambda tree: jax.tree.map(lambda leaf: jnp.stack([leaf] * NUM), tree)
   split = lambda spec, leaf: (
       leaf.reshape(NUM, -1, *leaf.shape[1:]) if spec == SPREAD else jnp.stack([leaf] * NUM))
   join = lambda spec, leaf: leaf.reshape(-1, *leaf.shape[2:]) if spec == SPREAD else leaf[0]
@@ -154,15 +154,16 @@ def calls_by_pmap(state, networks, num, **changes):
   state = jax.tree.map(split, specs, state)
   for index in range(num):
     with jax.debug_key_reuse(False):  # Each device gets the same key.
-      state, metrics = program(state, each(jax.random.key(20 + index)), *map(each, networks))
+      key = jax.random.key(20 + index)
+      state, metrics = program(state, *map(replicate, (key, *networks)))
   first = lambda leaf: leaf[0]
   return jax.tree.map(join, specs, jax.device_get(state)), jax.tree.map(first, metrics)
 
 
 def check(
-    found, expected, names=('step', 'latents', 'past', 'meta_params', 'meta_opt_state', 'ema'),
+    result, expected, names=('step', 'latents', 'past', 'meta_params', 'meta_opt_state', 'ema'),
     **tolerance):
-  (state, metrics), (other, other_metrics) = jax.device_get((found, expected))
+  (state, metrics), (other, other_metrics) = jax.device_get((result, expected))
   assert_close(metrics, other_metrics, **tolerance)
   for name in names:
     assert_close(getattr(state, name), getattr(other, name), **tolerance)
@@ -192,11 +193,11 @@ def test_four_devices_equal_four_tasks_in_float32():
   networks = toys.teacher(), toys.student()
   changes = dict(num_steps=1, meta_lr=0.0)
   begin = start(networks[0], **changes)
-  found, expected = (calls(begin, networks, 2, size, **changes) for size in (NUM, 1))
-  check(found, expected, ('step', 'past'), rtol=1e-5, atol=1e-6)
+  result, expected = (calls(begin, networks, 2, size, **changes) for size in (NUM, 1))
+  check(result, expected, ('step', 'past'), rtol=1e-5, atol=1e-6)
   grads = [
       optax.tree_utils.tree_get(jax.device_get(state.meta_opt_state), 'mu')
-      for state, _ in (found, expected)]
+      for state, _ in (result, expected)]
   distances = toys.distances(*grads)
   assert max(distances.values()) <= 1e-5, distances
 
@@ -205,14 +206,14 @@ def test_samples_do_not_depend_on_the_layout():
   buffer = replay.create(5, (3, 2, 1), 4, num_tasks=NUM)
   images = jax.random.uniform(jax.random.key(0), (NUM, 5, 3, 2, 1))
   buffer = replay.add(buffer, images, jnp.arange(NUM * 5).reshape(NUM, 5) % 4)
-  found = []
+  samples = []
   for size in (1, 2, 4):
     draw = lambda key, buffer, *, axis, size=size: replay.sample(key, buffer, 8 // size, axis)[:2]
     placed = parallel.place(parallel.make_mesh(size), buffer)
-    found.append(
+    samples.append(
         over(size, draw, arguments=(ONE, parallel.specs(buffer)))(jax.random.key(1), placed))
-  for drawn in found[1:]:
-    assert_close(drawn, found[0], rtol=0)
+  for drawn in samples[1:]:
+    assert_close(drawn, samples[0], rtol=0)
 
 
 def student_on(size, program, *inputs):
@@ -226,14 +227,14 @@ def test_one_step_of_the_student_is_the_same_on_four_devices():
   student = distill.init(toys.student(), tx)
   brightness = jnp.linspace(0.1, 1, 16)[:, None, None, None]
   images = jax.random.uniform(jax.random.key(0), (16, *toys.IMAGE)) * brightness
-  wanted = toys.jit(toys.teacher())(images).logits
+  targets = toys.jit(toys.teacher())(images).logits
 
-  def step(student, images, wanted, *, axis):
-    loss_fn = lambda outputs: (divergence.kl(outputs.logits, wanted, 4.0).mean(), ())
+  def step(student, images, targets, *, axis):
+    loss_fn = lambda outputs: (divergence.kl(outputs.logits, targets, 4.0).mean(), ())
     return distill.train_step(student, images, loss_fn, tx, axis)[:2]
 
   (one, loss), (four, other) = (
-      student_on(size, step, student, images, wanted) for size in (1, NUM))
+      student_on(size, step, student, images, targets) for size in (1, NUM))
   np.testing.assert_allclose(loss, other, rtol=1e-5)
   assert_close(four.network.batch_stats, one.network.batch_stats, rtol=1e-5, atol=1e-6)
   step_of = lambda state: jax.tree.map(jnp.subtract, state.network.params, student.network.params)
@@ -244,7 +245,7 @@ def test_one_step_of_the_student_is_the_same_on_four_devices():
       lambda a, b: np.abs(a - b).max(), one.network.batch_stats, student.network.batch_stats)
   assert min(jax.tree.leaves(moved)) > 1e-3
   # Each device by itself would get other moments: the test can tell.
-  alone, _ = student_on(1, step, student, images[:4], wanted[:4])
+  alone, _ = student_on(1, step, student, images[:4], targets[:4])
   apart = jax.tree.map(
       lambda a, b: np.abs(a - b).max(), one.network.batch_stats, alone.network.batch_stats)
   assert max(jax.tree.leaves(apart)) > 1e-3
@@ -264,7 +265,7 @@ def test_a_round_of_the_student_is_the_same_on_four_devices():
         augment=augment.flip,
         num_tasks=NUM // size, axis=axis)
 
-  found = []
+  results = []
   for size in (1, NUM):
     mesh = parallel.make_mesh(size)
     program = toys.jit(parallel.each_device(
@@ -272,8 +273,8 @@ def test_a_round_of_the_student_is_the_same_on_four_devices():
     inputs = (
         parallel.place(mesh, student), parallel.place(mesh, state), jax.random.key(7),
         toys.teacher())
-    found.append(jax.device_get(program(*inputs)))
-  (one, state_of_one, metrics), (four, state_of_four, other) = found
+    results.append(jax.device_get(program(*inputs)))
+  (one, state_of_one, metrics), (four, state_of_four, other) = results
   assert_close(other, metrics, rtol=1e-5)
   moved = [
       jax.tree.map(jnp.subtract, of.network.params, student.network.params) for of in (four, one)]

@@ -29,10 +29,10 @@ def teacher_config(**changes):
       optimizer__schedule='cosine_by_step', **changes))
 
 
-def job(config, workdir, stop_after=None, own=None, full=None):
+def job(config, workdir, stop_after=None, changes=None, full=None):
   return {
       'config': config.to_dict(), 'workdir': str(workdir), 'stop_after': stop_after,
-      'own': own or {}, 'full': full}
+      'changes': changes or {}, 'full': full}
 
 
 def in_processes(jobs, folder, number=2, devices=2):
@@ -87,9 +87,10 @@ def several(tmp_path_factory):
   results, streams = in_processes([
       job(config(), folder / 'whole'), job(config(), folder / 'stopped', stop_after=1),
       job(teacher_config(), folder / 'teacher'),
-      job(config(), folder / 'lacking', own={1: {'dataset': lacking}}),
-      job(config(), folder / 'differing', own={1: {'seed': 6}}), job(config(), folder / 'whole'),
-      job(config(), folder / 'full', full=0), job(config(), folder / 'full'),
+      job(config(), folder / 'lacking', changes={1: {'dataset': lacking}}),
+      job(config(), folder / 'differing', changes={1: {'seed': 6}}),
+      job(config(), folder / 'whole'), job(config(), folder / 'full', full=0),
+      job(config(), folder / 'full'),
   ], folder)
   return folder, results, streams
 
@@ -135,28 +136,27 @@ def check(workdir, other_workdir):
 @pytest.mark.parametrize('number', [4, 1])
 def test_a_run_is_that_of_one_process(several, single, number):
   workdir, summary = single[number]
-  folder, (found, _), _ = several
+  folder, (results, _), _ = several
   check(folder / 'whole', workdir)
   for name in ('student', 'teacher', 'parameters'):
-    assert found[0][name].keys() == summary[name].keys()
-  for found_of, wanted in ((found[0]['student']['last'], summary['student']['last']),
-                           (found[0]['teacher'], summary['teacher'])):
-    assert found_of == pytest.approx(wanted, rel=1e-4)
-    assert (found_of['top1'], found_of.get('agreement')) == (
-        wanted['top1'], wanted.get('agreement'))
-  assert (found[0]['device']['count'], found[0]['device']['processes']) == (4, 2)
-  assert found[0]['config_hash'] == summary['config_hash']
+    assert results[0][name].keys() == summary[name].keys()
+  for ours, theirs in ((results[0]['student']['last'], summary['student']['last']),
+                       (results[0]['teacher'], summary['teacher'])):
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert (ours['top1'], ours.get('agreement')) == (theirs['top1'], theirs.get('agreement'))
+  assert (results[0]['device']['count'], results[0]['device']['processes']) == (4, 2)
+  assert results[0]['config_hash'] == summary['config_hash']
 
 
 @pytest.mark.slow
 def test_the_student_has_moved(single):
-  """What is compared is neither where it began nor always the same."""
+  """The comparison above would notice a student that never moves."""
   network = build.network(config(), 'student', jax.random.split(jax.random.key(2), 5)[0])
-  _, found = contents(single[1][0])
+  _, leaves = contents(single[1][0])
   for layer, weights in network.params.items():
     for name, value in weights.items():
-      # Twice what may differ.
-      assert np.abs(found[f'student/network/params/{layer}/{name}'] - value).max() > 2e-4
+      # Twice the tolerance above.
+      assert np.abs(leaves[f'student/network/params/{layer}/{name}'] - value).max() > 2e-4
   lines = toy_runs.metrics(single[1][0])
   assert len({line['top1'] for line in lines}) > 1
   assert len({line['agreement'] for line in lines} - {0.0}) > 1
@@ -170,10 +170,10 @@ def test_all_processes_have_the_result_and_the_first_alone_speaks(several):
       'student_best.safetensors', 'summary.json']
   for kind in ('student', 'teacher', 'config_hash'):
     assert results[0][0][kind] == results[1][0][kind]
-  own = [
+  lines = [
       [line for line in stream.splitlines() if line and not line.startswith('[Gloo]')]
       for stream in streams[1]]
-  assert own == [[], []]
+  assert lines == [[], []]
   out, err = streams[0]
   assert 'student, last' in out
   assert 'The first of 2 processes waits at 127.0.0.1' in err
@@ -198,9 +198,9 @@ def test_training_on_real_data_is_that_of_one_process(several, tmp_path):
   folder, results, _ = several
   summary = train.run(teacher_config(), tmp_path)
   assert summary['device']['count'] == 4
-  (_, found), (_, wanted) = contents(folder / 'teacher'), contents(tmp_path)
-  for path, leaf in wanted.items():
-    np.testing.assert_allclose(found[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
+  (_, leaves), (_, expected) = contents(folder / 'teacher'), contents(tmp_path)
+  for path, leaf in expected.items():
+    np.testing.assert_allclose(leaves[path], leaf, rtol=1e-4, atol=1e-5, err_msg=path)
   assert results[0][2]['student']['last'] == pytest.approx(summary['student']['last'], rel=1e-4)
 
 
@@ -255,10 +255,10 @@ def test_a_cluster_of_several_is_left_to_jax(joined, monkeypatch, name, value, n
   monkeypatch.setenv(name, value)
   assert launch.started_together() == number
   launch.initialize(timeout=17)
-  found, = joined
-  assert found.keys() == {'initialization_timeout', 'shutdown_timeout_seconds'}
-  assert found['shutdown_timeout_seconds'] <= 60
-  assert found['initialization_timeout'] > 17  # JAX aborts the process at its own timeout.
+  settings, = joined
+  assert settings.keys() == {'initialization_timeout', 'shutdown_timeout_seconds'}
+  assert settings['shutdown_timeout_seconds'] <= 60
+  assert settings['initialization_timeout'] > 17  # JAX aborts the process at its own timeout.
   launch.initialize(num_processes=1)
   assert len(joined) == 1  # By itself.
 
@@ -276,7 +276,7 @@ def test_what_is_given_is_taken(joined, monkeypatch):
   assert joined[1].keys() == {'initialization_timeout', 'shutdown_timeout_seconds'}
 
 
-@pytest.mark.parametrize(('given', 'words'), [
+@pytest.mark.parametrize(('arguments', 'words'), [
     (('h:1', None, None),
      r'distributed\.num_processes and distributed\.process_id must be set as well, since '
      r'distributed\.coordinator is\.'),
@@ -287,9 +287,9 @@ def test_what_is_given_is_taken(joined, monkeypatch):
     (('h:port', 2, 1), r"distributed\.coordinator is 'h:port', must be"),
     (('h:1', 2, 2), r'distributed\.process_id is 2, must be in 0\.\.1, for 2 processes\.'),
     (('h:1', 1, 1), r'distributed\.process_id is 1, must be in 0\.\.0')])
-def test_what_does_not_fit_costs_one_line(joined, given, words):
+def test_what_does_not_fit_costs_one_line(joined, arguments, words):
   with pytest.raises(ValueError, match=words) as error:
-    launch.initialize(*given)
+    launch.initialize(*arguments)
   assert len(str(error.value).splitlines()) == 1
   assert joined == []
 
@@ -342,7 +342,7 @@ def test_a_process_whose_partner_never_joins_ends_with_one_line(cluster, process
 def test_a_port_that_is_taken():
   with socket.create_server(('', 0)) as server:
     taken = f'127.0.0.1:{server.getsockname()[1]}'
-    with pytest.raises(ValueError, match=f"'{taken}', whose port cannot be opened"):
+    with pytest.raises(ValueError, match=f"'{taken}', but its port cannot be opened"):
       launch.initialize(taken, 2, 0)
 
 
@@ -372,17 +372,17 @@ def share(monkeypatch, process, number):
 
 @pytest.mark.parametrize(('total', 'number'), [(23, 2), (7, 3), (2, 5), (1, 4), (12, 1)])
 def test_rows_are_shared_out(monkeypatch, total, number):
-  rows, found = np.arange(total * 2).reshape(total, 2), []
+  rows, shares = np.arange(total * 2).reshape(total, 2), []
   for process in range(number):
     share(monkeypatch, process, number)
-    found.append(rows[parallel.process_rows(total)])
-  np.testing.assert_array_equal(np.concatenate(found), rows)
-  sizes = [len(part) for part in found]
+    shares.append(rows[parallel.process_rows(total)])
+  np.testing.assert_array_equal(np.concatenate(shares), rows)
+  sizes = [len(part) for part in shares]
   assert max(sizes) - min(sizes) <= 1
   longest = max(sizes)
   monkeypatch.setattr(processes, 'gather_processes', lambda padded: np.stack(
-      [np.pad(part, [(0, longest - len(part)), (0, 0)]) for part in found]))
-  np.testing.assert_array_equal(parallel.gather_rows(found[-1], total), rows)
+      [np.pad(part, [(0, longest - len(part)), (0, 0)]) for part in shares]))
+  np.testing.assert_array_equal(parallel.gather_rows(shares[-1], total), rows)
 
 
 def test_a_mesh_of_several_processes_has_all_devices(monkeypatch):

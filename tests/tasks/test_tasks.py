@@ -1,4 +1,4 @@
-"""Tasks: which labels are asked for, and what is measured."""
+"""Tasks: requested labels, and metrics."""
 
 import jax
 import jax.numpy as jnp
