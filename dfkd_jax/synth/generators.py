@@ -46,34 +46,34 @@ def check(
     ValueError: The images are not `image_shape`, the teacher has another number of classes, or
       a term has nothing to match.
   """
-  check_batch_norm(factors, teacher)
   images = jax.eval_shape(
       lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
   if images.shape[1:] != tuple(image_shape):
     raise FieldError('image_shape', f'image_shape is {tuple(image_shape)}, must be '
                      f'{images.shape[1:]}, the shape of the images that the generator makes.')
-  return check_classes(teacher, images, num_classes)
+  return check_teacher(teacher, images, num_classes, factors)
 
 
-def check_classes(teacher: Network, images: Array, num_classes: int) -> Outputs:
+def check_teacher(
+    teacher: Network, images: Array, num_classes: int, factors: Factors
+) -> Outputs:
   """Returns the shapes of the teacher's outputs.
 
   Raises:
-    ValueError: The teacher has another number of classes than the task.
+    ValueError: The teacher has another number of classes than the task, or a term matches moments
+      that the teacher lacks or that cannot be captured.
   """
   outputs = jax.eval_shape(lambda network, x: network(x), teacher, images)
   if outputs.logits.shape[-1] != num_classes:
     raise ValueError(f'The task has {num_classes} classes, must have {outputs.logits.shape[-1]} '
                      'like the teacher.')
-  return outputs
-
-
-def check_batch_norm(factors: Factors, teacher: Network) -> None:
-  """Raises a FieldError if a term matches moments, and the teacher has none."""
   for term in ('batch_norm', 'relative_batch_norm'):
     if factors.active(term) and not teacher.running():
       raise FieldError(f'factors.{term}', f'The teacher has no BatchNorm: the term {term} has '
                        'nothing to match, its factor must be 0.')
+    if factors.active(term):
+      teacher.check_moments(outputs.moments)
+  return outputs
 
 
 def redraw(key: PRNGKey, params: PyTree, std: float = 0.02) -> PyTree:

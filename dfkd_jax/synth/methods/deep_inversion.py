@@ -84,9 +84,8 @@ def deep_inversion(
 
   def init(key: PRNGKey, teacher: Network) -> State:
     del key
-    generators.check_batch_norm(factors, teacher)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    generators.check_classes(teacher, images, task.num_classes)
+    generators.check_teacher(teacher, images, task.num_classes, factors)
     buffer = replay.create(stripe, image_shape, task.num_classes, layout.num_tasks)
     return State(step=jnp.int32(0), buffer=buffer)
 
