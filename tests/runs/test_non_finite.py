@@ -94,3 +94,12 @@ def test_faults_in_training_are_named_too(tmp_path):
   config = toy_runs.config(job='train', train__epochs=2, optimizer__learning_rate=1e30)
   with pytest.raises(ValueError, match=r"In epoch 1: 'loss' of the student is \w+ at step \d .*No checkpoint was"):
     train.run(config, tmp_path)
+
+
+def test_fault_reports_of_rounds_done_again_are_named_among_the_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(programs, 'placed', broken(1, 3))
+  summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
+  assert summary['files'][-1] == 'fault_4_1.json'
+  assert not (tmp_path / 'fault.json').exists()
+  about = json.loads((tmp_path / 'fault_4_1.json').read_text())
+  assert (about['round'], about['reseeded'], about['checkpoint'], len(about['key'])) == (4, 0, 2, 2)

@@ -42,7 +42,7 @@ def test_other_weights_in_the_same_file_are_another_run(tmp_path, rounds):
       config(teacher__source=source), tmp_path / 'run')
   before = toy_runs.tree_of(tmp_path / 'run')
   teacher_of(2, source)
-  with pytest.raises(ValueError, match=r'another teacher, of SHA-256 \w{16} there, of SHA-256 \w{16} here\. .*force'):
+  with pytest.raises(ValueError, match=r"weights\.teacher is '\w+ \.\.\. \w+' there, '.* here\. .*force:teacher\.source\.$"):
     train.run(config(teacher__source=source), tmp_path / 'run')
   assert toy_runs.tree_of(tmp_path / 'run') == before
 
@@ -53,13 +53,13 @@ def test_a_judge_and_the_teacher_of_a_training_are_weights_too(tmp_path):
   made.judge.options = toy_runs.NETWORKS['teacher']
   train.run(made, tmp_path / 'judged')
   (tmp_path / '1.safetensors').write_bytes((tmp_path / '2.safetensors').read_bytes())
-  with pytest.raises(ValueError, match='another judge'):
+  with pytest.raises(ValueError, match=r'weights\.judge is '):
     train.run(made, tmp_path / 'judged')
   made = toy_runs.config(job='train', train__epochs=1, train__teacher_factor=1.0, teacher__source=second)
   assert train.run(made, tmp_path / 'trained')['weights'] == {'teacher': weights.describe(
       build.teacher(made), second).sha256}
   teacher_of(3, second)
-  with pytest.raises(ValueError, match='another teacher'):
+  with pytest.raises(ValueError, match=r'weights\.teacher is '):
     train.run(made, tmp_path / 'trained')
 
 
@@ -82,7 +82,7 @@ def test_each_process_may_have_images_of_its_own(monkeypatch):
   labels, task = draw.integers(0, 5, 11), tasks.classification(5)
   wanted = evaluate.evaluate(network, (images, labels), task=task, batch_size=4, teacher=network)
   said = []
-  monkeypatch.setattr(parallel, 'of_processes', lambda array: said.append(array) or np.asarray(array)[None])
+  monkeypatch.setattr(parallel, 'gather_processes', lambda array: said.append(array) or np.asarray(array)[None])
   answers = [evaluate.predict(network, images[rank::2], batch_size=4, shared=True) for rank in (0, 1)]
   np.testing.assert_array_equal(np.sort(np.concatenate(answers)), np.sort(evaluate.predict(network, images)))
   said.clear()
@@ -90,7 +90,7 @@ def test_each_process_may_have_images_of_its_own(monkeypatch):
     evaluate.evaluate(network, (images[rank::2], labels[rank::2]), task=task, batch_size=4, shared=True,
                       teacher_predictions=answers[rank])
   half = len(said) // 2
-  monkeypatch.setattr(parallel, 'of_processes', lambda array: np.stack(pairs.pop(0)))
+  monkeypatch.setattr(parallel, 'gather_processes', lambda array: np.stack(pairs.pop(0)))
   pairs = list(zip(said[:half], said[half:], strict=True))
   found = evaluate.evaluate(network, (images[::2], labels[::2]), task=task, batch_size=4, shared=True,
                             teacher_predictions=answers[0])
@@ -105,12 +105,12 @@ def test_the_best_student_is_that_of_its_round(tmp_path, monkeypatch):
   monkeypatch.setattr(Experiment, 'follow', lambda self, teacher: None)
   seen = []
 
-  def judge(self, metrics, done, state, selection):
+  def record_metrics(self, metrics, done, state, selection):
     seen.append(jax.device_get(state.student.network))
-    judged(self, metrics, done, state, selection)
+    recorded(self, metrics, done, state, selection)
 
-  judged = RunState.judge
-  monkeypatch.setattr(RunState, 'judge', judge)
+  recorded = RunState.record_metrics
+  monkeypatch.setattr(RunState, 'record_metrics', record_metrics)
   stopped(toy_runs.config(), tmp_path, 5)
   summary = train.run(toy_runs.config(), tmp_path)
   assert summary['student']['best']['round'] == 3
@@ -166,8 +166,8 @@ def test_a_finished_run_may_be_made_longer(tmp_path):
 
 
 def test_a_folder_is_of_one_process_at_a_time(tmp_path):
-  script = 'import sys, pathlib\nfrom dfkd_jax import run_folder\n' \
-      f'with run_folder.taken(pathlib.Path({str(tmp_path)!r})):\n  print("here", flush=True)\n  sys.stdin.read()\n'
+  script = 'import sys, pathlib\nfrom dfkd_jax.runs import folder\n' \
+      f'with folder.lock(pathlib.Path({str(tmp_path)!r})):\n  print("here", flush=True)\n  sys.stdin.read()\n'
   with subprocess.Popen([sys.executable, '-c', script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                         cwd=toy_runs.ROOT) as other:
     assert other.stdout.readline() == b'here\n'

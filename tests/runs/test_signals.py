@@ -44,11 +44,11 @@ def test_a_signal_ends_a_run_after_its_round(tmp_path, name, capsys, heeded):
 
 
 def test_a_second_signal_does_what_it_always_did(heeded):
-  with run_signals.signals() as asked:
-    asked.at_once = False
-    assert asked() is None
+  with run_signals.signals() as request:
+    request.defer()
+    assert request.signal is None
     signal.raise_signal(signal.SIGINT)
-    assert asked() == 'SIGINT'
+    assert request.signal == 'SIGINT'
     with pytest.raises(KeyboardInterrupt) as error:
       signal.raise_signal(signal.SIGINT)
   assert not isinstance(error.value, run_signals.Interrupted)
@@ -67,22 +67,22 @@ def test_a_signal_ends_at_once_what_has_nothing_to_save(heeded, tmp_path, monkey
 
 def test_a_signal_that_is_ignored_stays_so(heeded):
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  with run_signals.signals() as asked:
-    asked.at_once = False
+  with run_signals.signals() as request:
+    request.defer()
     signal.raise_signal(signal.SIGINT)
-    assert asked() is None
+    assert request.signal is None
     signal.raise_signal(signal.SIGTERM)
-    assert asked() == 'SIGTERM'
+    assert request.signal == 'SIGTERM'
   assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_signals_are_left_alone_where_they_are_not_asked_for_or_not_to_be_had():
   before = signal.getsignal(signal.SIGTERM)
-  with run_signals.signals(False) as asked:
+  with run_signals.signals(False) as request:
     assert signal.getsignal(signal.SIGTERM) is before
-    assert asked() is None
+    assert request.signal is None
   found = []
-  thread = threading.Thread(target=lambda: found.append(run_signals.signals().__enter__()()))
+  thread = threading.Thread(target=lambda: found.append(run_signals.signals().__enter__().signal))
   thread.start()
   thread.join()
   assert found == [None]

@@ -106,7 +106,7 @@ def test_as_a_process_a_full_disk_is_one_line(tmp_path, size):
   *rounds, last = found.stderr.partition('Results go to ')[2].splitlines()[1:]
   assert last.startswith(f'error: Cannot save in {place}')
   assert 'No space left' in last
-  assert last.endswith('. No checkpoint was written yet.')
+  assert last.endswith('. There is no checkpoint yet.')
   assert all(line.startswith('round ') for line in rounds), found.stderr
 
 
@@ -141,7 +141,7 @@ def test_a_cut_off_checkpoint_is_passed_over(tmp_path, tenths, capfd):
     train.run(toy_runs.config(), workdir)
     err = capfd.readouterr().err
     assert 'ead step 4 in' in err
-    assert 'It is set aside, and the checkpoint before it taken.' in err
+    assert 'It is set aside. The checkpoint before it is used.' in err
     assert 'after round 2' in err
     assert (workdir / 'checkpoints' / 'damaged-4').is_dir()
     assert results(workdir) == wanted
