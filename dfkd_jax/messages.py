@@ -80,3 +80,9 @@ class FieldError(ValueError):
   def __init__(self, field: str, message: str):
     self.field = field
     super().__init__(message)
+
+
+def check_option(field: str, value: object, options: tuple) -> None:
+  """Raises a FieldError unless the value is one of the options."""
+  if value not in options:
+    raise FieldError(field, f'{field} is {value!r}, must be one of {options}.')

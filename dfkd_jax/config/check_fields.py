@@ -11,7 +11,7 @@ import numpy as np
 from dfkd_jax.config import fields as config_fields
 from dfkd_jax.messages import check_choice, nearest, short_repr
 from dfkd_jax.paths import expanded
-from dfkd_jax.synth import host_replay
+from dfkd_jax.synth import buffer_memory
 
 JOBS = ('distill', 'train', 'check')
 
@@ -89,7 +89,7 @@ def look(config: ml_collections.ConfigDict, problems: Problems) -> None:
   _numbers(config, problems)
   _paths(config, problems)
   problems.ask(lambda: check_choice(config.job, JOBS, 'job'), 'job')
-  problems.ask(lambda: check_choice(config.buffer, host_replay.PLACES, 'buffer'), 'buffer')
+  problems.ask(lambda: check_choice(config.buffer, buffer_memory.PLACES, 'buffer'), 'buffer')
   _dataset(config, problems)
   _shapes(config, problems)
   distil = config.distill

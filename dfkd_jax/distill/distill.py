@@ -72,7 +72,7 @@ def distill(
     wanted = teacher(images)
 
     def loss_fn(outputs):
-      per_sample = divergence(divergence, outputs.logits, wanted.logits, temperature)
+      per_sample = _divergence(divergence, outputs.logits, wanted.logits, temperature)
       if attention_factor:
         per_sample += attention_factor * attention.attention_transfer(outputs.maps, wanted.maps)
       new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(per_sample))
@@ -114,3 +114,6 @@ def divergence(kind: str, logits: Array, wanted: Array, temperature: float) -> A
     raise ValueError(f'divergence is {kind!r}, must be one of {tuple(kinds)}.')
   per_element = kinds[kind]()
   return per_element.reshape(per_element.shape[0], -1).mean(1)
+
+
+_divergence = divergence

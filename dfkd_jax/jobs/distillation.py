@@ -71,7 +71,7 @@ def run_distillation(
   with experiment.ledger.part('compile'):
     compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
     finite = non_finite.compile_finite_check((state.student, host_replay.strip_images(state.synthesis)))
-    look = _held_out(experiment, mesh, factors, state, teacher, judge)
+    look = _held_out(experiment, mesh, make, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
     state, done = experiment.store.resume(state, 'round', section.rounds)
@@ -100,17 +100,13 @@ def _factors(experiment: Experiment, teacher: Network, student: Network, card) -
   return found and objective.Factors(**found['factors'])
 
 
-def _held_out(experiment, mesh: Mesh, factors, state: programs.State, teacher: Network, judge: Network | None):
-  """(synthesis, key, student) -> metrics on fresh synthetic images; None where real ones do, and nobody else looks."""
+def _held_out(experiment, mesh: Mesh, make, state: programs.State, teacher: Network, judge: Network | None):
+  """(synthesis, key, student) -> metrics on fresh images; None with real images and no judge."""
   if experiment.test is not None and judge is None:
     return None
-  small = build.Config(experiment.config.to_dict())
-  if 'capacity' in small.method:
-    small.method.capacity = build.tasks_of(small) * small.method.batch_size
-  make = build.synthesizer(small, mesh.size, factors)
   program = synthetic_images.compile_metrics(mesh, make, state.synthesis, teacher, state.student.network, judge)
   return lambda synthesis, key, student: program(
-      synthetic_images.without_images(synthesis), key, teacher, student, judge)
+      host_replay.strip_images(synthesis), key, teacher, student, judge)
 
 
 def _evaluate(experiment, look, run_key: PRNGKey, state: programs.State, done: int) -> dict[str, float]:
