@@ -114,10 +114,13 @@ def check_not_running(workdir: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
   try:
-    with report.reporting_disk_errors(workdir / _LOCK):
-      lock = filelock.FileLock(workdir / _LOCK, timeout=0).acquire()
+    lock = filelock.FileLock(workdir / _LOCK, timeout=0).acquire()
   except filelock.Timeout:
     raise ValueError(f'Another process is running in {workdir}. '
                      'Name another --workdir, or wait for it.') from None
+  except PermissionError as error:
+    raise ValueError(f'Cannot write {workdir / _LOCK}: {error.strerror}.') from error
+  except (OSError, NotImplementedError):  # The file system has no locks.
+    lock = contextlib.nullcontext()
   with lock:
     yield
