@@ -12,6 +12,7 @@ The JSON object of format 1:
 import hashlib
 import json
 import os
+import pathlib
 import zlib
 from typing import Any
 
@@ -116,7 +117,7 @@ def make_entry(leaves: dict[str, Any], meta: dict) -> dict[str, Any]:
 
 def is_complete(directory: str | os.PathLike, step: int) -> bool:
   """Returns whether a checkpoint has its JSON object."""
-  return os.path.isfile(_entry_path(directory, step))
+  return _entry_path(directory, step).is_file()
 
 
 def read_entry(directory: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -129,8 +130,7 @@ def read_entry(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   if not is_complete(directory, step):
     raise DamagedError(f'Cannot read step {step} in {directory}: it is incomplete.')
   with storage_errors(f'read step {step} in {directory}', DamagedError):
-    with open(_entry_path(directory, step), encoding='utf-8') as file:
-      entry = json.load(file)
+    entry = json.loads(_entry_path(directory, step).read_text(encoding='utf-8'))
   if not isinstance(entry, dict) or not {'format', 'leaves', 'meta'} <= entry.keys():
     raise DamagedError(f'Cannot read step {step} in {directory}: it has no meta data of a run.')
   if entry['format'] != FORMAT:
@@ -146,8 +146,8 @@ def hash_json(value: dict) -> str:
   return hashlib.sha256(_canonical(value)).hexdigest()[:16]
 
 
-def _entry_path(directory: str | os.PathLike, step: int) -> str:
-  return os.path.join(directory, str(step), 'meta', 'metadata')
+def _entry_path(directory: str | os.PathLike, step: int) -> pathlib.Path:
+  return pathlib.Path(directory, str(step), 'meta', 'metadata')
 
 
 def _canonical(value: dict) -> bytes:

@@ -84,7 +84,8 @@ def test_a_future_format_is_refused_and_not_passed_over(saved):
   before = sorted(saved.rglob('*'))
   with Checkpoints(saved) as checkpoints:
     for read in (lambda: read_meta(saved), lambda: checkpoints.restore(TEMPLATE)):
-      with pytest.raises(ValueError, match=r'Step 8 in .* has format 2; this version reads 1') as error:
+      with pytest.raises(
+          ValueError, match=r'Step 8 in .* has format 2; this version reads 1') as error:
         read()
       one_line(error)
   assert sorted(saved.rglob('*')) == before
@@ -101,7 +102,8 @@ def test_damage_upon_damage_keeps_every_folder(saved):
   damage(3)
   before = sorted(saved.rglob('*'))
   with Checkpoints(saved) as checkpoints:
-    with pytest.raises(ValueError, match=r'No checkpoint of \[3, 8\] can be read\. Nothing was ch') as error:
+    with pytest.raises(
+        ValueError, match=r'No checkpoint of \[3, 8\] can be read\. Nothing was ch') as error:
       checkpoints.restore(TEMPLATE)
     one_line(error)
   assert sorted(saved.rglob('*')) == before
@@ -164,7 +166,8 @@ def test_an_error_while_reading_is_one_short_line_however_many_arrays(folder):
     checkpoints.wait()
     for path in (folder / '1' / 'state').glob('**/d/*'):
       path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r'Cannot read step 1 in .* is not valid for value of size 200$') as error:
+    with pytest.raises(
+        ValueError, match=r'Cannot read step 1 in .* is not valid for value of size 200$') as error:
       checkpoints.restore(state)
     one_line(error)
 
@@ -180,7 +183,8 @@ def test_reading_meta_data_changes_nothing(saved):
 
 def test_an_unwritable_folder_is_refused_at_once(tmp_path):
   (tmp_path / 'file').write_text('')
-  for place in (tmp_path / 'file' / 'checkpoints', tmp_path / 'file', pathlib.Path('/proc/checkpoints')):
+  for place in (tmp_path / 'file' / 'checkpoints', tmp_path / 'file',
+      pathlib.Path('/proc/checkpoints')):
     with pytest.raises(ValueError, match=f'Cannot write to {place}: .*') as error:
       Checkpoints(place)
     one_line(error)

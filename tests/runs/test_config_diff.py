@@ -55,7 +55,8 @@ def test_weights_are_forced_by_the_field_that_names_them(tmp_path):
   stored, current = (identity() | {'weights': {'teacher': digest, 'init_from.student': digest}}
                      for digest in ('0' * 64, '1' * 64))
   (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
-  with pytest.raises(ValueError, match=r"weights\.teacher is '0+ \.\.\. 0+' there.*force:teacher\.source"):
+  with pytest.raises(
+      ValueError, match=r"weights\.teacher is '0+ \.\.\. 0+' there.*force:teacher\.source"):
     config_diff.config_changes(stored, current, tmp_path, 'force:init_from.student')
   changes = config_diff.config_changes(stored, current, tmp_path, 'force:teacher,init_from.student')
   assert changes['weights.teacher'] == {'there': '0' * 64, 'here': '1' * 64}

@@ -1,4 +1,4 @@
-"""What a new run takes over: the generator of a run of any method, sources that were read before."""
+"""A new run takes over the generator of a run of any method; sources are read once."""
 
 import types
 
@@ -17,13 +17,14 @@ MOMENTS = {'bn': {'mean': np.float32([1, 2, 3])}}
 OLD_RUNS = {
     'fast_dfkd': ({'meta_params': PARAMS}, False),
     'cmi': ({'inversion': {'meta_params': PARAMS}, 'head': PARAMS}, False),
-    'dafl': ({'params': PARAMS, 'batch_stats': MOMENTS, 'ema': {'params': {'a': np.ones(2)}}}, True),
+    'dafl': ({'params': PARAMS, 'batch_stats': MOMENTS, 'ema': {'params': PARAMS}}, True),
     'cu_dfkd': ({'online': {'params': PARAMS, 'batch_stats': MOMENTS}}, True)}
 
 
 def synthesizer(variables):
   """A method whose state is the variables of its generator."""
-  return types.SimpleNamespace(generator=lambda state: variables, with_generator=lambda state, new: new)
+  return types.SimpleNamespace(
+      generator=lambda state: variables, with_generator=lambda state, new: new)
 
 
 def old_run(folder, synthesis):
@@ -69,16 +70,19 @@ def test_generators_that_do_not_fit_are_refused(tmp_path):
 def test_sources_are_read_once():
   sources = InitFrom('old', 'older')
   config = {'init_from': {'student': 'old', 'generator': 'other'}}
-  stored = {'config': config, 'weights': {'init_from.student': '5' * 64, 'init_from.generator': '6' * 64}}
+  stored = {'config': config,
+      'weights': {'init_from.student': '5' * 64, 'init_from.generator': '6' * 64}}
   assert init_from.unread_sources(sources, {}, False) == sources
   assert init_from.unread_sources(sources, stored, False) == InitFrom(None, 'older')
-  assert init_from.unread_sources(sources, stored, True) == sources  # The control needs the first student.
+  # The control needs the first student.
+  assert init_from.unread_sources(sources, stored, True) == sources
   assert init_from.source_digests(InitFrom('old', None), InitFrom(None, None), stored) == {
       'init_from.student': '5' * 64}
 
 
 def test_places_that_are_no_source(tmp_path):
-  with pytest.raises(ValueError, match=r"init_from\.generator is '.*', must be the folder of a run"):
+  with pytest.raises(
+      ValueError, match=r"init_from\.generator is '.*', must be the folder of a run"):
     init_from.source_path('generator', str(tmp_path))
   with pytest.raises(ValueError, match=r"init_from\.student is 'nowhere'"):
     init_from.source_path('student', 'nowhere')

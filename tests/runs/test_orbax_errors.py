@@ -8,8 +8,10 @@ FULL = 'RESOURCE_EXHAUSTED: Error writing "a/b/0" in OCDBT database: No space le
 
 
 @pytest.mark.parametrize(('error', 'is_transient'), [
-    (ValueError('DATA_LOSS: Error decoding'), False), (ValueError(FULL), True), (MemoryError(), True),
-    (OSError('[Errno 13] Permission denied'), True), (ValueError('NOT_FOUND: no such file'), False)])
+    (ValueError('DATA_LOSS: Error decoding'), False), (ValueError(FULL), True),
+    (MemoryError(), True),
+    (OSError('[Errno 13] Permission denied'), True),
+    (ValueError('NOT_FOUND: no such file'), False)])
 def test_transient_errors(error, is_transient):
   assert orbax_errors.is_transient(error) == is_transient
   with pytest.raises(ValueError, match='^Cannot read step 3: ') as raised:  # noqa: SIM117
@@ -19,8 +21,10 @@ def test_transient_errors(error, is_transient):
 
 
 def test_a_reason_is_one_line_without_internals():
-  text = """\n  Failed to open "/a/b": No space left on device [os_error_code='28'] [tensorstore_spec='{}']\nand more"""
-  assert orbax_errors.short_reason(ValueError(text)) == 'Failed to open "/a/b": No space left on device'
+  text = ('\n  Failed to open "/a/b": No space left on device '
+          "[os_error_code='28'] [tensorstore_spec='{}']\nand more")
+  assert orbax_errors.short_reason(
+      ValueError(text)) == 'Failed to open "/a/b": No space left on device'
   assert orbax_errors.short_reason(KeyError()) == 'KeyError'
   cut = orbax_errors.short_reason(ValueError('a' * 500 + 'full'))
   assert len(cut) < 300
@@ -28,6 +32,7 @@ def test_a_reason_is_one_line_without_internals():
 
 
 def test_a_sentence_may_follow_the_error():
-  with pytest.raises(ValueError, match=r'^Cannot save: disk full\. The checkpoint of step 2 is kept\.$'):  # noqa: SIM117
+  with pytest.raises(ValueError,
+      match=r'^Cannot save: disk full\. The checkpoint of step 2 is kept\.$'):  # noqa: SIM117
     with orbax_errors.storage_errors('save', advice=lambda: 'The checkpoint of step 2 is kept.'):
       raise OSError('disk full.')
