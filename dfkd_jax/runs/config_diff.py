@@ -16,7 +16,6 @@ FREE = (
     'device_memory_gb', 'distributed.coordinator', 'distributed.num_processes',
     'distributed.process_id', 'distributed.timeout', 'faults.reseed', 'num_devices')
 FORCE = 'force'
-_PARTS = ('config', 'jax', 'weights')  # Of a run's identity.
 _SOURCES = ('teacher.source', 'judge.source')  # The digests of their weights are compared instead.
 _MAX_SHOWN = 4  # Differences that an error lists.
 
@@ -51,7 +50,7 @@ def config_changes(
       ended and left no checkpoint.
   """
   _check_resume(resume, {_config_field(name) for name in _fields(stored) | _fields(current)})
-  changes = differing_fields(stored, current)
+  changes = differing_fields(stored, current) if stored else {}
   refused = {name: change for name, change in changes.items()
              if not is_forced(resume, name) and not is_skipped(name)}
   if refused:
@@ -71,14 +70,15 @@ def config_changes(
 def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of 'config', 'jax' and 'weights' in which two runs differ.
 
-  A part that one of them lacks is not compared: older runs have no 'jax'.
+  'jax' and 'weights' are compared only if both runs have them: older runs have no 'jax'.
 
   Returns:
     {name: {'there': value in `stored`, 'here': value in `current`}}, such as 'distill.rounds',
     'jax.enable_x64' or 'weights.teacher'.
   """
-  parts = [part for part in _PARTS if part in stored and part in current]
-  there, here = (_fields({part: record[part] for part in parts}) for record in (stored, current))
+  parts = {'config', *(stored.keys() & current.keys())}
+  there, here = (_fields({part: record.get(part, {}) for part in parts})
+                 for record in (stored, current))
   return {name: {'there': there.get(name), 'here': here.get(name)}
           for name in sorted(there.keys() | here.keys())
           if _compared(name, there.get(name)) != _compared(name, here.get(name))}

@@ -34,6 +34,7 @@ def test_runs_of_before_know_no_settings_of_jax():
   older = {'config': CONFIG}
   with jax.enable_x64(True):
     assert config_diff.differing_fields(older, identity()) == {}
+  assert config_diff.differing_fields({}, identity()).keys() == {'seed', 'teacher.source'}
 
 
 def test_a_precision_of_the_config_counts_instead_of_that_of_jax():
