@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dfkd_jax import distill, parallel
-from dfkd_jax.config import build
+from dfkd_jax.config import build, records
 from dfkd_jax.evaluate import synthetic_images
 from dfkd_jax.jobs import noise_control, preflight, sample_images, supervised
 from dfkd_jax.models.network import Network
@@ -47,15 +47,17 @@ def run_distillation(
       source = None if teacher else config.teacher.source
       teacher, judge = teacher or build.teacher(config), build.judge(config)
       card = build.card(teacher, source)
-      experiment.store.stands_on(
+      sources, stored = records.InitFrom(**config.init_from), experiment.store.stored
+      unread = init_from.unread_sources(sources, stored, config.control)
+      experiment.store.check_identity(
           teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
-          **init_from.digests(config, experiment.store.stored))
-    if (summary := experiment.store.finished()) is not None:
+          **init_from.source_digests(sources, unread, stored))
+    if (summary := experiment.store.finished_summary()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       # On the host, since what is placed will be donated, and the control starts from the same.
-      network = init_from.student(
-          config, build.network(config, 'student', student_key), experiment.store.stored)
+      network = init_from.load_student(
+          build.network(config, 'student', student_key), unread.student, tuple(config.dataset.image_shape))
       network = jax.tree.map(np.array, network)
     factors = _factors(experiment, teacher, network, card)
     make = build.synthesizer(config, mesh.size, factors)
@@ -64,7 +66,7 @@ def run_distillation(
   with experiment.ledger.part('setup'):
     synthesis = programs.init(make, mesh, init_key, teacher)
     with parallel.raise_on_all_processes():
-      synthesis = init_from.generator(config, mesh, make(None), synthesis, experiment.store.stored)
+      synthesis = init_from.load_generator(make(None), synthesis, unread.generator, mesh)
     state = programs.State(synthesis, parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
     compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
@@ -72,7 +74,7 @@ def run_distillation(
     look = _held_out(experiment, mesh, make, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    state, done = experiment.store.begin(state, 'round', section.rounds)
+    state, done = experiment.store.resume(state, 'round', section.rounds)
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
     metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
     advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)
@@ -131,7 +133,7 @@ def _images_a_call(config: build.Config) -> int:
 
 
 def _round(
-    experiment, compiled: programs.Programs, finite: non_finite.Finite, run_key: PRNGKey, teacher: Network,
+    experiment, compiled: programs.Programs, finite: non_finite.FiniteCheck, run_key: PRNGKey, teacher: Network,
     state: programs.State, index: int, reseeded: int):
   """One round: as many calls as it has, each of synthesis, and of student steps once there is enough to learn from."""
   section, learnt = experiment.config.distill, []

@@ -66,7 +66,7 @@ def in_processes(jobs, folder, number=2, devices=2):
 
 def contents(workdir):
   """Step and leaves of the last checkpoint, by path."""
-  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
+  with Checkpoints(workdir / 'checkpoints') as checkpoints:
     step = checkpoints.latest()
     about = json.loads((workdir / 'checkpoints' / str(step) / 'meta' / 'metadata').read_text())
     template = {path: np.zeros(shape, dtype) for path, shape, dtype in about['leaves']}
