@@ -12,32 +12,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import util
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from dfkd_jax import distill, parallel
-from dfkd_jax.config import build
+from dfkd_jax import cli, distill, parallel
+from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.checkpoint import Checkpoints
 from dfkd_jax.synth import replay
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # For configs, which are no package.
-spec = util.spec_from_file_location('command_line', ROOT / 'main.py')
-command_line = util.module_from_spec(spec)
-spec.loader.exec_module(command_line)
 
 
-def full_state(config: build.Config) -> dict:
+def full_state(config: ConfigDict) -> dict:
   """What a run of a config saves, with fresh weights and a buffer full of noise."""
   keys = jax.random.split(jax.random.key(0), 3)
-  mesh = parallel.make_mesh(1)
-  teacher, student = (
-      build.network(config, which, key) for which, key in zip(('teacher', 'student'), keys[:2], strict=True))
-  tx = build.optimizer(config, config.distill.rounds, config.distill.steps_per_round)
-  synthesis = programs.init(build.synthesizer(config, 1), mesh, keys[2], teacher)
+  mesh, settings = parallel.make_mesh(1), resolve(config)
+  teacher = build.fresh_network(settings.teacher, keys[0])
+  student = build.fresh_network(settings.student, keys[1])
+  tx = build_optimizer.optimizer(
+      settings.optimizer, settings.distill.rounds, settings.distill.steps_per_round)
+  make = build_method.synthesizer(settings.method, 1)
+  synthesis = programs.init(make, mesh, keys[2], teacher)
   images = replay.find_buffer(synthesis).images
   noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
   synthesis = replay.replace_buffer(synthesis, images=jax.device_put(noise, images.sharding))
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--config', default='configs/cifar10.py:fast_dfkd')
   parser.add_argument('--seconds', type=float, help='of a round, as a run said: for the share that saves take')
   wanted = parser.parse_args(argv)
-  config = command_line.load(wanted.config)
+  config = cli.load(wanted.config)
   with tempfile.TemporaryDirectory() as folder:
     found = measure(full_state(config), pathlib.Path(folder))
   for name, value in found.items():

@@ -25,7 +25,9 @@ import statistics
 import subprocess
 import sys
 
-import main
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # For configs, which are no package.
+
+from dfkd_jax import cli  # noqa: E402
 
 METHODS = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq', 'dfad', 'zskt', 'dafl', 'cmi', 'deep_inversion', 'nayer')
 AVERAGED = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq')  # Also with a moving average of the generator (MAD).
@@ -95,8 +97,8 @@ class Pool:
 
 def config_of(method: str, fields: tuple[str, ...]):
   """The config of a method with these fields set."""
-  config = main.load(f'configs/default.py:{method}')
-  main.override(config, [f'--config.{field}' for field in fields])
+  config = cli.load(f'configs/default.py:{method}')
+  cli.override(config, [f'--config.{field}' for field in fields])
   return config
 
 

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-import main as command_line
-from dfkd_jax import distill, parallel
-from dfkd_jax.config import build
+from dfkd_jax import cli, distill, parallel
+from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
 
 DEVICES = 4
@@ -140,14 +140,18 @@ def spread(config, devices: int):
 
 def programs(config) -> programs.Programs:
   """Both programs of a round for `DEVICES` devices, from shapes alone."""
-  mesh, key = parallel.make_mesh(DEVICES), jax.random.key(0)
-  section = config.distill
+  mesh, key, settings = parallel.make_mesh(DEVICES), jax.random.key(0), resolve(config)
   teacher, student = (
-      jax.eval_shape(lambda which=which: build.network(config, which, key)) for which in ('teacher', 'student'))
-  tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
-  synthesis = jax.eval_shape(build.synthesizer(config, 1)(None).init, key, teacher)
+      jax.eval_shape(lambda network=network: build.fresh_network(network, key))
+      for network in (settings.teacher, settings.student))
+  tx = build_optimizer.optimizer(
+      settings.optimizer, settings.distill.learning_rounds, settings.distill.steps_per_round)
+  synthesis = jax.eval_shape(build_method.synthesizer(settings.method, 1)(None).init, key, teacher)
   state = programs.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
-  return programs.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
+  plan = programs.Plan(
+      mesh, build_method.synthesizer(settings.method, DEVICES), tx, settings.distill,
+      build_method.augmentation(settings.augment), settings.method.num_tasks // DEVICES)
+  return programs.compile_programs(plan, state, teacher)
 
 
 def of_round(found: dict[str, Traffic], config) -> dict[str, Traffic]:
@@ -158,15 +162,17 @@ def of_round(found: dict[str, Traffic], config) -> dict[str, Traffic]:
 def flops_of_round(config) -> float:
   """FLOP of what one device has to do."""
   key, section, method = jax.random.key(0), config.distill, config.method
+  settings = resolve(config)
   image = jnp.zeros((1, *config.dataset.image_shape))
   of = lambda function, *inputs: jax.jit(function).lower(*inputs).cost_analysis()['flops']
   teacher, student = (
       of(lambda network, x: network(x).logits, jax.eval_shape(
-          lambda which=which: build.network(config, which, key)), image) for which in ('teacher', 'student'))
+          lambda network=network: build.fresh_network(network, key)), image)
+      for network in (settings.teacher, settings.student))
   made = 0.0
   if 'latent_dim' in method:
-    shape = build.latent_dim(config)
-    generator, latents = build.generator(config), jnp.zeros((1, *((shape,) if isinstance(shape, int) else shape)))
+    generator = build_method.generator(settings.method.generator)
+    latents = jnp.zeros(build_method.latent_shape(settings.method, 1))
     variables = jax.eval_shape(lambda: generator.init(key, latents))
     made = of(lambda v, z: generator.apply(v, z, mutable=['batch_stats'])[0], variables, latents)
   inner = 3 * made + 2 * teacher + (2 * student if config.factors.adversarial else 0)
@@ -203,8 +209,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
   parser.add_argument('--config', default='configs/cifar10.py:fast_dfkd,fast5,resnet34-resnet18')
   options, overrides = parser.parse_known_args()
-  config = command_line.load(options.config)
-  command_line.override(config, overrides)
+  config = cli.load(options.config)
+  cli.override(config, overrides)
   compiled = programs(spread(config, DEVICES))
   found = {name: of_round(traffic(getattr(compiled, name).as_text()), config) for name in ('synthesize', 'distill')}
   report(found, flops_of_round(config))

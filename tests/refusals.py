@@ -1,7 +1,6 @@
 """How bad input must be refused, and how much of each kind is generated."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import pathlib
@@ -11,9 +10,8 @@ import hypothesis
 import toy_runs
 from hypothesis import Phase, settings
 
-spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
-main = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(main)
+from dfkd_jax import cli
+
 # Bad inputs of each kind that are really run; the first half in test_bad_inputs, the other in test_bad_files.
 COUNTS = {
     'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45, 'workdirs': 17,
@@ -91,4 +89,4 @@ def run_main(*arguments, config=None, kind=''):
     path = toy_runs.folder() / 'toy.py'
     path.write_text(CONFIG)
     config = f'{path}:{kind}' if kind else str(path)
-  return lambda: main.main(['main.py', f'--config={config}', *map(str, arguments)])
+  return lambda: cli.main(['main.py', f'--config={config}', *map(str, arguments)])

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 
 import jax
@@ -10,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from dfkd_jax import models, synth, train, weights
-from dfkd_jax.config import check_fields
-from dfkd_jax.config import fields as config_fields
+from dfkd_jax import cli, models, train, weights
+from dfkd_jax.config import fields
+from dfkd_jax.config.field import is_inside
+from dfkd_jax.config.overrides import field_names, override
+from dfkd_jax.config.problems import Problems
+from dfkd_jax.config.records import resolve
+from dfkd_jax.config.values import check_values
 from dfkd_jax.runs import signals as run_signals
 
-spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
-main = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(main)
 CONFIG = """
 import toy_runs
 
@@ -48,7 +48,7 @@ def call(config_file, tmp_path, monkeypatch, capsys):
 
   def call(*arguments, config=config_file):
     given = [] if config is None else [f'--config={config}']
-    status = main.main(['main.py', *given, *arguments])
+    status = cli.main(['main.py', *given, *arguments])
     seen = capsys.readouterr()
     return status, seen.out.splitlines(), seen.err.splitlines()
 
@@ -73,7 +73,7 @@ def test_runs_a_config_and_sets_fields(call, tmp_path, monkeypatch):
     ('configs/default.py', 'runs/default'), ('configs/cifar10.py:fast_dfkd,fast2', 'runs/cifar10-fast_dfkd-fast2'),
     ('elsewhere/mine.py:', 'runs/mine')])
 def test_the_default_workdir_tells_the_config(name, workdir):
-  assert main.default_workdir(name) == workdir
+  assert cli.default_workdir(name) == workdir
 
 
 def test_without_arguments_it_is_the_quick_start(call, monkeypatch):
@@ -88,8 +88,8 @@ def test_without_arguments_it_is_the_quick_start(call, monkeypatch):
 
 
 def test_fields_of_any_kind_are_set(config_file):
-  config = main.load(config_file)
-  main.override(config, [
+  config = cli.load(config_file)
+  override(config, [
       '--config.student.options.widths=(4,5,6)', '--config.num_devices=2', '--config.control',
       '--config.labels=balanced', '--config.dataset.image_shape=(4,8,3)', '--config.factors.l2=1e-3',
       '--noconfig.optimizer.nesterov'])
@@ -98,13 +98,57 @@ def test_fields_of_any_kind_are_set(config_file):
   assert (config.dataset.image_shape, config.factors.l2, config.optimizer.nesterov) == ((4, 8, 3), 1e-3, False)
 
 
+def test_options_that_a_config_leaves_open_are_set(config_file):
+  """Numbers, texts and tuples, which the networks take or refuse."""
+  config = cli.load(config_file)
+  with config.unlocked():
+    config.teacher.options, config.generator.options = {}, {}
+  override(config, [
+      '--config.teacher.options.shortcut=pad', '--config.teacher.options.epsilon=1e-3', '--config.judge.options.depth=8',
+      '--config.generator.options.widths=(3,2)', '--config.student.options.widths=None'])
+  assert config.teacher.options.to_dict() == {'shortcut': 'pad', 'epsilon': 1e-3}
+  assert (config.judge.options.depth, config.generator.options.widths) == (8, (3, 2))
+  assert config.student.options.widths is None  # The network's own default.
+  assert resolve(config).student.options == {'strides': (1, 2)}
+
+
+def test_none_is_none_where_a_field_may_be(config_file):
+  config = cli.load(config_file)
+  with config.unlocked():
+    config.method.restart_every = 50
+  override(config, [
+      '--config.method.restart_every=None', '--config.dataset.name=None', '--config.num_devices=None',
+      '--config.precision=None', '--config.teacher.resize=None', '--config.augment.student.pad=None'])
+  for value in (config.method.restart_every, config.dataset.name, config.num_devices, config.precision,
+                config.teacher.resize, config.augment.student.pad):
+    assert value is None
+  for field in ('distill.rounds', 'optimizer.learning_rate', 'control', 'student.mean', 'method.num_steps'):
+    with pytest.raises(ValueError, match=rf"config\.{field} is 'None', must be"):
+      override(config, [f'--config.{field}=None'])
+
+
+def test_no_data_set_is_not_one_of_that_name(call):
+  status, _, err = call('--config.dataset.name=None', '--config.job=train')
+  assert status == 2
+  assert any('dataset.name is None' in line for line in err)
+
+
+def test_an_option_that_a_network_does_not_know_is_refused(call):
+  status, _, err = call('--config.student.options.shortcutt=pad')
+  assert (status, len(err)) == (2, 1)
+  assert 'student.options' in err[0]
+  assert 'shortcutt' in err[0]
+
+
 def test_help_says_how(capsys):
   with pytest.raises(SystemExit) as end:
-    main.main(['main.py', '--help'])
+    cli.main(['main.py', '--help'])
   text = capsys.readouterr().out
   assert end.value.code == 0
   for word in ('--config', '--workdir', 'configs/cifar10.py:fast_dfkd', '--config.FIELD=VALUE', 'configs/default.py'):
     assert word in text
+  for field in fields.BY_NAME.values():
+    assert f'--config.{field.name}' in text
 
 
 def save(path, **changes):
@@ -140,7 +184,7 @@ BAD = {
     'half a round': (['--config.distill.rounds=1.5'], ['distill.rounds', "'1.5'", 'whole number']),
     'yes or no': (['--config.control=maybe'], ['config.control', "'maybe'", 'True or False']),
     'tuple': (['--config.teacher.mean=(1,'], ['teacher.mean', 'tuple']),
-    'section as a number': (['--config.dataset=3'], ['config.dataset', "'3'"]),
+    'section as a number': (['--config.dataset=3'], ['config.dataset', 'section']),
     'argument': (['--wrokdir=x'], ["'--wrokdir'", "'--workdir'", '--help']),
     'word': (['quickly'], ["'quickly'", '--help']),
     'value': (['--workdir'], ['--workdir', 'expected one argument']),
@@ -150,7 +194,6 @@ BAD = {
     'job': (['--config.job=distil'], ["'distil'", "'distill'", 'train']),
     'rounds': (['--config.distill.rounds=0'], ['distill.rounds is 0', '[1, inf)']),
     'steps': (['--config.method.num_steps=0'], ['method.num_steps is 0', '[1, inf)']),
-    'two at once': (['--config.seed=-1', '--config.factors.one_hot=-2'], ['seed is -1', 'factors.one_hot is -2.0']),
     'rate': (['--config.optimizer.learning_rate=-0.1'], ['optimizer.learning_rate is -0.1', '(0, inf)']),
     'not a number': (['--config.method.latent_lr=nan'], ['method.latent_lr is nan', '(0, inf)']),
     'infinite': (['--config.factors.batch_norm=inf'], ['factors.batch_norm is inf', '[0, inf)']),
@@ -171,7 +214,7 @@ BAD = {
     'channels': (['--config.dataset.image_shape=(12,8,3)'], ['(12, 8, 1)', '(12, 8, 3)']),
     'size': (['--config.dataset.image_shape=(8,8,1)'], ['(12, 8, 1)', '(8, 8, 1)']),
     'size for the generator': (['--config.dataset.image_shape=(10,8,1)'], ['(10, 8)', 'divisible by 4']),
-    'axes': (['--config.dataset.image_shape=(12,8)'], ['dataset.image_shape is (12, 8)', 'channels']),
+    'axes': (['--config.dataset.image_shape=(12,8)'], ['dataset.image_shape is (12, 8)', '3 whole numbers']),
     'normalisation': (['--config.student.mean=(0.1,0.2)'], ['student.mean is (0.1, 0.2)', '1 channels']),
     'no deviation': (['--config.teacher.std=(0.0,)'], ['teacher.std is (0.0,)', '(0, inf)']),
     'classes': (['--config.dataset.num_classes=6'], ['dataset.num_classes is 6', 'must be 5']),
@@ -228,15 +271,15 @@ def test_bad_input_costs_one_line_and_writes_nothing(name, call, tmp_path):
   assert not (tmp_path / 'runs').exists()
 
 
-NUMBERS = {name: interval for interval, names in config_fields.RANGES.items() for name in names}
+def test_two_problems_are_two_lines(call):
+  status, _, err = call('--config.seed=-1', '--config.factors.one_hot=-2')
+  assert status == 2
+  assert len(err) == 2
+  assert 'seed is -1' in err[0]
+  assert 'factors.one_hot is -2.0' in err[1]
 
 
-def complaint(config):
-  try:
-    check_fields.check(config)
-  except ValueError as error:
-    return str(error)
-  return ''
+NUMBERS = [name for name, field in fields.BY_NAME.items() if field.kind in (int, float) and isinstance(field.allowed, str)]
 
 
 @pytest.mark.parametrize('name', sorted(NUMBERS))
@@ -244,10 +287,11 @@ def complaint(config):
 @given(drawn=st.floats(-1e6, 1e6, allow_subnormal=False, width=32))
 def test_numbers_out_of_range_are_named(name, drawn):
   """A number is refused as such if, and only if, it lies outside; the ends are tried always."""
-  interval = NUMBERS[name]
-  low, high = (float(end) for end in interval[1:-1].split(','))
-  *sections, field = name.split('.')
+  field = fields.BY_NAME[name]
+  low, high = (float(end) for end in field.allowed[1:-1].split(','))
+  *sections, last = name.split('.')
   for number in (low, high, drawn):
+    number = int(number) if field.kind is int and abs(number) < 2**40 else number
     config = toy_runs.config()
     config.unlock()
     inner = config
@@ -255,28 +299,30 @@ def test_numbers_out_of_range_are_named(name, drawn):
       inner[section] = inner.get(section) or {}
       inner = inner[section]
     with inner.ignore_type():
-      lengths = {'image_shape': 3, 'resize': 2, 'std': 1, 'milestones': 1}  # Of those that are tuples.
-      inner[field] = (number,) * lengths[field] if field in lengths else number
-    inside = (low < number or (low == number and interval[0] == '[')) and (
-        number < high or (number == high and interval[-1] == ']'))
-    message = complaint(config)
-    assert len(message.splitlines()) <= 1
-    assert (f'{name} is' in message and f'must be in {interval}' in message) == (not inside)
+      inner[last] = number if field.length is None else (number,) * (field.length or 1)
+    problems = Problems()
+    problems.run(check_values, config)
+    lines = [str(error) for error in problems.errors if error.field == name]
+    assert bool(lines) == (not is_inside(number, field.allowed))
+    for line in lines:
+      assert len(line.splitlines()) == 1
+      assert f'{name} is' in line
+      assert f'in {field.allowed}' in line
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_misspelt_fields_are_named(data):
   config = toy_runs.config().lock()
-  known = main._fields(config)
+  known = field_names(config)
   field = data.draw(st.sampled_from(known))
   place = data.draw(st.integers(0, len(field) - 1))
   letter = data.draw(st.sampled_from('abcxyz_'))
   misspelt = field[:place] + letter + field[place + 1:]
-  if misspelt in known:
+  if misspelt in known or '.options.' in misspelt:  # Networks know their options.
     return
   with pytest.raises(ValueError, match='Unknown') as error:
-    main.override(config, [f'--config.{misspelt}=1'])
+    override(config, [f'--config.{misspelt}=1'])
   assert repr(misspelt) in str(error.value)
   assert len(str(error.value).splitlines()) == 1
   near = str(error.value).partition('Did you mean ')[2]
@@ -345,9 +391,3 @@ def test_as_a_process_bad_input_is_one_line(arguments, piece, tmp_path):
   assert line.startswith('error: ')
   assert piece in line
   assert list(tmp_path.iterdir()) == []
-
-
-def test_every_method_is_known_to_the_checks():
-  """Numbers of methods that the checks name are arguments of one."""
-  taken = {number for name in synth.names() for number in synth.parameters(name)}
-  assert {name.split('.')[1] for name in NUMBERS if name.startswith('method.')} <= taken

@@ -20,7 +20,7 @@ def decode_all(
   """All images and labels."""
   shape = None if image_shape is None else tuple(image_shape)
   images, labels = None, np.empty(size, np.int32)
-  attempt = lambda row, record: attempt(lambda: decode(record['image']), f'Image {row} of data set {name!r}')
+  decode_record = lambda row, record: attempt(lambda: decode(record['image']), f'Image {row} of data set {name!r}')
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for start in range(0, size, DECODED_AT_ONCE):  # Since the pool's map takes all that it is given at once.
       part = attempt(lambda: list(itertools.islice(records, DECODED_AT_ONCE)), f'Data set {name!r}')
@@ -28,7 +28,7 @@ def decode_all(
         raise ValueError(f'Data set {name!r} is cut off: it has {start + len(part)} images and should have {size}.')
       labels[start:start + len(part)] = attempt(
           lambda part=part: [int(record['label']) for record in part], f'Data set {name!r}')
-      for row, image in enumerate(pool.map(attempt, itertools.count(start), part), start):
+      for row, image in enumerate(pool.map(decode_record, itertools.count(start), part), start):
         shape = shape or image.shape
         if image.shape != shape:
           wanted = 'asked for' if image_shape else 'what others of it have'

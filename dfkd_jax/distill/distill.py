@@ -72,7 +72,7 @@ def distill(
     wanted = teacher(images)
 
     def loss_fn(outputs):
-      per_sample = divergence(divergence, outputs.logits, wanted.logits, temperature)
+      per_sample = per_sample_divergence(divergence, outputs.logits, wanted.logits, temperature)
       if attention_factor:
         per_sample += attention_factor * attention.attention_transfer(outputs.maps, wanted.maps)
       new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(per_sample))
@@ -104,7 +104,7 @@ def sampled_indices(state: PyTree, key: PRNGKey, *, synthesizer: Synthesizer, nu
   return lax.map(of_step, jax.random.split(key, num_steps))
 
 
-def divergence(kind: str, logits: Array, wanted: Array, temperature: float) -> Array:
+def per_sample_divergence(kind: str, logits: Array, wanted: Array, temperature: float) -> Array:
   """Divergence of the student's logits [B, ..., K] from the teacher's, per sample [B]."""
   kinds = {
       'kl': lambda: divergences.kl(logits, wanted, temperature),
@@ -114,3 +114,4 @@ def divergence(kind: str, logits: Array, wanted: Array, temperature: float) -> A
     raise ValueError(f'divergence is {kind!r}, must be one of {tuple(kinds)}.')
   per_element = kinds[kind]()
   return per_element.reshape(per_element.shape[0], -1).mean(1)
+divergence = per_sample_divergence

@@ -29,6 +29,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dfkd_jax.messages import FieldError
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
 AXIS = 'devices'
@@ -86,13 +87,13 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   """A mesh over the first `num_devices` devices (default: all) with the one axis `AXIS`; of several processes, all."""
   devices, processes = jax.devices(), jax.process_count()
   if processes > 1 and num_devices not in (None, len(devices)):
-    raise ValueError(
-        f'num_devices is {num_devices}, must be None or {len(devices)}, the devices of all {processes} processes.')
+    raise FieldError(
+        'num_devices', f'num_devices is {num_devices}, must be None or {len(devices)}, the devices of all {processes} processes.')
   if processes > 1 and not jax.distributed.is_initialized():
     raise ValueError(
         f"This is one of {processes} processes that cannot speak to each other: set distributed.coordinator to 'auto'.")
   if num_devices is not None and not 1 <= num_devices <= len(devices):
-    raise ValueError(f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
+    raise FieldError('num_devices', f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
   return Mesh(np.asarray(devices[:num_devices]), (AXIS,))
 
 
@@ -186,5 +187,5 @@ def even_share(total: int, parts: int, what: str) -> int:
   """
   if total < 1 or total % parts:
     near = max(parts, round(total / parts) * parts)
-    raise ValueError(f'{what} is {total}, must be a positive multiple of {parts} (devices and tasks), such as {near}.')
+    raise FieldError(what, f'{what} is {total}, must be a positive multiple of {parts} (devices and tasks), such as {near}.')
   return total // parts

@@ -6,14 +6,10 @@ from typing import Any
 
 import jax
 
+from dfkd_jax.config.fields import FREE
 from dfkd_jax.messages import check_choice
 from dfkd_jax.runs.checkpoint import Checkpoints
 
-# Where things lie and run, and what may be spent, is no part of what a run computes: it may go on with them changed.
-FREE = (
-    'budget.images', 'budget.minutes', 'buffer', 'compilation_cache', 'dataset.data_dir', 'device_memory_gb',
-    'distributed.coordinator', 'distributed.num_processes', 'distributed.process_id', 'distributed.timeout',
-    'faults.reseed', 'num_devices')
 FORCE = 'force'
 _SOURCES = ('teacher.source', 'judge.source')  # Wherever they lie: their weights are compared.
 _SHOWN = 4  # Differences that an error lists.
@@ -85,14 +81,6 @@ def check_goes_on(workdir: pathlib.Path) -> None:
       if checkpoints.any():
         return
   raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to go on from. Name another --workdir.')
-
-
-def jsonable(config: Any) -> dict:
-  """A config (`ConfigDict`) as JSON has it: tuples as lists."""
-  plain = lambda value: (
-      {k: plain(v) for k, v in value.items()} if isinstance(value, dict)
-      else [plain(v) for v in value] if isinstance(value, (list, tuple)) else value)
-  return plain(config.to_dict())
 
 
 def flatten(config: dict) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dfkd_jax import parallel, paths, weights
 from dfkd_jax.config import build
+from dfkd_jax.config.records import Settings
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import generator_training
 from dfkd_jax.synth import inversion as inversions
@@ -20,23 +21,23 @@ _STATES = (inversions.State, generator_training.State)
 _FIELDS = ('meta_params', 'params', 'batch_stats')  # Of a generator in either.
 
 
-def already_loaded(config: build.Config, there: Mapping[str, Any]) -> set[str]:
+def already_loaded(settings: Settings, there: Mapping[str, Any]) -> set[str]:
   """Of 'student' and 'generator' those that a run which goes on has taken over long since, and needs no more.
 
   A control begins as the student did, which then is needed again.
 
   Args:
-    config: Of the run.
+    settings: Of the run.
     there: What is known of the run in the folder, see `run_folder.stored`.
   """
   before = there.get('config', {}).get('init_from')
   before = before if isinstance(before, dict) else {}
-  return {which for which, source in config.init_from.items()
+  return {which for which, source in settings.init_from._asdict().items()
           if source is not None and before.get(which) == source and f'init_from.{which}' in there.get('weights', {})
-          and not (which == 'student' and config.control)}
+          and not (which == 'student' and settings.control)}
 
 
-def digests(config: build.Config, there: Mapping[str, Any]) -> dict[str, str]:
+def digests(settings: Settings, there: Mapping[str, Any]) -> dict[str, str]:
   """SHA-256 of what is taken over, by its name in the config; of a run's folder, of these arrays alone.
 
   Arguments are those of `has`, and what that gives is not looked at: it may be gone, or another by now.
@@ -44,14 +45,14 @@ def digests(config: build.Config, there: Mapping[str, Any]) -> dict[str, str]:
   Raises:
     ValueError: It cannot be read.
   """
-  known = already_loaded(config, there)
-  return {name: there['weights'][name] if which in known else _digest(config, which)
-          for which, source in sorted(config.init_from.items()) if source is not None
+  known = already_loaded(settings, there)
+  return {name: there['weights'][name] if which in known else _digest(settings, which)
+          for which, source in sorted(settings.init_from._asdict().items()) if source is not None
           for name in [f'init_from.{which}']}
 
 
-def _digest(config: build.Config, which: str) -> str:
-  source, path = config.init_from[which], source_path(config, which)
+def _digest(settings: Settings, which: str) -> str:
+  source, path = getattr(settings.init_from, which), source_path(settings, which)
   try:
     if _checkpoint(source) is None:
       return weights.digest(path)
@@ -66,13 +67,13 @@ def _generator_of(path: pathlib.Path) -> dict[str, np.ndarray]:
   return weights.read_under(path, 'synthesis', _name)
 
 
-def source_path(config: build.Config, which: str) -> pathlib.Path | None:
+def source_path(settings: Settings, which: str) -> pathlib.Path | None:
   """Where the 'student' or the 'generator' is taken from; None: it is not.
 
   Raises:
     ValueError: There is no such place, or it has no generator.
   """
-  source = config.init_from[which]
+  source = getattr(settings.init_from, which)
   if source is None:
     return None
   found = _checkpoint(source)
@@ -81,17 +82,16 @@ def source_path(config: build.Config, which: str) -> pathlib.Path | None:
   return found or build.weights_path(source, f'init_from.{which}')
 
 
-def student(config: build.Config, network: Network, there: Mapping[str, Any], which: str = 'student') -> Network:
+def student(settings: Settings, network: Network, there: Mapping[str, Any], which: str = 'student') -> Network:
   """A network that is to be trained, with the variables of `init_from.student`, if that is set and needed (`has`).
 
   Raises:
     ValueError: There are none, or they do not fit.
   """
-  source = config.init_from.student
-  if source is None or 'student' in already_loaded(config, there):
+  source = settings.init_from.student
+  if source is None or 'student' in already_loaded(settings, there):
     return network
-  height, width, channels = config.dataset.image_shape
-  path, shape = source_path(config, 'student'), (*(config[which].resize or (height, width)), channels)
+  path, shape = source_path(settings, 'student'), getattr(settings, which).input_shape
   try:
     found = weights.load(path, network.module, shape)
   except (OSError, ValueError) as error:
@@ -99,19 +99,19 @@ def student(config: build.Config, network: Network, there: Mapping[str, Any], wh
   return network.replace(params=found['params'], batch_stats=found.get('batch_stats', network.batch_stats))
 
 
-def generator(config: build.Config, mesh: Mesh, synthesis: PyTree, there: Mapping[str, Any]) -> PyTree:
+def generator(settings: Settings, mesh: Mesh, synthesis: PyTree, there: Mapping[str, Any]) -> PyTree:
   """A method's state with the generator of `init_from.generator`, if that is set and needed (`has`).
 
   Raises:
     ValueError: It is no run's folder, its run or this one has no generator, or they differ in shape.
   """
-  source = config.init_from.generator
-  if source is None or 'generator' in already_loaded(config, there):
+  source = settings.init_from.generator
+  if source is None or 'generator' in already_loaded(settings, there):
     return synthesis
   if not any(_is_generator(node) for node in jax.tree.leaves(synthesis, is_leaf=_is_generator)):
     raise ValueError(f'init_from.generator is {source!r}, must be None: this method has no generator that lasts.')
   try:
-    arrays = _generator_of(source_path(config, 'generator'))
+    arrays = _generator_of(source_path(settings, 'generator'))
   except ValueError as error:
     raise ValueError(f'init_from.generator is {source!r}, whose run has no generator that lasts: {error}') from None
   found = {_name(path): array for path, array in arrays.items()}

@@ -91,5 +91,5 @@ def write(path: pathlib.Path, found: Mapping[str, Any]) -> None:
   """Writes what repeats a fault. Of several processes the first alone writes, and an error there is one on all."""
   with parallel.raise_on_all_processes():
     if parallel.is_first():
-      with report.writing(path), report.replacing(path) as file:
+      with report.reporting_disk_errors(path), report.replace_file(path) as file:
         file.write(json.dumps(found, indent=2).encode() + b'\n')

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from dfkd_jax import parallel, report
-from dfkd_jax.config import build
+from dfkd_jax.config.records import RunSettings
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import config_diff
 from dfkd_jax.runs import folder as run_folder
@@ -25,7 +25,7 @@ class RunState:
   """The keeping of one run; a context manager, and nothing is written before it is entered.
 
   Args:
-    config: Of the run; kept beside the checkpoints, and compared when the run goes on.
+    settings: Of the run; its config is kept beside the checkpoints, and compared when the run goes on.
     workdir: Made if missing.
     ledger: Of the run, kept too.
     resume: In what a run that is there may go on with another config, see `run_folder.changed`.
@@ -34,12 +34,12 @@ class RunState:
     ValueError: The folder cannot be written, or holds a run of another config.
   """
 
-  def __init__(self, config: build.Config, workdir: pathlib.Path, ledger: report.Ledger, resume: str | None = None):
+  def __init__(self, settings: RunSettings, workdir: pathlib.Path, ledger: report.Ledger, resume: str | None = None):
     self._began = time.perf_counter()
     self.workdir, self.ledger, self._resume = workdir, ledger, resume
-    self._section = config.checkpoint
+    self._settings = settings
     self.meta: dict[str, Any] = {
-        'config': config_diff.jsonable(config), 'hash': fingerprint(config), 'changed': []}
+        'config': settings.config, 'hash': fingerprint(settings.config), 'changed': []}
     run_folder.check_place(workdir)
     self.stored = run_folder.read_stored(workdir)  # Of the run that is there.
     self._changed = config_diff.config_changes(self.stored, self.meta['config'], workdir, resume)
@@ -85,7 +85,7 @@ class RunState:
     with contextlib.ExitStack() as stack:
       stack.enter_context(run_folder.lock(self.workdir, self.stored))
       self._checkpoints = stack.enter_context(
-          Checkpoints(self.workdir / 'checkpoints', max_to_keep=self._section.max_to_keep))
+          Checkpoints(self.workdir / 'checkpoints', max_to_keep=self._settings.max_to_keep))
       self._stack = stack.pop_all()
     return self
 
@@ -143,7 +143,7 @@ class RunState:
       tree, meta = self._checkpoints.restore(
           lambda parts: fields | ({'best': network} if 'best' in parts else {}))
     best = tree.pop('best', None)
-    self.best_network = best if self._section.keep_best else None
+    self.best_network = best if self._settings.keep_best else None
     self.best, self.last, self._saved = meta['best'], meta['last'], meta['done']
     return state.replace(**tree), meta
 
@@ -158,7 +158,7 @@ class RunState:
       if parallel.is_first() and path.exists():
         numbers = itertools.chain([''], (f'_{number}' for number in itertools.count(2)))
         names = (path.with_name(f'summary_after_{done}{number}.json') for number in numbers)
-        with report.writing(path):
+        with report.reporting_disk_errors(path):
           os.replace(path, next(name for name in names if not name.exists()))
 
   def judge(self, metrics: dict[str, float], done: int, state: PyTree, selection: str) -> None:
@@ -166,7 +166,7 @@ class RunState:
     self.last = metrics | {'round': done}
     if self.last[selection] > self.best.get(selection, -1.0):
       self.best = self.last
-      if self._section.keep_best:
+      if self._settings.keep_best:
         self.best_network = copied(network_of(state))
 
   def save(self, done: int, state: PyTree) -> None:
@@ -201,9 +201,9 @@ class RunState:
     return self._wall + time.perf_counter() - self._began
 
 
-def fingerprint(config: build.Config) -> str:
+def fingerprint(config: dict[str, Any]) -> str:
   """Alike of configs that compute the same."""
-  return config_hash(config_diff.flatten(config_diff.jsonable(config)))
+  return config_hash(config_diff.flatten(config))
 
 
 def network_of(state: PyTree) -> Network:

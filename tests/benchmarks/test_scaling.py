@@ -129,7 +129,7 @@ def test_a_batch_norm_over_devices_is_one_over_the_batch(settled):
 @pytest.mark.parametrize('name', ['configs/cifar10.py:fast_dfkd', 'configs/imagenet.py:small'])
 def test_operations_of_a_round_are_more_than_those_of_the_student(name):
   """Of generators of either kind; the published numbers of steps and images."""
-  config = scaling.command_line.load(name)
+  config = scaling.cli.load(name)
   section = config.distill
   student_alone = section.steps_per_round * section.batch_size * 3e8
   assert scaling.flops_of_round(config) > student_alone
@@ -137,7 +137,7 @@ def test_operations_of_a_round_are_more_than_those_of_the_student(name):
 
 def test_operations_of_a_round_at_imagenets_scale():
   """Without synthesis, by the networks' published 4.1 and 1.8 GMAC; with it, what the README reckons with."""
-  config = scaling.command_line.load('configs/imagenet.py')
+  config = scaling.cli.load('configs/imagenet.py')
   assert scaling.flops_of_round(config) == pytest.approx(3.355e15, rel=0.005)
   student = config.distill.steps_per_round * config.distill.batch_size * 2 * (4.1e9 + 3 * 1.8e9)
   config.method.num_steps = 0
@@ -145,7 +145,7 @@ def test_operations_of_a_round_at_imagenets_scale():
 
 
 def test_a_round_runs_a_program_once_a_call():
-  config = scaling.command_line.load('configs/imagenet.py')
+  config = scaling.cli.load('configs/imagenet.py')
   found = scaling.of_round({'all-reduce': scaling.Traffic(3, 80, 2)}, config)
   assert config.distill.calls_per_round == 10
   assert found == {'all-reduce': scaling.Traffic(30, 800, 20)}

@@ -11,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_runs
+from ml_collections import config_dict
 
-from dfkd_jax import train
-from dfkd_jax.config import build, check_fields
+from dfkd_jax import synth, train, weights
+from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config.problems import raise_problems
+from dfkd_jax.config.records import resolve
+from dfkd_jax.config.values import check_structure, check_values
+from dfkd_jax.synth import schedules
 
 FILES = {path.stem: path for path in sorted((toy_runs.ROOT / 'configs').glob('*.py'))}
 
@@ -48,7 +53,7 @@ def get(each):
 
 def shapes_of(config, which):
   images = jax.ShapeDtypeStruct((1, *config.dataset.image_shape), 'float32')
-  return jax.eval_shape(build.module(config, which).init, jax.random.key(0), images)['params']
+  return jax.eval_shape(build.module(getattr(resolve(config), which)).init, jax.random.key(0), images)['params']
 
 
 def num_params(config, which):
@@ -86,7 +91,8 @@ def test_has_no_stray_fields(each):
 
 @pytest.mark.parametrize('each', EACH)
 def test_passes_its_own_checks(each):
-  check_fields.check(get(each))
+  raise_problems(check_structure, get(each))
+  raise_problems(check_values, get(each))
 
 
 @pytest.mark.parametrize('each', EACH)
@@ -106,24 +112,24 @@ def test_builds(each):
 @functools.cache
 def traced(text):
   """All parts of a run, by the shapes of what goes in and out; once for configs that are the same."""
-  config, key = build.Config(json.loads(text)), jax.random.key(0)
+  config, key = config_dict.ConfigDict(json.loads(text)), jax.random.key(0)
   shapes = lambda function, *inputs: jax.eval_shape(function, key, *inputs)
-  networks = {which: shapes(lambda key, which=which: build.network(config, which, key))
+  networks = {which: shapes(lambda key, which=which: build.fresh_network(getattr(resolve(config), which), key))
               for which in ('teacher', 'student') if config[which].name}
   trained = networks['student' if config.job == 'distill' else config.train.network].params
-  tx = build.optimizer(config, 3, 2)
+  tx = build_optimizer.optimizer(resolve(config).optimizer, 3, 2)
   updates, _ = jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), trained)
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, trained)
   image_shape = tuple(config.dataset.image_shape)
   images = jax.ShapeDtypeStruct((2, *image_shape), 'float32')
-  assert shapes(build.augmentation(config.augment.student), images).shape == images.shape
+  assert shapes(build_method.augmentation(resolve(config).augment), images).shape == images.shape
   if config.job != 'distill':
     return
-  synthesizer = build.synthesizer(config, 1)(None)
+  synthesizer = build_method.synthesizer(resolve(config).method, 1)(None)
   state = shapes(synthesizer.init, networks['teacher'])
   after, metrics = shapes(lambda key, state, *of: synthesizer.synthesize(state, key, *of), state, *networks.values())
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-  assert metrics['loss'].shape == (config.method.num_steps,)
+  assert all(metric.shape == (config.method.num_steps,) for metric in metrics.values())
   batch = shapes(lambda key, state: synthesizer.sample(state, key), state)
   assert batch.images.shape == (config.distill.batch_size, *image_shape)
 
@@ -151,28 +157,28 @@ def test_numbers_of_the_published_pairs(
 def test_a_rate_that_falls_over_the_run(monkeypatch):
   """By the steps of the generator: rounds times calls times steps of a call."""
   made = {}
-  monkeypatch.setattr(build.synth, 'create', lambda name, **numbers: made.update(numbers))
+  monkeypatch.setattr(synth, 'create', lambda name, **numbers: made.update(numbers))
   config = CONFIGS['default']('dfq')
   config.method.update(generator_schedule='cosine', num_steps=3)
   config.distill.update(rounds=7, calls_per_round=4)
-  build.synthesizer(config, 1)(None)
+  build_method.synthesizer(resolve(config).method, 1)(None)
   rates = [float(made['generator_lr'](step)) for step in (0, 42, 84)]
   assert rates == pytest.approx([3e-3, 1.5e-3, 0], abs=1e-9)
 
 
 def test_idle_devices_are_told_of(capsys):
   config = toy_runs.config(num_devices=None)
-  build.tell_unused_devices(config, build.mesh(config).size)
+  build.note_idle_devices(resolve(config), build.make_mesh(resolve(config)).size)
   assert '1 of 4 devices are used, since method.num_tasks is 1: a multiple of 4 uses all' in capsys.readouterr().err
   config.num_devices = 1  # As was asked for.
-  build.tell_unused_devices(config, build.mesh(config).size)
+  build.note_idle_devices(resolve(config), build.make_mesh(resolve(config)).size)
   config.num_devices, config.method.num_tasks = None, 8
-  build.tell_unused_devices(config, build.mesh(config).size)
+  build.note_idle_devices(resolve(config), build.make_mesh(resolve(config)).size)
   assert capsys.readouterr().err == ''
 
 
 def test_every_method_has_a_config_at_every_scale():
-  methods = set(build.synth.names()) - {'noise'}
+  methods = set(synth.names()) - {'noise'}
   for name in ('cifar10', 'cifar100', 'default'):
     assert methods <= set(arguments(name))
     for method in methods:
@@ -208,7 +214,7 @@ def test_numbers_of_cu_dfkd(dataset, pair, batch, rounds, temperature, divergenc
   assert section.temperature == method.balance_temperature == temperature
   steps = rounds * section.steps_per_round
   assert method.threshold_start + method.threshold_growth * steps == pytest.approx(threshold)
-  factor = build.schedules.ramp(**method.adversarial.to_dict())
+  factor = schedules.ramp(**method.adversarial.to_dict())
   assert float(factor(rounds * section.calls_per_round)) == pytest.approx(last, abs=0.06)  # As rounded there.
 
 
@@ -279,7 +285,7 @@ def test_numbers_that_all_pairs_share():
   assert (optimizer.momentum, optimizer.nesterov) == (0.9, False)
   for of in (config.augment.synthesis, config.augment.student):
     assert (of.name, of.pad) == ('crop_and_flip', None)  # The published 4 pixels are the default.
-    assert inspect.signature(build.augmentation(of).func).parameters['pad'].default == 4
+  assert inspect.signature(build_method.augmentation(resolve(config).augment).func).parameters['pad'].default == 4
   assert config.teacher.mean == config.student.mean == (0.4914, 0.4822, 0.4465)
   assert config.teacher.std == (0.2023, 0.1994, 0.2010)
   assert CONFIGS['cifar100']().teacher.mean == (0.5071, 0.4867, 0.4408)
@@ -291,7 +297,7 @@ def test_published_learning_rates():
   """By epoch of distillation j: 2e-4 + (0.2 - 2e-4) (1 + cos(pi j / 200)) / 2, constant within it."""
   config = CONFIGS['cifar10']()
   section = config.distill
-  rate = build.schedule(config.optimizer, section.rounds - section.distill_after, section.steps_per_round)
+  rate = build_optimizer.schedule(config.optimizer, section.rounds - section.distill_after, section.steps_per_round)
   for epoch, wanted in ((0, 0.2), (1, 0.199988), (100, 0.1001), (119, 0.070725), (199, 2.1232e-4)):
     for step in (0, 399):
       assert float(rate(400 * epoch + step)) == pytest.approx(wanted, rel=1e-4)
@@ -306,7 +312,7 @@ def test_numbers_of_the_published_baselines(job, batch_size, gamma, label_factor
   assert (train_section.epochs, train_section.batch_size, train_section.temperature) == (200, batch_size, 1.0)
   assert (train_section.label_factor, train_section.teacher_factor) == (label_factor, teacher_factor)
   assert (optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 1e-4)
-  rate = build.schedule(optimizer, 200, 10)
+  rate = build_optimizer.schedule(optimizer, 200, 10)
   for epoch, times in ((0, 0), (119, 0), (120, 1), (149, 1), (150, 2), (180, 3), (199, 3)):
     assert float(rate(10 * epoch + 9)) == pytest.approx(0.1 * gamma**times)
 
@@ -378,8 +384,8 @@ def shrunk(each):
 
 
 def with_teacher(config, tmp_path):
-  network = build.network(config, 'teacher', jax.random.key(3))
-  build.pretrained.save_safetensors(
+  network = build.fresh_network(resolve(config).teacher, jax.random.key(3))
+  weights.save_safetensors(
       tmp_path / 'weights.safetensors', {'params': network.params, 'batch_stats': toy_runs.moved(network.batch_stats)})
   config.teacher.source = str(tmp_path / 'weights.safetensors')
   return config

@@ -1,7 +1,6 @@
 """Images that differ in size: what `data.load` makes of them."""
 
 import io
-import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,11 +9,11 @@ import pytest
 from PIL import Image
 
 from configs import common
-from dfkd_jax import data
-from dfkd_jax.config import check_fields
+from dfkd_jax import data, train
+from dfkd_jax.config import build
+from dfkd_jax.config.records import resolve
 from dfkd_jax.data import images as data_images
 from dfkd_jax.data import prepare
-from dfkd_jax.runs import loop
 
 
 def photo(width, height, mode='RGB', seed=0):
@@ -187,9 +186,9 @@ def test_a_run_crops_as_its_config_says(tmp_path):
   folder = written(tmp_path, [photo(30, 20), photo(17, 23)])
   config = common.base()
   config.dataset.update(name='tiny', data_dir=str(folder), image_shape=(8, 8, 3), num_classes=2, crop=0.5)
-  read = loop.Experiment.load(types.SimpleNamespace(config=config), 'test')
+  read = build.load_split(resolve(config).dataset, 'test')
   wanted = photo(30, 20).resize((24, 16), Image.Resampling.BILINEAR).crop((8, 4, 16, 12))
   np.testing.assert_array_equal(read.images[0], np.asarray(wanted))
   config.dataset.crop = 1.25
   with fails_in_one_line(r'dataset.crop is 1.25, must be in \(0, 1\]'):
-    check_fields.check(config)
+    train.run(config, tmp_path / 'run')

@@ -10,8 +10,9 @@ import pytest
 import toy_runs
 import toys
 
-from dfkd_jax import models, tasks, train
-from dfkd_jax.config import build
+from dfkd_jax import models, tasks, train, weights
+from dfkd_jax.config import build, build_method
+from dfkd_jax.config.records import resolve
 from dfkd_jax.evaluate import loss_terms
 from dfkd_jax.jobs import preflight
 from dfkd_jax.losses import inversion
@@ -45,7 +46,7 @@ def test_values_and_pulls_are_those_of_the_terms_alone():
   for name, term in by_hand.items():
     value, gradient = toys.jit(jax.value_and_grad(term))(images)
     np.testing.assert_allclose(found.values[name], value, rtol=1e-5)
-    np.testing.assert_allclose(found.pulls[name], np.linalg.norm(gradient), rtol=1e-4)
+    np.testing.assert_allclose(found.gradient_norms[name], np.linalg.norm(gradient), rtol=1e-4)
   logits = np.asarray(teacher(images).logits)
   np.testing.assert_allclose(found.noise.spread, np.sqrt(logits.var(0).mean()), rtol=1e-4)
   assert found.noise.classes == len(set(logits.argmax(-1)))
@@ -68,8 +69,8 @@ def test_a_moments_term_far_from_balance_gets_a_factor_suggested(batch_norm, mom
   assert verdict.suggested.get('batch_norm') == (None if expected is None else pytest.approx(expected, rel=0.05))
   if expected is not None:
     better = factors._replace(batch_norm=verdict.suggested['batch_norm'])
-    ratio = loss_terms.pull_ratio(with_pulls(4.0, batch_norm), better, 'batch_norm', momentum)
-    assert ratio == pytest.approx(loss_terms.AIM, rel=0.05)
+    ratio = loss_terms.gradient_ratio(with_pulls(4.0, batch_norm), better, 'batch_norm', momentum)
+    assert ratio == pytest.approx(loss_terms.TARGET_RATIO, rel=0.05)
     assert f'--config.factors.batch_norm={expected:.2g}' in verdict.notes[0]
 
 
@@ -110,8 +111,8 @@ def test_goes_on_by_smoothness_where_that_is_allowed():
   verdict = loss_terms.suggest_factors(found, plain, wanted, fallback=True)
   assert verdict.refusal is None
   assert (verdict.factors.batch_norm, verdict.factors.one_hot, verdict.factors.adversarial) == (0.0, 0.5, 1.0)
-  pull = verdict.factors.total_variation * found.pulls['total_variation']
-  assert pull == pytest.approx(loss_terms.SMOOTHNESS * 0.5 * found.pulls['one_hot'], rel=0.1)
+  pull = verdict.factors.total_variation * found.gradient_norms['total_variation']
+  assert pull == pytest.approx(loss_terms.SMOOTHNESS_RATIO * 0.5 * found.gradient_norms['one_hot'], rel=0.1)
   assert 'goes on without batch_norm' in verdict.notes[0]
   own = loss_terms.suggest_factors(found, plain, wanted._replace(total_variation=3.0), fallback=True)
   assert own.factors.total_variation == 3.0
@@ -131,7 +132,7 @@ def test_the_lines_say_each_term_and_the_largest_layers(of_toy):
   for name in ('one_hot', 'batch_norm', 'relative_batch_norm', 'adversarial', 'total_variation'):
     assert f'{float(of_toy.values[name]):12.4g}' in text
   assert 'of 2 layers' in text
-  assert preflight.plain(of_toy, verdict)['pulls']['one_hot'] == float(of_toy.pulls['one_hot'])
+  assert preflight.as_json(of_toy, verdict)['gradient_norms']['one_hot'] == float(of_toy.gradient_norms['one_hot'])
 
 
 def check(tmp_path, **changes):
@@ -159,14 +160,14 @@ def test_factors_of_a_config_are_read(tmp_path):
   assert found['suggested']['batch_norm'] < 1e5
   assert '--config.factors.batch_norm=' in printed
   config = toy_runs.config()
-  assert build.synthesizer(config, 1, objective.Factors(one_hot=1.0))(None)
+  assert build_method.synthesizer(resolve(config).method, 1, objective.Factors(one_hot=1.0))(None)
 
 
 def moments_of_init(tmp_path):
   """Weights whose running moments no training has moved."""
-  network = build.network(toy_runs.config(), 'teacher', jax.random.key(3))
+  network = build.fresh_network(resolve(toy_runs.config()).teacher, jax.random.key(3))
   path = tmp_path / 'fresh.safetensors'
-  build.pretrained.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
+  weights.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
   return str(path)
 
 

@@ -8,7 +8,8 @@ import toy_runs
 import toys
 
 from dfkd_jax import models, parallel, train, weights
-from dfkd_jax.config import build, check_fields
+from dfkd_jax.config import build, build_method, check
+from dfkd_jax.config.records import resolve
 from dfkd_jax.evaluate import synthetic_images
 from dfkd_jax.jobs import sample_images
 
@@ -61,7 +62,7 @@ def test_a_run_without_real_images(tmp_path):
   assert set(last) == {'held_out_agreement', 'judge_top1', 'judge_top5', 'round'}
   assert last['judge_top1'] == 1  # The judge is the teacher.
   assert summary['images']['judge_top1'] == 1
-  assert summary['images']['count'] >= sample_images._JUDGED
+  assert summary['images']['count'] >= sample_images.JUDGED
   assert summary['teacher'] is None
   assert summary['selection'] == 'held_out_agreement'
   assert summary['student']['best']['held_out_agreement'] >= last['held_out_agreement']
@@ -75,16 +76,16 @@ def test_a_run_without_real_images(tmp_path):
 def test_training_and_a_control_need_real_images():
   for changes, message in ((dict(job='train'), 'dataset.name is None'), (dict(control=True), 'control is True')):
     with pytest.raises(ValueError, match=message):
-      check_fields.check(toy_runs.config(dataset__name=None, **changes))
+      check.find_problems(toy_runs.config(dataset__name=None, **changes)).raise_if_any()
 
 
 def test_a_judge_needs_weights():
   with pytest.raises(ValueError, match=r"judge\.source is None, must name the weights of judge\.name, 'convnet'"):
-    build.judge(toy_runs.config(judge__name='convnet'))
+    build.check_source(resolve(toy_runs.config(judge__name='convnet')).judge)
 
 
 def test_a_teacher_from_python_is_that_from_its_file(tmp_path):
-  teacher = build.teacher(toy_runs.config())
+  teacher = build.trained_network(resolve(toy_runs.config()).teacher)
   config = toy_runs.config(teacher__source=None, distill__rounds=2)
   with toy_runs.quick():
     given = train.run(config, tmp_path / 'given', teacher=teacher)
@@ -101,7 +102,7 @@ def test_a_student_carries_its_probe_and_its_preprocessing(tmp_path):
     train.run(toy_runs.config(distill__rounds=2), tmp_path / 'run')
   path = tmp_path / 'run' / 'student.safetensors'
   config = toy_runs.config()
-  module = build.module(config, 'student')
+  module = build.module(resolve(config).student)
   variables = weights.load(path, module, toy_runs.IMAGE)
   probe = weights.stored_probe(path)
   right = models.bind(module, variables, mean=(0.4,), std=(0.3,))
@@ -114,23 +115,23 @@ def test_a_student_carries_its_probe_and_its_preprocessing(tmp_path):
 def test_how_networks_compute_is_the_configs_to_say(name, dtype, remat):
   config = toy_runs.config(compute_dtype=dtype, remat=remat)
   config.teacher.name, config.teacher.options = name, {}  # `update` would keep those that are there.
-  module = build.module(config, 'teacher')
+  module = build.module(resolve(config).teacher)
   assert module.dtype == (dtype and jnp.bfloat16)
   assert getattr(module, 'remat', None) == (True if name == 'resnet18_imagenet' else None)  # If it has the switch.
   config.compute_dtype = 'float8'
   with pytest.raises(ValueError, match="'float8'"):
-    build.module(config, 'teacher')
+    build.module(resolve(config).teacher)
 
 
 def test_a_spatial_generator_has_the_latents_of_its_images():
   config = toy_runs.config()
   config.dataset.image_shape = (24, 8, 3)
   config.generator.name, config.generator.options = 'spatial_generator', dict(widths=(3, 2, 2))
-  assert build.latent_dim(config) == (6, 2, 7)
-  assert build.latent_dim(toy_runs.config()) == 7
+  assert build_method.latent_dim(resolve(config).method) == (6, 2, 7)
+  assert build_method.latent_dim(resolve(toy_runs.config()).method) == 7
   config.dataset.image_shape = (24, 10, 3)
   with pytest.raises(ValueError, match='divisible by 4'):
-    build.latent_dim(config)
+    build_method.latent_dim(resolve(config).method)
 
 
 def test_preprocessing_in_terms_of_bytes():

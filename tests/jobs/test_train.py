@@ -11,9 +11,10 @@ from toy_runs import equal, four_tasks
 
 from dfkd_jax import data, evaluate, models, report, train, weights
 from dfkd_jax.config import build
+from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.checkpoint import Checkpoints
-from dfkd_jax.runs.loop import Experiment
+from dfkd_jax.runs.loop import Experiment, Start
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -49,7 +50,7 @@ def test_summary_says_what_was_found_and_how(whole):
   assert 'agreement' not in summary['teacher']
   assert 0 <= summary['control']['agreement'] <= 1
   assert 'test images' in summary['note']
-  student, teacher = state.student.network, build.teacher(toy_runs.config())
+  student, teacher = state.student.network, build.trained_network(resolve(toy_runs.config()).teacher)
   assert summary['parameters'] == {'student': student.num_params(), 'teacher': teacher.num_params()}
   assert summary['parameters']['student'] == 2 * 9 + 2 * 2 + 2 * 3 * 9 + 2 * 3 + 3 * 5 + 5
   assert list(summary['seconds']) == list(report.PARTS)
@@ -64,7 +65,7 @@ def test_summary_says_what_was_found_and_how(whole):
 def test_results_are_those_of_the_networks(whole):
   _, summary, state, _ = whole
   config = toy_runs.config()
-  test, task, teacher = data.load('toy', 'test', toy_runs.data_dir()), build.task(config), build.teacher(config)
+  test, task, teacher = data.load('toy', 'test', toy_runs.data_dir()), resolve(config).task, build.trained_network(resolve(config).teacher)
   wanted = evaluate.evaluate(state.student.network, test, task=task, batch_size=23, teacher=teacher)
   assert {**wanted, 'round': 5} == pytest.approx(summary['student']['last'])
   assert evaluate.evaluate(teacher, test, task=task) == pytest.approx(summary['teacher'])
@@ -82,7 +83,7 @@ def test_metrics_have_a_line_for_each_round(whole):
 def test_weights_of_the_student_load_as_a_network(whole):
   workdir, _, state, _ = whole
   config = toy_runs.config()
-  variables = weights.load(workdir / 'student.safetensors', build.module(config, 'student'), toy_runs.IMAGE)
+  variables = weights.load(workdir / 'student.safetensors', build.module(resolve(config).student), toy_runs.IMAGE)
   network = state.student.network
   assert equal(jax.device_get(variables), {'params': network.params, 'batch_stats': network.batch_stats})
   assert json.loads(weights.read_metadata(workdir / 'student.safetensors')['network']) == {
@@ -94,7 +95,7 @@ def test_the_student_is_trained_on_what_was_synthesised(whole):
   assert int(state.synthesis.step) == 5
   assert int(state.student.step) == 4 * 3
   assert state.synthesis.buffer.histogram.sum() == 12
-  start = build.network(toy_runs.config(), 'student', jax.random.split(jax.random.key(0), 4)[0])
+  start = build.fresh_network(resolve(toy_runs.config()).student, jax.random.split(jax.random.key(0), 4)[0])
   assert not equal(start.params, state.student.network.params)
 
 
@@ -124,7 +125,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, capsys):
 def test_a_finished_run_is_not_done_again(whole, monkeypatch, capsys):
   workdir, wanted, *_ = whole
   before = toy_runs.tree_of(workdir)
-  monkeypatch.setattr(programs, 'compiled', None)
+  monkeypatch.setattr(programs, 'compile_programs', None)
   assert train.run(toy_runs.config(control=True), workdir) == json.loads(json.dumps(wanted))
   assert toy_runs.tree_of(workdir) == before
   seen = capsys.readouterr()
@@ -167,7 +168,7 @@ def test_where_things_lie_may_change(whole, tmp_path):
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
   config = toy_runs.config()
-  meta = Experiment(config, tmp_path, 'round').store.meta
+  meta = Experiment(resolve(config), Start(tmp_path), 'round').store.meta
   state = {'student': {'network': {'params': {'conv1': {'kernel': np.zeros((5, 5, 1, 2), np.float32)}}}}}
   with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
     checkpoints.save(3, state, meta | {'done': 3})
@@ -212,7 +213,7 @@ def test_a_teacher_without_batch_norm_needs_a_factor_of_zero(tmp_path, monkeypat
       train.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
   config.factors.batch_norm = 0.0
-  assert build.teacher(config).running() == {}
+  assert build.trained_network(resolve(config).teacher).running() == {}
 
 
 def test_devices_share_the_work_of_tasks(tmp_path):
@@ -224,7 +225,7 @@ def test_devices_share_the_work_of_tasks(tmp_path):
   assert theirs.images.shape == mine.images.shape == (4, 4, *toy_runs.IMAGE)
   assert np.abs(mine.images.astype(int) - theirs.images.astype(int)).max() <= 1  # Rounded down.
   assert equal(mine.histogram, theirs.histogram)
-  start = build.network(four_tasks(), 'student', jax.random.split(jax.random.key(0), 4)[0])
+  start = build.fresh_network(resolve(four_tasks()).student, jax.random.split(jax.random.key(0), 4)[0])
   moved = [jax.tree.map(np.subtract, of.student.network.params, start.params) for of in (on_four, on_one)]
   assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-2
   assert max(toys.distances(*moved).values()) <= 1e-4  # Images may differ by a level of uint8.
@@ -253,7 +254,7 @@ def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys, begun):
   assert equal(mine.buffer.labels, theirs.buffer.labels)
   assert mine.buffer.labels.shape == (4, 12)
   assert (mine.buffer.images == theirs.buffer.images).mean() > 0.999
-  start = build.network(four_tasks(), 'student', jax.random.split(jax.random.key(0), 4)[0]).params
+  start = build.fresh_network(resolve(four_tasks()).student, jax.random.split(jax.random.key(0), 4)[0]).params
   moved = [jax.tree.map(np.subtract, of.student.network.params, start) for of in (found['other'], state)]
   assert max(toys.distances(*moved).values()) <= 1e-3
 

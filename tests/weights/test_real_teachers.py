@@ -18,6 +18,7 @@ from conftest import SHARED
 
 from configs import imagenet  # Found by toy_runs.
 from dfkd_jax.config import build
+from dfkd_jax.config.records import resolve
 
 pytestmark = pytest.mark.slow
 CACHE = pathlib.Path(os.environ.get('DFKD_JAX_TEST_CACHE') or pathlib.Path.home() / '.cache' / 'dfkd_jax')
@@ -97,4 +98,4 @@ def test_teachers_score_as_published(arguments, weights, published):
   images, labels = samples()
   config = imagenet.get_config(arguments)
   config.teacher.source = str(weights())
-  np.testing.assert_allclose(accuracies(build.teacher(config), images, labels), published, atol=0.3)
+  np.testing.assert_allclose(accuracies(build.trained_network(resolve(config).teacher), images, labels), published, atol=0.3)
