@@ -101,6 +101,8 @@ def _parse(field: str, kind: type | None, text: str) -> Any:
     if kind in (str, float):
       return kind(text)
     value = ast.literal_eval(text)
+    if kind is tuple and value is None:
+      raise ValueError
   except (ValueError, SyntaxError, LookupError, MemoryError, RecursionError) as error:
     if kind is None:
       return text

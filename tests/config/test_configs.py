@@ -177,9 +177,12 @@ def test_idle_devices_are_told_of(capsys):
   assert capsys.readouterr().err == ''
 
 
-def test_every_method_has_a_config_at_every_scale():
-  methods = set(synth.names()) - {'noise'}
-  for name in ('cifar10', 'cifar100', 'default'):
+def test_every_method_has_numbers_and_every_file_of_numbers_a_method():
+  scales = {name: set(toy_runs.common.methods(scale)) for name, scale in (
+      ('cifar10', 'cifar'), ('cifar100', 'cifar'), ('default', 'quickstart'))}
+  assert set.union(*scales.values()) == set(synth.names()) - {'noise'}
+  assert set.union(*scales.values()) == {path.stem for path in (toy_runs.ROOT / 'configs' / 'methods').glob('*.py')}
+  for name, methods in scales.items():
     assert methods <= set(arguments(name))
     for method in methods:
       assert CONFIGS[name](method).method.name == method

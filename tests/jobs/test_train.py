@@ -15,6 +15,7 @@ from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.checkpoint import Checkpoints
 from dfkd_jax.runs.loop import Experiment, Start
+from dfkd_jax.synth import methods
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -257,6 +258,63 @@ def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys, begun):
   start = build.fresh_network(resolve(four_tasks()).student, jax.random.split(jax.random.key(0), 4)[0]).params
   moved = [jax.tree.map(np.subtract, of.student.network.params, start) for of in (found['other'], state)]
   assert max(toys.distances(*moved).values()) <= 1e-3
+
+
+METHOD = """
+import jax
+import jax.numpy as jnp
+
+from dfkd_jax.messages import FieldError
+from dfkd_jax.synth.synthesizer import Synthesizer
+from dfkd_jax.types import Batch
+
+
+def uniform(*, image_shape, sample_batch_size, darkest=0.0):
+  if darkest >= 1:
+    raise FieldError('darkest', f'darkest is {darkest}, must be below 1.')
+
+  def sample(state, key):
+    images = jax.random.uniform(key, (sample_batch_size, *image_shape), minval=darkest)
+    none = jnp.full(sample_batch_size, -1, jnp.int32)
+    return Batch(images, none, none)
+
+  return Synthesizer(
+      lambda key, teacher: {'step': jnp.int32(0)},
+      lambda state, key, teacher, student: ({'step': state['step'] + 1}, {}), sample)
+"""
+
+
+@pytest.fixture
+def uniform(tmp_path, monkeypatch):
+  """A config of a method of one's own without generator, factors, labels, tasks or axis."""
+  (tmp_path / 'methods').mkdir()
+  (tmp_path / 'methods' / 'uniform.py').write_text(METHOD)
+  monkeypatch.setattr(methods, '__path__', [*methods.__path__, str(tmp_path / 'methods')])
+  config = toy_runs.config(
+      distill__rounds=2, distill__distill_after=0, num_devices=None, factors__one_hot=0.0, factors__batch_norm=0.0,
+      factors__adversarial=0.0)
+  config.method = {'name': 'uniform', 'darkest': 0.25}
+  return config
+
+
+@pytest.mark.parametrize('dataset', ['toy', None])
+def test_a_method_of_ones_own_runs_from_end_to_end(uniform, dataset, tmp_path):
+  uniform.dataset.name = dataset
+  summary = train.run(uniform, tmp_path / 'run')
+  assert summary['student']['last']['round'] == 2
+  assert summary['device']['count'] == 1
+  assert (tmp_path / 'run' / 'images.png').exists()
+  assert [set(line) >= {'loss', 'synthetic_agreement'} for line in toy_runs.metrics(tmp_path / 'run')] == [True, True]
+
+
+def test_a_method_of_ones_own_is_checked(uniform, tmp_path):
+  uniform.job = 'check'
+  assert train.run(uniform, tmp_path / 'run')['values']['one_hot'] > 0
+  uniform.update(job='distill', method=dict(darkest=1.5, brightest=1.0))
+  with pytest.raises(ValueError, match='darkest is 1.5, must be below 1') as error:
+    train.run(uniform, tmp_path / 'run')
+  assert len(error.value.problems) == 2
+  assert "'brightest' is no argument of uniform" in str(error.value)
 
 
 @pytest.mark.slow
