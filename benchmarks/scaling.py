@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dfkd_jax import cli, distill, parallel
+from dfkd_jax import augment, cli, distill, parallel
 from dfkd_jax.config import build, build_method, build_optimizer
 from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
@@ -150,7 +150,7 @@ def programs(config) -> programs.Programs:
   state = programs.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
   plan = programs.Plan(
       mesh, build_method.synthesizer(settings.method, DEVICES), tx, settings.distill,
-      build_method.augmentation(settings.augment), settings.method.num_tasks // DEVICES)
+      augment.create(**settings.augment), settings.method.num_tasks // DEVICES)
   return programs.compile_programs(plan, state, teacher)
 
 

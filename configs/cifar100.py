@@ -1,4 +1,4 @@
-"""CIFAR-100 at the paper's scale: python main.py --config=configs/cifar100.py:fast_dfkd --workdir=..
+"""CIFAR-100 at the paper's scale: python main.py --config=configs/cifar100.py:nayer --workdir=...
 
 Takes the arguments of configs/cifar10.py; the published scripts change only the data set. The
 paper's teachers reach 78.05 (ResNet-34), 71.32 (VGG-11) and 75.83 (WRN-40-2).

@@ -2,13 +2,11 @@ r"""The command line: python main.py [--config=FILE[:ARGUMENTS]] [--config.FIELD
 
 import argparse
 import importlib.util
-import inspect
 import os
 import pathlib
 import shlex
 import sys
 import traceback
-import types
 import warnings
 from collections.abc import Sequence
 
@@ -144,7 +142,7 @@ def load(name: str) -> ConfigDict:
   """Loads the locked config of 'FILE' or 'FILE:ARGUMENTS'; FILE may lie here or in the clone.
 
   Raises:
-    ValueError: There is no such file, it has no `get_config`, or it refuses the arguments.
+    ValueError: There is no such file, or its `get_config` fails or returns no config.
   """
   file, _, arguments = name.partition(':')
   paths = [path for path in (pathlib.Path(file), ROOT / file)
@@ -152,40 +150,21 @@ def load(name: str) -> ConfigDict:
   if not paths:
     known = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / 'configs').glob('*.py'))
              if 'def get_config(' in path.read_text(encoding='utf-8')]
-    raise ValueError(f'--config is {file!r}, must be an existing Python file.'
-                     f'{nearest(file, known)}')
-  module = _import(paths[0], file)
-  if not hasattr(module, 'get_config'):
-    raise ValueError(f'--config is {file!r}, which has no get_config.')
-  given = [arguments] if arguments else []
-  try:
-    inspect.signature(module.get_config).bind(*given)
-  except TypeError as error:
-    raise ValueError(f'--config is {name!r}, whose get_config does not take {given}: '
-                     f'{error}.') from error
-  try:
-    config = module.get_config(*given)
-  except (Exception, SystemExit) as error:
-    raise ValueError(f'--config is {name!r}: {_origin(error, paths[0])}{error}') from error
-  if not isinstance(config, ConfigDict):
-    raise ValueError(f'--config is {file!r}, whose get_config returns a {type(config).__name__}, '
-                     'must be a ConfigDict.')
-  return config.lock()
-
-
-def _import(path: pathlib.Path, file: str) -> types.ModuleType:
-  """Imports a config file, and leaves no bytecode beside it."""
-  spec = importlib.util.spec_from_file_location(f'{path.stem}_config', path)
+    raise ValueError(f'--config is {file!r}, must be a Python file.{nearest(file, known)}')
+  spec = importlib.util.spec_from_file_location(f'{paths[0].stem}_config', paths[0])
   module, before = importlib.util.module_from_spec(spec), sys.dont_write_bytecode
-  sys.dont_write_bytecode = True
+  sys.dont_write_bytecode = True  # leave nothing beside the file
   try:
     spec.loader.exec_module(module)
+    config = module.get_config(*filter(None, [arguments]))
   except (Exception, SystemExit) as error:
-    raise ValueError(f'--config is {file!r}, which is no Python file that can be run: '
-                     f'{_origin(error, path)}{error}') from error
+    raise ValueError(f'--config is {name!r}: {_origin(error, paths[0])}{error}') from error
   finally:
     sys.dont_write_bytecode = before
-  return module
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f'--config is {name!r}: get_config returns a {type(config).__name__}, must '
+                     'return a ConfigDict.')
+  return config.lock()
 
 
 def _origin(error: BaseException, path: pathlib.Path) -> str:

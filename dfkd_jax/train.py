@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from dfkd_jax import parallel, paths
 from dfkd_jax.config.check import find_problems, is_single_process
-from dfkd_jax.config.values import check_structure, check_values
 from dfkd_jax.config.problems import caught, raise_problems
 from dfkd_jax.config.records import Settings, resolve
+from dfkd_jax.config.values import check_structure, check_values
 from dfkd_jax.jobs import distillation, preflight, supervised
 from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network

@@ -12,10 +12,12 @@ from hypothesis import Phase, settings
 
 from dfkd_jax import cli
 
-# Bad inputs of each kind that are really run; the first half in test_bad_inputs, the other in test_bad_files.
+# Bad inputs of each kind; the first half in test_bad_inputs, the other in test_bad_files.
 COUNTS = {
-    'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45, 'workdirs': 17,
-    'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20, 'arrays to prepare': 25,
+    'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45,
+    'workdirs': 17,
+    'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20,
+    'arrays to prepare': 25,
     'folders to prepare': 12, 'arguments of prepare': 19}
 CONFIG = """
 import toy_runs
@@ -34,10 +36,11 @@ def get_config(arguments=''):
 
 
 def generate(family, strategy, run):
-  """Runs as many different inputs of a family as `COUNTS` wants; `run` asserts that each is refused."""
+  """Runs `COUNTS[family]` different inputs; `run` asserts that each is refused."""
   seen = set()
 
-  @settings(max_examples=6 * COUNTS[family], derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+  @settings(max_examples=6 * COUNTS[family], derandomize=True, deadline=None, database=None,
+            phases=[Phase.generate],
             suppress_health_check=list(hypothesis.HealthCheck))
   @hypothesis.given(strategy)
   def each(drawn):
@@ -68,7 +71,7 @@ def state(folder):
 
 
 def refused(function, folder, *pieces):
-  """Asserts that a command is refused in at most three lines that name all pieces, and leaves nothing."""
+  """Asserts that a command is refused in three lines at most with all pieces."""
   before, out, err = state(folder), io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     status = function()

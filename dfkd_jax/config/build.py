@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dfkd_jax import data, models, parallel, report, weights
+from dfkd_jax.config.problems import wrong_value
 from dfkd_jax.config.records import Dataset, NetworkSettings, Settings
 from dfkd_jax.messages import FieldError, check_choice
 from dfkd_jax.models.network import Network
@@ -22,29 +23,27 @@ def module(network: NetworkSettings) -> nn.Module:
   Raises:
     FieldError: There is no such model, or with these options it does not take the images.
   """
-  if network.name is None:
-    raise FieldError(f'{network.role}.name', f'{network.role}.name is None, must be one of '
-                     f'{", ".join(models.names())}.')
+  role, name, options = network.role, network.name, network.options
+  if name is None:
+    raise wrong_value(f'{role}.name', None, f'one of {", ".join(models.names())}.')
   try:
-    models.create(network.name, network.num_classes)
+    models.create(name, network.num_classes)
   except ValueError as error:
-    raise FieldError(f'{network.role}.name', str(error)) from None
+    raise FieldError(f'{role}.name', str(error)) from None
   images = jax.ShapeDtypeStruct((1, *network.input_shape), jnp.float32)
   try:
-    made = models.create(network.name, network.num_classes, **network.options)
-    made = set_compute(made, network.dtype, network.remat)
+    made = set_compute(models.create(name, network.num_classes, **options), network)
     jax.eval_shape(made.init, jax.random.key(0), images)
   except Exception as error:  # options of another type or size may raise anything
-    raise FieldError(
-        f'{network.role}.options', f'{network.role}.options is {network.options}: model '
-        f'{network.name!r} cannot take images {images.shape[1:]}: {error}') from error
+    raise FieldError(f'{role}.options', f'{role}.options is {options}: model {name!r} cannot take '
+                     f'images {images.shape[1:]}: {error}') from error
   return made
 
 
-def set_compute(made: nn.Module, dtype: str | None, remat: bool) -> nn.Module:
+def set_compute(made: nn.Module, settings: NetworkSettings) -> nn.Module:
   """Sets the dtype of a module's computation, and recomputation if the module has the switch."""
-  changes = {} if dtype is None else {'dtype': jnp.dtype(dtype)}
-  if remat and hasattr(made, 'remat'):
+  changes = {} if settings.dtype is None else {'dtype': jnp.dtype(settings.dtype)}
+  if settings.remat and hasattr(made, 'remat'):
     changes['remat'] = True
   return made.clone(**changes)
 
@@ -60,38 +59,27 @@ def trained_network(network: NetworkSettings) -> Network:
   Raises:
     FieldError: The weights cannot be read, do not fit, or fail their check.
   """
-  field = f'{network.role}.source'
-  path, made = weights_path(network.source, field), module(network)
+  field, source = f'{network.role}.source', network.source
+  path, made = weights_path(source, field), module(network)
   try:
     variables = weights.load(path, made, network.input_shape)
     loaded = models.bind(made, variables, **network.preprocessing)
     weights.check(loaded, network.image_shape, weights.stored_probe(path),
                   moments=network.needs_moments)
   except OSError as error:
-    raise FieldError(
-        field, f'{field} is {network.source!r}, which cannot be read: {error.strerror}.') from error
+    message = f'{field} is {source!r}, which cannot be read: {error.strerror}.'
+    raise FieldError(field, message) from error
   except ValueError as error:
-    raise FieldError(field, f'{field} is {network.source!r}: {error}') from error
+    raise FieldError(field, f'{field} is {source!r}: {error}') from error
   return loaded
 
 
 def check_source(network: NetworkSettings) -> None:
-  """Checks that weights are named, and are there if they are local; reads none.
-
-  Raises:
-    FieldError: They are not.
-  """
+  """Checks that a network's weights are named and, if they are local, there; reads none."""
   field, source = f'{network.role}.source', network.source
-  if network.role == 'teacher' and source is None:
-    raise FieldError(field, (
-        'teacher.source is None, must be a file of weights (.safetensors, .pth, .h5, ...), '
-        'a folder, hf:OWNER/REPO or embedded:NAME. configs/teacher_*.py train a teacher.'))
-  if source is not None and network.name is None:
-    raise FieldError(f'{network.role}.name', f'{network.role}.name is None, must name the model of '
-                     f'{field}, {source!r}.')
-  if source is None and network.name is not None:
-    raise FieldError(
-        field, f'{field} is None, must name the weights of {network.role}.name, {network.name!r}.')
+  if source is None and (network.role == 'teacher' or network.name is not None):
+    raise wrong_value(field, None, 'weights: a file (.safetensors, .pth, .h5, ...), a folder, '
+                      'hf:OWNER/REPO or embedded:NAME. configs/teacher_*.py train a teacher.')
   if source is not None and source.startswith('hf:'):
     try:
       weights.check_hub(source)
@@ -102,10 +90,10 @@ def check_source(network: NetworkSettings) -> None:
 
 
 def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
-  """Returns the file or folder of weights; downloads those of the hub.
+  """Returns the file or folder of weights; downloads from the hub.
 
   Raises:
-    FieldError: There is none.
+    ValueError: There is none.
   """
   if source.startswith('embedded:'):
     names = sorted(path.stem for path in TEACHERS.glob('*.safetensors'))
@@ -134,8 +122,8 @@ def load_split(dataset: Dataset, split: str, shard: tuple[int, int] = (0, 1)) ->
   loaded = data.load(dataset.name, split, dataset.data_dir, image_shape=dataset.image_shape,
                      crop=dataset.crop, shard=shard)
   if len(loaded.class_names) != dataset.num_classes:
-    raise ValueError(f'dataset.num_classes is {dataset.num_classes}, must be '
-                     f'{len(loaded.class_names)}, as {dataset.name!r} has.')
+    raise wrong_value('dataset.num_classes', dataset.num_classes,
+                      f'{len(loaded.class_names)}, as {dataset.name!r} has.')
   return loaded
 
 
@@ -150,16 +138,15 @@ def make_mesh(settings: Settings) -> jax.sharding.Mesh:
   field, number = shared_number(settings)
   devices, processes = jax.device_count(), jax.process_count()
   if processes > 1 and number % devices:
-    raise FieldError(field, f'{field} is {number}, must be a multiple of {devices}, the devices of '
-                     f'all {processes} processes.')
+    raise wrong_value(
+        field, number, f'a multiple of {devices}, the devices of all {processes} processes.')
   return parallel.make_mesh(max(n for n in range(1, devices + 1) if number % n == 0))
 
 
 def note_idle_devices(settings: Settings, used: int) -> None:
   """Prints how to use all devices, if some are idle without being asked to."""
-  devices = jax.device_count()
+  devices, (field, number) = jax.device_count(), shared_number(settings)
   if settings.num_devices is None and used < devices:
-    field, number = shared_number(settings)
     report.note(f'{used} of {devices} devices are used, since {field} is {number}: '
                 f'a multiple of {devices} uses all.')
 

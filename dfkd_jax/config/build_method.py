@@ -1,4 +1,4 @@
-"""Makes the method, its generator and augmentations from resolved settings."""
+"""Makes the method and its generator from resolved settings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,16 @@ from flax import linen as nn
 
 from dfkd_jax import augment, models, parallel, synth
 from dfkd_jax.config.build import set_compute
-from dfkd_jax.config.records import GeneratorSettings, MethodSettings
+from dfkd_jax.config.problems import wrong_value
+from dfkd_jax.config.records import MethodSettings, NetworkSettings
 from dfkd_jax.messages import FieldError, nearest
 from dfkd_jax.synth import objective, schedules
 from dfkd_jax.synth.synthesizer import Synthesizer
-from dfkd_jax.types import Array, PRNGKey
 from dfkd_jax.weights import embeddings
 
-_GENERATORS = {'generator': models.Generator, 'spatial_generator': models.SpatialGenerator}
+SHARED = {'capacity', 'bank_size'}  # numbers that all tasks share
 # A section of the config that a method takes as one argument.
 _SECTIONS = {'adversary': objective.Adversary, 'adversarial': schedules.ramp}
-SHARED = {'capacity', 'bank_size'}  # numbers that all tasks share
 
 
 def synthesizer(
@@ -37,22 +36,21 @@ def synthesizer(
   Raises:
     FieldError: A number is not allowed; also raised by the returned function.
   """
-  taken = parameters(method)
-  for name in method.numbers:
+  taken, numbers = parameters(method), method.numbers
+  for name in numbers:
     if name not in taken and name != 'generator_schedule':
       raise FieldError(f'method.{name}', f'{name!r} is no argument of {method.name}.'
                        f'{nearest(name, taken)} It takes {", ".join(taken)}.')
   local_tasks = parallel.even_share(method.num_tasks, num_devices, 'method.num_tasks')
   arguments = _arguments(method)
-  for name in SHARED & arguments.keys():
-    arguments[name] = task_share(method, name) * local_tasks
-  if 'num_tasks' in arguments:
+  arguments |= {name: task_share(method, name) * local_tasks for name in SHARED & numbers.keys()}
+  if 'num_tasks' in numbers:
     arguments['num_tasks'] = local_tasks
   if 'generator' in taken:
     arguments['generator'] = generator(method.generator)
   offered = {
       'image_shape': method.generator.image_shape, 'task': method.task,
-      'factors': factors or method.factors, 'augment': augmentation(method.augment),
+      'factors': factors or method.factors, 'augment': augment.create(**method.augment),
       'sample_batch_size': batch_share(method) * local_tasks}
   arguments |= {name: value for name, value in offered.items() if name in taken}
 
@@ -60,25 +58,18 @@ def synthesizer(
     try:
       return synth.create(method.name, **arguments, **({'axis': axis} if 'axis' in taken else {}))
     except FieldError as error:
-      is_number = error.field.partition('.')[0] in method.numbers
-      raise FieldError(f'method.{error.field}' if is_number else error.field, str(error)) from None
+      prefix = 'method.' if error.field.partition('.')[0] in numbers else ''
+      raise FieldError(prefix + error.field, str(error)) from None
 
   return make
 
 
 def parameters(method: MethodSettings) -> tuple[str, ...]:
-  """Returns the arguments that the method takes.
-
-  Raises:
-    FieldError: There is no such method.
-  """
-  if method.name is None:
-    raise FieldError(
-        'method.name', f'method.name is None, must be one of {", ".join(synth.names())}.')
-  try:
-    return synth.parameters(method.name)
-  except ValueError as error:
-    raise FieldError('method.name', str(error)) from None
+  """Returns the arguments that the method takes; raises a FieldError if there is no such method."""
+  if method.name not in synth.names():
+    raise wrong_value('method.name', method.name, f'one of {", ".join(synth.names())}.'
+                      f'{nearest(str(method.name), synth.names())}')
+  return synth.parameters(method.name)
 
 
 def _arguments(method: MethodSettings) -> dict[str, Any]:
@@ -90,7 +81,10 @@ def _arguments(method: MethodSettings) -> dict[str, Any]:
   if 'latent_dim' in numbers:
     numbers['latent_dim'] = latent_dim(method)
   if 'embeddings' in numbers:
-    numbers['embeddings'] = load_embeddings(numbers['embeddings'])
+    try:
+      numbers['embeddings'] = embeddings.load(numbers['embeddings'])
+    except ValueError as error:
+      raise FieldError('method.embeddings', str(error)) from None
   for name in _SECTIONS.keys() & numbers.keys():
     try:
       numbers[name] = _SECTIONS[name](**numbers[name])
@@ -99,20 +93,11 @@ def _arguments(method: MethodSettings) -> dict[str, Any]:
   return numbers
 
 
-def load_embeddings(path: str) -> Array:
-  """Reads the embeddings of classes, [K, E]."""
-  try:
-    return embeddings.load(path)
-  except ValueError as error:
-    raise FieldError('method.embeddings', str(error)) from None
-
-
 def task_share(method: MethodSettings, name: str) -> int:
   """Returns a task's share of a number in SHARED."""
   number, least = method.numbers[name], method.images_per_call
   if name == 'capacity' and number < least:
-    raise FieldError('method.capacity', f'method.capacity is {number}, must be at least {least}, '
-                     'the images of one call.')
+    raise wrong_value('method.capacity', number, f'at least {least}, the images of one call.')
   return parallel.even_share(number, method.num_tasks, f'method.{name}')
 
 
@@ -121,35 +106,29 @@ def batch_share(method: MethodSettings) -> int:
   return parallel.even_share(method.sample_batch_size, method.num_tasks, 'distill.batch_size')
 
 
-def augmentation(options: dict[str, Any]) -> Callable[[PRNGKey, Array], Array]:
-  """Makes an augmentation from its name and arguments."""
-  return augment.create(**options)
-
-
-def generator(settings: GeneratorSettings) -> nn.Module:
+def generator(settings: NetworkSettings) -> nn.Module:
   """Makes the generator.
 
   Raises:
     FieldError: It has no such options, or cannot make such images.
   """
-  height, width, channels = settings.image_shape
-  kind = _GENERATORS[settings.name]
-  shape = {'channels': channels} if kind is models.SpatialGenerator else {
-      'image_shape': (height, width, channels)}
+  shape, options = settings.image_shape, settings.options
   try:
-    return set_compute(kind(**shape, **settings.options), settings.dtype, settings.remat)
+    if settings.name == 'spatial_generator':
+      made = models.SpatialGenerator(channels=shape[-1], **options)
+    else:
+      made = models.Generator(image_shape=shape, **options)
+    return set_compute(made, settings)
   except (TypeError, ValueError) as error:
-    raise FieldError(
-        'generator.options', f'generator.options is {settings.options}: {error}') from error
+    raise FieldError('generator.options', f'generator.options is {options}: {error}') from error
 
 
 def latent_dim(method: MethodSettings) -> int | tuple[int, int, int]:
   """Returns Z, or (h, w, Z) if latents have the shape of an image."""
   made, size = generator(method.generator), method.numbers.get('latent_dim', 2)
-  if not hasattr(made, 'latent_shape'):
-    return size
   try:
-    return made.latent_shape(method.generator.image_shape, size)
+    shape = getattr(made, 'latent_shape', None)
+    return shape(method.generator.image_shape, size) if shape else size
   except ValueError as error:
     raise FieldError('dataset.image_shape', str(error)) from None
 

@@ -107,42 +107,37 @@ def _check_channels(settings: Settings) -> Iterator[FieldError]:
                           f'one number, or one for each of the {channels} channels.')
 
 
-def _made_networks(settings: Settings) -> list[NetworkSettings | None]:
-  """Returns the networks that the job makes from the config."""
+def _used_networks(settings: Settings, role: str) -> Iterator[tuple[NetworkSettings, bool]]:
+  """Yields the networks of a role that the job makes, and whether it loads their weights."""
+  teacher, student, judge = settings.teacher, settings.student, settings.judge
   if settings.job == 'train':
-    return [getattr(settings, settings.train.network), *_loaded_networks(settings)]
-  student, judge = settings.student, settings.judge
-  if settings.job == 'check':
-    return [settings.teacher, student if student.name else None]
-  return [settings.teacher, student, judge if judge.name or judge.source else None]
-
-
-def _loaded_networks(settings: Settings) -> list[NetworkSettings | None]:
-  """Returns the networks whose weights the job loads."""
-  if settings.job == 'train':
-    return [settings.teacher if settings.train.teacher_factor else None]
-  return [settings.teacher, settings.judge if settings.job == 'distill' else None]
-
-
-def _check_network(settings: Settings, role: str) -> Iterator[FieldError]:
-  for network in _made_networks(settings):
-    if network is not None and network.role == role:
-      yield from caught(f'{role}.options', build.module, network)
+    used = [(getattr(settings, settings.train.network), False),
+            (teacher if settings.train.teacher_factor else None, True)]
+  elif settings.job == 'check':
+    used = [(teacher, True), (student if student.name else None, False)]
+  else:
+    used = [(teacher, True), (student, False),
+            (judge if judge.name or judge.source else None, True)]
+  yield from ((network, loads) for network, loads in used if network and network.role == role)
 
 
 def _check_source(settings: Settings, role: str) -> Iterator[FieldError]:
-  for network in _loaded_networks(settings):
-    if network is not None and network.role == role:
+  for network, loads in _used_networks(settings, role):
+    if loads:
       yield from caught(f'{role}.source', build.check_source, network)
+
+
+def _check_network(settings: Settings, role: str) -> Iterator[FieldError]:
+  for network, _ in _used_networks(settings, role):
+    yield from caught(f'{role}.options', build.module, network)
 
 
 def _check_factors(settings: Settings) -> Iterator[FieldError]:
   if settings.job == 'train':
     return
-  taken = build_method.parameters(settings.method)
-  if 'factors' in taken and not any(settings.method.factors):
-    yield FieldError('factors', 'all factors are 0, at least one must be above: there is nothing '
-                     'to minimise.')
+  has_factors = 'factors' in build_method.parameters(settings.method)
+  if has_factors and not any(settings.method.factors):
+    yield FieldError('factors', 'all factors are 0, at least one must be above.')
 
 
 def _check_generator(settings: Settings) -> Iterator[FieldError]:
@@ -231,7 +226,8 @@ CHECKS = (  # with the fields that each reads
     (_check_warmup, ('optimizer.warmup_steps', 'optimizer.schedule')),
     (_check_cache, ('compilation_cache',)),
     (_check_channels, ('dataset.image_shape',)),
-    *((functools.partial(_check_source, role=role), ('job', f'{role}.source')) for role in ROLES),
+    *((functools.partial(_check_source, role=role), ('job', 'train.network', f'{role}.source'))
+      for role in ROLES),
     *((functools.partial(_check_network, role=role),
        (*_SHAPES, 'train.network', f'{role}.name', f'{role}.options', f'{role}.resize'))
       for role in ROLES),

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dfkd_jax.config.fields import BY_NAME, is_open
+from dfkd_jax.config.values import leaves
 from dfkd_jax.messages import nearest, short_repr
 
 _FLAG = re.compile(r'--?(no)?config\.([\w.]+)((?:\[\d+\])*)')
@@ -30,63 +31,40 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> None:
       hint = nearest(flag, ['--config', '--workdir']) if flag.startswith('-') else ''
       raise ValueError(f'Unknown argument {flag!r}.{hint} See --help.')
     negated, field, index = match.groups()
-    _check_field(config, field, index)
-    section, _, name = field.rpartition('.')
-    section = _get(config, section) if section else config
-    kind = _kind(section, field, name)
+    section, kind = _find(config, field, index)
     if kind is bool and not has_value:
       value = str(not negated)
     elif negated or not (has_value or arguments):
-      raise ValueError(f'config.{field} needs a value: {flag}=VALUE.')
+      raise ValueError(f'config.{field} needs a value: --config.{field}=VALUE.')
     elif not has_value:
       value = arguments.pop(0)
     with section.unlocked(), section.ignore_type():
-      section[name] = _parse(field, kind, value)
+      section[field.rpartition('.')[2]] = _parse(field, kind, value)
 
 
-def _get(config: ConfigDict, field: str) -> Any:
-  """Returns a field or section by its dotted name, or None."""
-  for name in field.split('.'):
-    config = config.get(name) if isinstance(config, ConfigDict) else None
-  return config
+def _find(config: ConfigDict, field: str, index: str) -> tuple[ConfigDict, type | None]:
+  """Returns the section of a field and its type; None: any, for an option without a value.
 
-
-def _check_field(config: ConfigDict, field: str, index: str) -> None:
-  """Raises ValueError unless a flag may set the field."""
-  known = field_names(config)
-  section = field.rpartition('.')[0]
-  if field in known:
-    if index:
-      raise ValueError(f'config.{field}{index} is set, must be the whole tuple: '
-                       f'--config.{field}=(...).')
-    if isinstance(_get(config, field), ConfigDict):
-      raise ValueError(f'config.{field} is a section; set one of its fields.')
-    return
-  if section.endswith('.options') and section in known:
-    return  # the network knows its own options
-  while section and section not in known:
-    section = section.rpartition('.')[0]
-  there = [name for name in known if name.rpartition('.')[0] == section]
-  raise ValueError(
-      f'Unknown config field {field!r}.{nearest(field, known)} '
-      f'{f"config.{section}" if section else "config"} has: {", ".join(there) or "no fields"}.')
-
-
-def field_names(section: ConfigDict, prefix: str = '') -> list[str]:
-  """Returns the dotted names of all fields and sections."""
-  names = []
-  for name, value in section.items():
-    names.append(prefix + name)
-    if isinstance(value, ConfigDict):
-      names += field_names(value, f'{prefix}{name}.')
-  return names
-
-
-def _kind(section: ConfigDict, field: str, name: str) -> type | None:
-  """Returns the type of a field; None: any, for an option without a row or a value."""
+  Raises:
+    ValueError: There is no such field, it is a section, or the flag sets a part of a tuple.
+  """
+  known = {'': config, **dict(leaves(config))}
+  section, _, name = field.rpartition('.')
+  if index:
+    raise ValueError(f'config.{field}{index} is set, must be the whole tuple: '
+                     f'--config.{field}=(...).')
+  if isinstance(known.get(field), ConfigDict):
+    raise ValueError(f'config.{field} is a section; set one of its fields.')
+  if field not in known and not (section.endswith('.options') and section in known):
+    while section not in known:
+      section = section.rpartition('.')[0]
+    siblings = [name for name in known if name and name.rpartition('.')[0] == section]
+    raise ValueError(
+        f'Unknown config field {field!r}.{nearest(field, known)} '
+        f'config{section and f".{section}"} has: {", ".join(siblings) or "no fields"}.')
   if row := BY_NAME.get(field):
-    return row.kind if row.length is None else tuple
-  return section.get_type(name) if name in section else None
+    return known[section], row.kind if row.length is None else tuple
+  return known[section], known[section].get_type(name) if field in known else None
 
 
 def _parse(field: str, kind: type | None, text: str) -> Any:
@@ -96,16 +74,13 @@ def _parse(field: str, kind: type | None, text: str) -> Any:
   try:
     if kind is bool:
       return _FLAGS[text.lower()]
-    if kind is int:
-      return int(text, 0)
-    if kind in (str, float):
-      return kind(text)
+    if kind in (str, int, float):
+      return int(text, 0) if kind is int else kind(text)
     value = ast.literal_eval(text)
-    if kind is tuple and value is None:
-      raise ValueError
+    if kind is None or isinstance(value, tuple):
+      return value
+    return (value,) if value is not None else _FLAGS[text]
   except (ValueError, SyntaxError, LookupError, MemoryError, RecursionError) as error:
     if kind is None:
       return text
-    raise ValueError(f'config.{field} is {short_repr(text)}, must be '
-                     f'{_TYPES.get(kind, "as the config has it")}.') from error
-  return value if kind is None or isinstance(value, tuple) else (value,)
+    raise ValueError(f'config.{field} is {short_repr(text)}, must be {_TYPES[kind]}.') from error

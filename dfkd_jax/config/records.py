@@ -1,9 +1,10 @@
 """Small frozen records, resolved once from a config; jobs pass these on."""
 
+import json
 from collections import namedtuple
 from typing import Any, NamedTuple
 
-import ml_collections
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from dfkd_jax import tasks
 from dfkd_jax.config.fields import RUN_FIELDS
@@ -33,10 +34,9 @@ class InitFrom(NamedTuple):
 
 
 def _record(section: str) -> type:
-  """A namedtuple with the fields of a section; config/fields.py documents them."""
-  prefix = f'{section}.'
-  names = [row.name.removeprefix(prefix) for row in RUN_FIELDS if row.name.startswith(prefix)]
-  return namedtuple(f'_{section.title()}', names)
+  """Returns a namedtuple with the fields of a section, which config/fields.py documents."""
+  names = [row.name.partition('.')[2] for row in RUN_FIELDS if row.name.startswith(f'{section}.')]
+  return namedtuple(section.title(), names)
 
 
 Dataset, Train, Optimizer = _record('dataset'), _record('train'), _record('optimizer')
@@ -60,7 +60,7 @@ class Distill(_record('distill')):
 
 
 class NetworkSettings(NamedTuple):
-  """How to make the teacher, the student or the judge."""
+  """How to make the teacher, the student, the judge or the generator."""
 
   role: str  # section of the config
   name: str | None
@@ -79,16 +79,6 @@ class NetworkSettings(NamedTuple):
     return (*(self.preprocessing['resize'] or self.image_shape[:2]), self.image_shape[-1])
 
 
-class GeneratorSettings(NamedTuple):
-  """How to make the generator."""
-
-  name: str
-  options: dict[str, Any]
-  image_shape: tuple[int, int, int]
-  dtype: str | None
-  remat: bool
-
-
 class MethodSettings(NamedTuple):
   """How to make the method."""
 
@@ -96,7 +86,7 @@ class MethodSettings(NamedTuple):
   numbers: dict[str, Any]  # arguments of its constructor, over all devices; without those of None
   factors: Factors
   task: tasks.Task
-  generator: GeneratorSettings
+  generator: NetworkSettings
   augment: dict[str, Any]  # name and arguments of the augmentation
   sample_batch_size: int  # images of a student step
   total_calls: int  # of the whole run
@@ -139,67 +129,47 @@ class Settings(NamedTuple):
   compilation_cache: str | None
 
 
-def resolve(config: ml_collections.ConfigDict) -> Settings:
+def resolve(config: ConfigDict) -> Settings:
   """Returns the records of a config, which must have all fields; does not check their values."""
-  values = _as_tuples(config.to_dict())
-  dataset, distill = Dataset(**values['dataset']), Distill(**values['distill'])
-  shape = {'image_shape': dataset.image_shape, 'dtype': values['compute_dtype'],
-           'remat': values['remat']}
-  task = tasks.classification(
-      dataset.num_classes, balanced=values['labels'] == 'balanced',
-      stratified=values['labels'] == 'stratified')
-
-  def network(role: str) -> NetworkSettings:
-    section = values[role]
-    return NetworkSettings(
-        role, section['name'], _without_none(section['options']), section.get('source'),
-        {name: section[name] for name in ('mean', 'std', 'bgr', 'resize')},
-        num_classes=dataset.num_classes, **shape,
-        needs_moments=role != 'teacher' or not values['preflight']['fallback'])
-
+  values = FrozenConfigDict(config).to_dict()  # with tuples in place of lists
+  distill, labels = Distill(**values['distill']), values['labels']
+  task = tasks.classification(values['dataset']['num_classes'], balanced=labels == 'balanced',
+                              stratified=labels == 'stratified')
   numbers = _without_none(values['method'])
-  generator = values['generator']
+  method = MethodSettings(
+      numbers.pop('name', None), numbers, Factors(**values['factors']), task,
+      _network(values, 'generator'), _without_none(values['augment']['synthesis']),
+      distill.batch_size, distill.rounds * distill.calls_per_round)
+  sections = {record.__name__.lower(): record(**values[record.__name__.lower()])
+              for record in (Dataset, Train, Optimizer, Preflight, Grid, Distributed)}
+  names = ('job', 'control', 'buffer', 'device_memory_gb', 'num_devices', 'precision',
+           'compilation_cache')
   return Settings(
-      run=_run_settings(values), dataset=dataset, task=task,
-      teacher=network('teacher'), student=network('student'), judge=network('judge'),
-      method=MethodSettings(
-          numbers.pop('name', None), numbers, Factors(**values['factors']), task,
-          GeneratorSettings(generator['name'], _without_none(generator['options']), **shape),
-          _without_none(values['augment']['synthesis']), distill.batch_size,
-          distill.rounds * distill.calls_per_round),
-      distill=distill, train=Train(**values['train']), optimizer=Optimizer(**values['optimizer']),
+      run=_run_settings(config), task=task, method=method, distill=distill,
+      **{role: _network(values, role) for role in ('teacher', 'student', 'judge')},
       augment=_without_none(values['augment']['student']),
-      preflight=Preflight(**values['preflight']), grid=Grid(**values['grid']),
-      init_from=InitFrom(**values['init_from']), distributed=Distributed(**values['distributed']),
-      **{name: values[name] for name in (
-          'job', 'control', 'buffer', 'device_memory_gb', 'num_devices', 'precision',
-          'compilation_cache')})
+      init_from=InitFrom(**values['init_from']), **sections,
+      **{name: values[name] for name in names})
 
 
-def _run_settings(values: dict[str, Any]) -> RunSettings:
-  evaluate, checkpoint = values['evaluate'], values['checkpoint']
+def _run_settings(config: ConfigDict) -> RunSettings:
   return RunSettings(
-      config=_as_lists(values), seed=values['seed'], evaluate_every=evaluate['every'],
-      evaluate_batch_size=evaluate['batch_size'], save_every=checkpoint['every'],
-      max_to_keep=checkpoint['max_to_keep'], keep_best=checkpoint['keep_best'],
-      minutes=values['budget']['minutes'], images=values['budget']['images'],
-      reseed=values['faults']['reseed'])
+      config=json.loads(config.to_json_best_effort()), seed=config.seed,
+      evaluate_every=config.evaluate.every, evaluate_batch_size=config.evaluate.batch_size,
+      save_every=config.checkpoint.every, max_to_keep=config.checkpoint.max_to_keep,
+      keep_best=config.checkpoint.keep_best, minutes=config.budget.minutes,
+      images=config.budget.images, reseed=config.faults.reseed)
+
+
+def _network(values: dict[str, Any], role: str) -> NetworkSettings:
+  section, dataset = values[role], values['dataset']
+  return NetworkSettings(
+      role, section['name'], _without_none(section['options']), section.get('source'),
+      {name: section.get(name) for name in ('mean', 'std', 'bgr', 'resize')},
+      dataset['image_shape'], dataset['num_classes'], values['compute_dtype'], values['remat'],
+      needs_moments=role != 'teacher' or not values['preflight']['fallback'])
 
 
 def _without_none(section: dict[str, Any]) -> dict[str, Any]:
   """Leaves the arguments of None to their defaults."""
   return {name: value for name, value in section.items() if value is not None}
-
-
-def _as_tuples(value: Any) -> Any:
-  """Lists as tuples, so that records can be hashed and compared."""
-  if isinstance(value, dict):
-    return {name: _as_tuples(item) for name, item in value.items()}
-  return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _as_lists(value: Any) -> Any:
-  """Tuples as lists, as in JSON."""
-  if isinstance(value, dict):
-    return {name: _as_lists(item) for name, item in value.items()}
-  return list(map(_as_lists, value)) if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,5 @@
 """Distillation without data: rounds of synthesis and of student steps."""
 
-import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dfkd_jax import distill, parallel, weights
+from dfkd_jax import augment, distill, parallel
 from dfkd_jax.config import build, build_method, build_optimizer
 from dfkd_jax.config.records import Settings
 from dfkd_jax.evaluate import synthetic_images
@@ -20,9 +19,9 @@ from dfkd_jax.runs.loop import Experiment, Start
 from dfkd_jax.runs.results import write_networks
 from dfkd_jax.synth import host_replay
 from dfkd_jax.synth.objective import Factors
-from dfkd_jax.types import Metrics, PRNGKey, PyTree
+from dfkd_jax.types import Metrics, PRNGKey
 
-_EVALUATIONS = 1 << 31  # with the rounds done, folded into the run's key; round numbers are below
+_EVALUATIONS = 1 << 31  # plus the rounds done, folded into the run's key; rounds are below
 
 
 class _Keys(NamedTuple):
@@ -31,13 +30,6 @@ class _Keys(NamedTuple):
   rounds: PRNGKey
   control: PRNGKey
   picture: PRNGKey
-
-
-class _Trained(NamedTuple):
-  """The networks that never change."""
-
-  teacher: Network
-  judge: Network | None
 
 
 def run(settings: Settings, start: Start, teacher: Network | None = None) -> dict[str, Any]:
@@ -51,138 +43,148 @@ def run(settings: Settings, start: Start, teacher: Network | None = None) -> dic
     start: Folder, command and stop request.
     teacher: A network that replaces the teacher of the settings.
   """
-  mesh = build.make_mesh(settings)
-  keys = _Keys(*jax.random.split(jax.random.key(settings.run.seed), 5))
   with parallel.raise_on_all_processes():
-    experiment = Experiment(settings, start, 'round')
-    with experiment.ledger.part('setup'):
-      trained, card = _load_trained(settings, experiment, teacher)
-    if (summary := experiment.store.finished()) is not None:
+    job = _Distillation(settings, start)
+    job.load_networks(teacher)
+    if (summary := job.store.finished()) is not None:
       return summary
-    with experiment.ledger.part('setup'):
-      student = build.fresh_network(settings.student, keys.student)
-      student = init_from.student(settings, student, experiment.store.stored)
-      student = jax.tree.map(np.array, student)  # kept for the control; the run donates its copy
-    factors = _choose_factors(settings, experiment, trained.teacher, student, card)
-    trained = _Trained(*(network and parallel.place(mesh, network) for network in trained))
-  parallel.check_same_on_all(json.dumps([experiment.store.meta['weights'], factors]),
-                             'The weights of the teacher and judge')
-  plan = programs.Plan(
-      mesh, build_method.synthesizer(settings.method, mesh.size, factors),
-      build_optimizer.optimizer(settings.optimizer, settings.distill.learning_rounds,
-                                settings.distill.steps_per_round),
-      settings.distill, build_method.augmentation(settings.augment),
-      settings.method.num_tasks // mesh.size)
-  with experiment.ledger.part('setup'):
-    state = _init_state(settings, experiment, plan, trained.teacher, student, keys.method)
-  with experiment.ledger.part('compile'):
-    compiled, state = programs.place_and_compile(
-        plan, state, *trained, buffer=settings.buffer,
-        memory=parallel.memory_limit(settings.device_memory_gb))
-    finite = non_finite.compile_finite_check(
-        (state.student, host_replay.strip_images(state.synthesis)))
-    measure = _compile_measure(settings, experiment, plan, factors, state, trained)
-  advance = Round(settings.distill, compiled, finite, experiment.ledger, keys.rounds,
-                  trained.teacher, settings.method.images_per_call)
-  evaluate = functools.partial(_evaluate, experiment, measure, keys.rounds)
-  with experiment:  # nothing is written before
-    build.note_idle_devices(settings, mesh.size)
-    state, done = experiment.store.begin(state, 'round', settings.distill.rounds)
+    job.init_student()
+    job.choose_factors()
+  job.make_method()
+  state = job.compile(job.init_state())
+  with job.experiment:  # nothing is written before
+    state = job.run_rounds(state)
+    return job.report(state)
+
+
+class _Distillation:
+  """The stages of a distillation, in order; each sets what later ones need."""
+
+  def __init__(self, settings: Settings, start: Start):
+    self.settings, self.rounds, self.method = settings, settings.distill, settings.method
+    self.mesh = build.make_mesh(settings)
+    self.keys = _Keys(*jax.random.split(jax.random.key(settings.run.seed), 5))
+    self.experiment = Experiment(settings, start, 'round')
+    self.ledger, self.store = self.experiment.ledger, self.experiment.store
+
+  def load_networks(self, teacher: Network | None) -> None:
+    """Loads teacher and judge; notes which weights the run stands on."""
+    settings, source = self.settings, None
+    with self.ledger.part('setup'):
+      if teacher is None:
+        teacher, source = build.trained_network(settings.teacher), settings.teacher.source
+      self.teacher, self.card = teacher, build.make_card(teacher, source)
+      self.judge, judge_card = None, None
+      if settings.judge.source is not None:
+        self.judge = build.trained_network(settings.judge)
+        judge_card = build.make_card(self.judge, settings.judge.source, 'judge')
+      self.store.stands_on(
+          teacher=self.card.sha256, judge=judge_card and judge_card.sha256,
+          **init_from.digests(settings, self.store.stored))
+
+  def init_student(self) -> None:
+    """Makes the student on the host: the control needs it after the run has donated its copy."""
+    with self.ledger.part('setup'):
+      student = build.fresh_network(self.settings.student, self.keys.student)
+      student = init_from.student(self.settings, student, self.store.stored)
+      self.student = jax.tree.map(np.array, student)
+
+  def choose_factors(self) -> None:
+    """Takes the preflight's factors, which a resumed run keeps; None: those of the settings."""
+    findings = self.store.stored.get('preflight')
+    if self.settings.preflight.enabled and findings is None:
+      with self.ledger.part('preflight'):
+        findings = preflight.report(self.settings, self.teacher, self.student, self.card)
+    self.store.meta['preflight'] = findings
+    self.factors = findings and Factors(**findings['factors'])
+
+  def make_method(self) -> None:
+    """Plans the programs; places the networks that never change."""
+    parallel.check_same_on_all(json.dumps([self.store.meta['weights'], self.factors]),
+                               'The weights of the teacher and judge')
+    rounds, settings = self.rounds, self.settings
+    self.teacher, self.judge = (
+        network and parallel.place(self.mesh, network) for network in (self.teacher, self.judge))
+    self.plan = programs.Plan(
+        self.mesh, build_method.synthesizer(self.method, self.mesh.size, self.factors),
+        build_optimizer.optimizer(
+            settings.optimizer, rounds.learning_rounds, rounds.steps_per_round),
+        rounds, augment.create(**settings.augment), self.method.num_tasks // self.mesh.size)
+
+  def init_state(self) -> programs.State:
+    """Returns the state before the first round, without the images of a buffer."""
+    with self.ledger.part('setup'):
+      synthesis = programs.init(self.plan.make, self.mesh, self.keys.method, self.teacher)
+      with parallel.raise_on_all_processes():
+        synthesis = init_from.generator(self.settings, self.mesh, synthesis, self.store.stored)
+      student = distill.init(self.student, self.plan.tx)
+      return programs.State(synthesis, parallel.place(self.mesh, student))
+
+  def compile(self, state: programs.State) -> programs.State:
+    """Compiles all programs; returns the state where they take it."""
+    with self.ledger.part('compile'):
+      compiled, state = programs.place_and_compile(
+          self.plan, state, self.teacher, self.judge, buffer=self.settings.buffer,
+          memory=parallel.memory_limit(self.settings.device_memory_gb))
+      finite = non_finite.compile_finite_check(
+          (state.student, host_replay.strip_images(state.synthesis)))
+      self.advance = Round(self.rounds, compiled, finite, self.ledger, self.keys.rounds,
+                           self.teacher, self.method.images_per_call)
+      self.measure = None
+      if self.experiment.test is None or self.judge is not None:
+        self.measure = self._compile_measure(state)
+    return state
+
+  def _compile_measure(self, state: programs.State) -> Callable[..., Metrics]:
+    """Compiles metrics on fresh synthetic images."""
+    method = self.method
+    if 'capacity' in method.numbers:  # room for one call is enough
+      method = method._replace(numbers=method.numbers | {'capacity': method.images_per_call})
+    return synthetic_images.compile_metrics(
+        self.mesh, build_method.synthesizer(method, self.mesh.size, self.factors),
+        state.synthesis, self.teacher, state.student.network, self.judge)
+
+  def run_rounds(self, state: programs.State) -> programs.State:
+    """Runs all rounds that are not done."""
+    build.note_idle_devices(self.settings, self.mesh.size)
+    state, done = self.store.begin(state, 'round', self.rounds.rounds)
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
-    teacher_metrics = experiment.test and experiment.cache_teacher_predictions(trained.teacher)
-    state = experiment.loop(state, done, settings.distill.rounds, advance, evaluate)
+    self.teacher_metrics = None
+    if self.experiment.test is not None:
+      self.teacher_metrics = self.experiment.cache_teacher_predictions(self.teacher)
+    return self.experiment.loop(state, done, self.rounds.rounds, self.advance, self.evaluate)
+
+  def evaluate(self, state: programs.State, done: int) -> dict[str, float]:
+    """Evaluates the student on real images, if there are any, and on fresh synthetic ones."""
+    network, metrics = state.student.network, {}
+    if self.experiment.test is not None:
+      metrics = self.experiment.evaluate(network)
+    if self.measure is not None:
+      with self.ledger.part('evaluation'):
+        fresh = self.measure(
+            synthetic_images.without_images(state.synthesis),
+            jax.random.fold_in(self.keys.rounds, _EVALUATIONS + done), self.teacher, network,
+            self.judge)
+        metrics |= {name: float(np.asarray(value)) for name, value in fresh.items()}
+    return metrics
+
+  def report(self, state: programs.State) -> dict[str, Any]:
+    """Writes networks, images and summary; trains the control."""
+    settings, experiment = self.settings, self.experiment
     files = write_networks(experiment.workdir, 'student', state.student.network,
-                           experiment.store.best_network, settings.student)
-    judged = _show_images(settings, experiment, plan, state.synthesis, trained, keys.picture)
-    control = settings.control and noise_control.run(
-        experiment, plan, student, trained.teacher, settings.dataset.image_shape, keys.control)
+                           self.store.best_network, settings.student)
+    images = sample_images.show(experiment, self.plan, settings.grid, state.synthesis,
+                                self.teacher, self.judge, self.keys.picture)
+    control = None
+    if settings.control:
+      control = noise_control.run(experiment, self.plan, self.student, self.teacher,
+                                  settings.dataset.image_shape, self.keys.control)
     return experiment.write_summary(
-        num_devices=mesh.size, files=(*files, 'images.png'), teacher=teacher_metrics,
-        control=control or None, preflight=experiment.store.meta['preflight'], images=judged,
-        selection=experiment.selection, rates=_rates(settings, experiment.ledger.seconds()),
-        external_prior=settings.method.numbers.get('embeddings'),
-        parameters={'student': student.num_params(), 'teacher': trained.teacher.num_params()})
-
-
-def _load_trained(
-    settings: Settings, experiment: Experiment, teacher: Network | None
-) -> tuple[_Trained, weights.Card]:
-  """Loads teacher and judge; notes which weights the run stands on."""
-  source = settings.teacher.source if teacher is None else None
-  teacher = build.trained_network(settings.teacher) if teacher is None else teacher
-  card, judge, judge_card = build.make_card(teacher, source), None, None
-  if settings.judge.source is not None:
-    judge = build.trained_network(settings.judge)
-    judge_card = build.make_card(judge, settings.judge.source, 'judge')
-  experiment.store.stands_on(
-      teacher=card.sha256, judge=judge_card and judge_card.sha256,
-      **init_from.digests(settings, experiment.store.stored))
-  return _Trained(teacher, judge), card
-
-
-def _choose_factors(
-    settings: Settings, experiment: Experiment, teacher: Network, student: Network,
-    card: weights.Card) -> Factors | None:
-  """Returns the preflight's factors, which a resumed run keeps; None: those of the settings."""
-  findings = experiment.store.stored.get('preflight')
-  if settings.preflight.enabled and findings is None:
-    with experiment.ledger.part('preflight'):
-      findings = preflight.report(settings, teacher, student, card)
-  experiment.store.meta['preflight'] = findings
-  return findings and Factors(**findings['factors'])
-
-
-def _init_state(
-    settings: Settings, experiment: Experiment, plan: programs.Plan, teacher: Network,
-    student: Network, key: PRNGKey) -> programs.State:
-  """Returns the state before the first round, without the images of a buffer."""
-  synthesis = programs.init(plan.make, plan.mesh, key, teacher)
-  with parallel.raise_on_all_processes():
-    synthesis = init_from.generator(settings, plan.mesh, synthesis, experiment.store.stored)
-  return programs.State(synthesis, parallel.place(plan.mesh, distill.init(student, plan.tx)))
-
-
-def _compile_measure(
-    settings: Settings, experiment: Experiment, plan: programs.Plan, factors: Factors | None,
-    state: programs.State, trained: _Trained) -> Callable[..., Metrics] | None:
-  """Returns (synthesis, key, student) -> metrics on fresh synthetic images.
-
-  Returns None if real images do, and no judge looks.
-  """
-  if experiment.test is not None and trained.judge is None:
-    return None
-  method = settings.method
-  if 'capacity' in method.numbers:  # room for one call is enough
-    method = method._replace(numbers=method.numbers | {'capacity': method.images_per_call})
-  program = synthetic_images.compile_metrics(
-      plan.mesh, build_method.synthesizer(method, plan.mesh.size, factors), state.synthesis,
-      trained.teacher, state.student.network, trained.judge)
-  return lambda synthesis, key, student: program(
-      synthetic_images.without_images(synthesis), key, trained.teacher, student, trained.judge)
-
-
-def _evaluate(experiment: Experiment, measure: Callable[..., Metrics] | None, key: PRNGKey,
-              state: programs.State, done: int) -> dict[str, float]:
-  """Evaluates the student on real images, if there are any, and on fresh synthetic ones."""
-  network = state.student.network
-  metrics = {} if experiment.test is None else experiment.evaluate(network)
-  if measure is not None:
-    with experiment.ledger.part('evaluation'):
-      fresh = measure(state.synthesis, jax.random.fold_in(key, _EVALUATIONS + done), network)
-      metrics |= {name: float(np.asarray(value)) for name, value in fresh.items()}
-  return metrics
-
-
-def _show_images(
-    settings: Settings, experiment: Experiment, plan: programs.Plan, synthesis: PyTree,
-    trained: _Trained, key: PRNGKey) -> dict[str, float] | None:
-  """Writes images.png; returns what the judge says of the images."""
-  grid, judge = settings.grid, trained.judge
-  number = 4 * grid.columns * grid.rows  # so that most classes have enough
-  number = max(number, sample_images.JUDGED) if judge is not None else number
-  batch = sample_images.draw(plan, settings.task, synthesis, trained.teacher, key, number)
-  sample_images.write_grid(experiment, grid, batch)
-  return judge and sample_images.judge_images(experiment, judge, batch)
+        num_devices=self.mesh.size, files=(*files, 'images.png'), teacher=self.teacher_metrics,
+        control=control, preflight=self.store.meta['preflight'], images=images,
+        selection=experiment.selection, rates=_rates(settings, self.ledger.seconds()),
+        external_prior=self.method.numbers.get('embeddings'),
+        parameters={'student': self.student.num_params(), 'teacher': self.teacher.num_params()})
 
 
 def _rates(settings: Settings, seconds: dict[str, float]) -> dict[str, float]:

@@ -10,10 +10,15 @@ from dfkd_jax import report
 from dfkd_jax.config.records import Distill
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import non_finite
-from dfkd_jax.runs.loop import round_key
 from dfkd_jax.runs.programs import Programs, State
 from dfkd_jax.synth import host_replay
 from dfkd_jax.types import Metrics, PRNGKey
+
+
+def round_key(run_key: PRNGKey, index: int, reseeded: int) -> PRNGKey:
+  """Returns the key of a round or call; each repetition has another."""
+  key = jax.random.fold_in(run_key, index)
+  return jax.random.fold_in(key, reseeded) if reseeded else key
 
 
 class Round(NamedTuple):

@@ -12,13 +12,14 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from dfkd_jax import distill, parallel
-from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax import augment, distill, parallel
+from dfkd_jax.config import build, build_optimizer
 from dfkd_jax.config.records import Settings, Train
+from dfkd_jax.jobs.round import round_key
 from dfkd_jax.losses import divergence
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import init_from, non_finite
-from dfkd_jax.runs.loop import Experiment, Start, round_key
+from dfkd_jax.runs.loop import Experiment, Start
 from dfkd_jax.runs.results import write_networks
 from dfkd_jax.types import Array, Metrics, PRNGKey
 
@@ -58,7 +59,7 @@ def run(settings: Settings, start: Start) -> dict[str, Any]:
     draw_order = _order_sampler(len(train.labels), steps, section.batch_size, mesh)
     finite = non_finite.compile_finite_check(student)
     epoch = functools.partial(_epoch, tx=tx, settings=section,
-                              augment=build_method.augmentation(settings.augment))
+                              augment=augment.create(**settings.augment))
     program = _compile_epoch(
         epoch, mesh, (student, images, labels, draw_order(run_key), run_key, teacher))
 

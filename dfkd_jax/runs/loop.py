@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dfkd_jax import evaluate, parallel, paths, report
@@ -17,7 +16,7 @@ from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import non_finite
 from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
-from dfkd_jax.types import PRNGKey, PyTree
+from dfkd_jax.types import PyTree
 
 # (state, round, times it was reseeded) -> (state, numbers to log)
 Advance = Callable[[PyTree, int, int], tuple[PyTree, dict[str, float]]]
@@ -25,9 +24,10 @@ Evaluate = Callable[[PyTree, int], dict[str, float]]  # (state, rounds done) -> 
 _SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # by the progress bar
 # Reasons to end early; a later one wins.
 _REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
-_NOTE = 'student.best is picked on the test images; student.last is not.'
-_SYNTHETIC_NOTE = ('No real image was seen: student.best is picked by held_out_agreement, on fresh '
-                   'synthetic images.')
+_NOTES = {  # on how the best student is picked
+    'top1': 'student.best is picked on the test images; student.last is not.',
+    'held_out_agreement': 'No real image was seen: student.best is picked by held_out_agreement, '
+                          'on fresh synthetic images.'}
 
 
 class Start(NamedTuple):
@@ -37,12 +37,6 @@ class Start(NamedTuple):
   command: str | None = None  # for the record
   resume: str | None = None  # config fields that may differ from the run in the folder
   stop_request: run_signals.StopRequest | None = None  # says whether to end early
-
-
-def round_key(run_key: PRNGKey, index: int, reseeded: int) -> PRNGKey:
-  """Returns the key of a round or call; each repetition has another."""
-  key = jax.random.fold_in(run_key, index)
-  return jax.random.fold_in(key, reseeded) if reseeded else key
 
 
 class Experiment:
@@ -92,9 +86,8 @@ class Experiment:
 
   def cache_teacher_predictions(self, teacher: Network) -> dict[str, float]:
     """Keeps the teacher's predictions on the test images for `agreement`; returns its metrics."""
-    metrics = self.evaluate(teacher)
-    predict = lambda images: evaluate.predict(
-        teacher, images, batch_size=self.settings.evaluate_batch_size, shared=True)
+    metrics, batch_size = self.evaluate(teacher), self.settings.evaluate_batch_size
+    predict = lambda images: evaluate.predict(teacher, images, batch_size=batch_size, shared=True)
     with self.ledger.part('compile'):
       predict(self.test.images[:1])
     with self.ledger.part('evaluation'):
@@ -241,7 +234,7 @@ class Experiment:
     meta = self.store.meta
     faults = sorted(path.name for path in self.workdir.glob('fault*.json'))
     summary = results | self._results() | {
-        'note': _NOTE if self.test is not None else _SYNTHETIC_NOTE, 'seed': self.settings.seed,
+        'note': _NOTES[self.selection], 'seed': self.settings.seed,
         'config_hash': meta['hash'], 'versions': report.versions(),
         **{name: meta[name] for name in ('config', 'changed', 'weights')},
         'device': report.device() | {'count': num_devices}, 'command': self._command,

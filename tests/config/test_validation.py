@@ -26,28 +26,36 @@ def quick():
 
 # Each wrong by itself, wherever the others are; where two are of one field, one of them is tried.
 FAULTS = {
-    'job': dict(job='distil'), 'seed': dict(seed=-1), 'buffer': dict(buffer='disk'), 'labels': dict(labels='balance'),
+    'job': dict(job='distil'), 'seed': dict(seed=-1), 'buffer': dict(buffer='disk'),
+    'labels': dict(labels='balance'),
     'precision': dict(precision='hihgest'), 'compute_dtype': dict(compute_dtype='float8'),
-    'dataset.name': dict(dataset__name='toi'), 'dataset.test_split': dict(dataset__test_split='tset'),
+    'dataset.name': dict(dataset__name='toi'),
+    'dataset.test_split': dict(dataset__test_split='tset'),
     'dataset.image_shape': dict(dataset__image_shape=(12, 8)),
     'generator.name': dict(generator__name='generater'),
-    'teacher.name': dict(teacher__name='convet'), 'teacher.source': dict(teacher__source='nowhere.pth'),
+    'teacher.name': dict(teacher__name='convet'),
+    'teacher.source': dict(teacher__source='nowhere.pth'),
     'student.name': dict(student__name='resnet_20'), 'student.mean': dict(student__mean=(0.1, 0.2)),
     'judge.name': dict(judge__source='weights.h5'),
     'method.name': dict(method__name='fast_dfdk'), 'method.capacity': dict(method__capacity=3),
-    'method.num_steps': dict(method__num_steps=0), 'method.latent_lr': dict(method__latent_lr=float('nan')),
+    'method.num_steps': dict(method__num_steps=0),
+    'method.latent_lr': dict(method__latent_lr=float('nan')),
     'factors': dict(factors__one_hot=-1.0),
-    'augment.student': dict(augment__student__name='shuft'), 'augment.synthesis': dict(augment__synthesis__name='flop'),
-    'distill.divergence': dict(distill__divergence='js'), 'distill.distill_after': dict(distill__distill_after=5),
+    'augment.student': dict(augment__student__name='shuft'),
+    'augment.synthesis': dict(augment__synthesis__name='flop'),
+    'distill.divergence': dict(distill__divergence='js'),
+    'distill.distill_after': dict(distill__distill_after=5),
     'distill.steps_per_round': dict(distill__calls_per_round=2),
-    'optimizer.schedule': dict(optimizer__schedule='cosinus'), 'optimizer.name': dict(optimizer__name='adamm'),
+    'optimizer.schedule': dict(optimizer__schedule='cosinus'),
+    'optimizer.name': dict(optimizer__name='adamm'),
     'num_devices': dict(num_devices=9),
 }
 HIDDEN = {  # What cannot be asked where another is wrong.
-    'job': {'dataset.name', 'dataset.test_split', 'teacher.name', 'teacher.source', 'student.name', 'judge.name',
-            'method.name', 'method.capacity', 'augment.student', 'augment.synthesis', 'distill.distill_after',
-            'distill.steps_per_round', 'num_devices'},
-    'dataset.image_shape': {'student.mean', 'teacher.name', 'student.name', 'augment.student', 'augment.synthesis'},
+    'job': {'dataset.name', 'dataset.test_split', 'teacher.name', 'teacher.source', 'student.name',
+            'judge.name', 'method.name', 'method.capacity', 'augment.student', 'augment.synthesis',
+            'distill.distill_after', 'distill.steps_per_round', 'num_devices'},
+    'dataset.image_shape': {'student.mean', 'teacher.name', 'student.name', 'augment.student',
+                            'augment.synthesis'},
     'compute_dtype': {'teacher.name', 'student.name'},
 }
 WORKDIR = 'in/a/new/folder'
@@ -110,7 +118,8 @@ def test_what_does_not_fit_the_images_is_named():
 def test_numbers_of_a_method_are_told_together():
   config = default.get_config('cu_dfkd')
   config.num_devices = 1
-  config.method.adversarial.end, config.method.curriculum_kind, config.method.sample_by = 3, 'lag', 'run'
+  config.method.adversarial.end = 3
+  config.method.update(curriculum_kind='lag', sample_by='run')
   seen = check(config)
   for piece in ('end of a ramp is 3', "'lag'", "'run'"):
     assert sum(piece in line for line in seen) == 1
@@ -123,12 +132,14 @@ def test_the_table_of_fields_has_every_default_in_its_interval():
     assert field.kind is dict or field.error(field.default) is None
     assert field.doc
   assert {field.name for field in fields.METHOD_FIELDS if field.default is not NO_DEFAULT} == set()
-  factors = [name.removeprefix('factors.') for name in fields.BY_NAME if name.startswith('factors.')]
+  factors = [name.removeprefix('factors.') for name in fields.BY_NAME
+             if name.startswith('factors.')]
   assert set(factors) == set(synth.Factors._fields)
 
 
 def test_numbers_of_methods_in_the_table_are_arguments_of_one():
-  taken = {number for name in synth.names() for number in synth.parameters(name)} | {'generator_schedule'}
+  taken = {number for name in synth.names()
+           for number in synth.parameters(name)} | {'generator_schedule'}
   assert {field.name.split('.')[1] for field in fields.METHOD_FIELDS} <= taken
 
 
@@ -141,7 +152,8 @@ def test_the_documentation_of_fields_is_that_of_the_table():
 
 
 @pytest.mark.parametrize(('interval', 'inside', 'outside'), [
-    ('[0, 1)', (0, 0.5), (-1, 1, float('nan'))), ('(0, 1]', (0.1, 1), (0, 1.1)), ('[1, inf)', (1, 2**40), (0, float('inf')))])
+    ('[0, 1)', (0, 0.5), (-1, 1, float('nan'))), ('(0, 1]', (0.1, 1), (0, 1.1)),
+    ('[1, inf)', (1, 2**40), (0, float('inf')))])
 def test_intervals(interval, inside, outside):
   assert all(is_inside(number, interval) for number in inside)
   assert not any(is_inside(number, interval) for number in outside)
@@ -170,12 +182,15 @@ def test_fields_that_are_missing_or_misspelt_in_a_file_are_named():
     (dict(dataset__image_shape=(12.0, 8, 1)), ['dataset.image_shape is (12.0, 8, 1)', 'whole']),
     (dict(student__mean=('a',)), ["student.mean is ('a',)"]),
     (dict(augment__student__pad=-2), ['augment.student.pad is -2']),
-    (dict(augment__student__name='resized_crop', augment__student__pad=None, augment__student__scale=(0.9, 0.2)),
+    (dict(augment__student__name='resized_crop', augment__student__pad=None,
+          augment__student__scale=(0.9, 0.2)),
      ['augment.student.scale is (0.9, 0.2)']),
     (dict(generator__options=dict(width=-3)), ["generator.options is {'width': -3}"]),
     (dict(generator__options=dict(depth=3)), ["'depth'"]),
-    (dict(factors__one_hot=0.0, factors__batch_norm=0.0, factors__adversarial=0.0), ['all factors are 0']),
-    (dict(job='train', train__label_factor=0.0), ['train.label_factor and train.teacher_factor are 0']),
+    (dict(factors__one_hot=0.0, factors__batch_norm=0.0, factors__adversarial=0.0),
+     ['all factors are 0']),
+    (dict(job='train', train__label_factor=0.0),
+     ['train.label_factor and train.teacher_factor are 0']),
     (dict(job='train', train__network='judge'), ["'judge'", 'teacher, student']),
     (dict(job='train', dataset__name=None), ['dataset.name is None']),
     (dict(job='train', num_devices=3), ['train.batch_size is 8', 'multiple of 3']),
@@ -195,8 +210,10 @@ def test_the_folder_is_looked_at_with_the_rest(tmp_path):
   (tmp_path / 'run' / 'summary.json').mkdir(parents=True)
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'checkpoints').write_text('here')
-  for name, piece in (('file/run', 'file'), ('loop', 'leads nowhere'), ('loop/run', 'leads nowhere'),
-                      ('run', 'summary.json'), ('other', 'checkpoints'), ('x' * 256, '255'), ('a\0b', 'a path')):
+  for name, piece in (('file/run', 'file'), ('loop', 'leads nowhere'),
+                      ('loop/run', 'leads nowhere'),
+                      ('run', 'summary.json'), ('other', 'checkpoints'), ('x' * 256, '255'),
+                      ('a\0b', 'a path')):
     first, second = problems_of(workdir=tmp_path / name, seed=-1)
     assert 'seed' in first
     assert second.startswith('workdir is ')
@@ -215,7 +232,8 @@ def test_a_teacher_in_python_stands_for_that_of_the_config():
 def test_every_job_is_validated_before_anything_is_done(job, tmp_path, monkeypatch):
   monkeypatch.setattr(distillation, 'run', None)
   with pytest.raises(InvalidError) as error:
-    train.run(toy_runs.config(job=job, seed=-1, student__name='resnet_20', train__network='student'), tmp_path / 'run')
+    train.run(toy_runs.config(job=job, seed=-1, student__name='resnet_20',
+                              train__network='student'), tmp_path / 'run')
   assert len(error.value.problems) == 2
   assert list(tmp_path.iterdir()) == []
 

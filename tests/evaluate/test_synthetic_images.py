@@ -1,4 +1,4 @@
-"""Runs without real images, the network that looks at the images, and a teacher that comes from Python."""
+"""Runs without real images, the judge, and a teacher from Python."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ ONE = parallel.make_mesh(1)
 
 
 def looked(method, state, student, judge=None):
-  program = synthetic_images.compile_metrics(ONE, lambda axis: method, state, toys.teacher(), student, judge)
+  program = synthetic_images.compile_metrics(ONE, lambda axis: method, state, toys.teacher(),
+                                             student, judge)
   return jax.device_get(program(
       synthetic_images.without_images(state), jax.random.key(4), toys.teacher(), student, judge))
 
@@ -27,7 +28,8 @@ def synthesis():
   """A method with room for one call, and a state of its own with more, after a call."""
   large, small = toys.fast_dfkd(capacity=20), toys.fast_dfkd(capacity=4)
   state = large.init(jax.random.key(0), toys.teacher())
-  return small, toys.jit(large.synthesize)(state, jax.random.key(1), toys.teacher(), toys.student())[0]
+  return small, toys.jit(large.synthesize)(state, jax.random.key(1), toys.teacher(),
+                                           toys.student())[0]
 
 
 def test_a_student_that_is_the_teacher_agrees_and_so_does_a_judge(synthesis):
@@ -54,7 +56,8 @@ def test_images_are_fresh_and_nothing_is_kept(synthesis):
 
 def test_a_run_without_real_images(tmp_path):
   config = toy_runs.config(dataset__name=None, evaluate__every=2)
-  config.judge.update(name='convnet', options=toy_runs.NETWORKS['teacher'], source=toy_runs.teacher_file(),
+  config.judge.update(name='convnet', options=toy_runs.NETWORKS['teacher'],
+                      source=toy_runs.teacher_file(),
                       mean=(0.4,), std=(0.3,))
   with toy_runs.quick():
     summary = train.run(config, tmp_path / 'run')
@@ -67,20 +70,22 @@ def test_a_run_without_real_images(tmp_path):
   assert summary['selection'] == 'held_out_agreement'
   assert summary['student']['best']['held_out_agreement'] >= last['held_out_agreement']
   assert 'No real image was seen' in summary['note']
-  rounds = [line['step'] for line in toy_runs.metrics(tmp_path / 'run') if 'held_out_agreement' in line]
+  rounds = [line['step'] for line in toy_runs.metrics(tmp_path / 'run')
+            if 'held_out_agreement' in line]
   assert rounds == [2, 4, 5]
   with toy_runs.quick():  # It has finished, and says the same again.
     assert train.run(config, tmp_path / 'run')['student'] == summary['student']
 
 
 def test_training_and_a_control_need_real_images():
-  for changes, message in ((dict(job='train'), 'dataset.name is None'), (dict(control=True), 'control is True')):
+  for changes, message in ((dict(job='train'), 'dataset.name is None'),
+                           (dict(control=True), 'control is True')):
     with pytest.raises(ValueError, match=message):
       check.find_problems(toy_runs.config(dataset__name=None, **changes)).raise_if_any()
 
 
 def test_a_judge_needs_weights():
-  with pytest.raises(ValueError, match=r"judge\.source is None, must name the weights of judge\.name, 'convnet'"):
+  with pytest.raises(ValueError, match=r"judge\.source is None, must be weights"):
     build.check_source(resolve(toy_runs.config(judge__name='convnet')).judge)
 
 
@@ -111,13 +116,16 @@ def test_a_student_carries_its_probe_and_its_preprocessing(tmp_path):
     weights.check(right.replace(std=(0.05,)), toy_runs.IMAGE, probe)
 
 
-@pytest.mark.parametrize(('name', 'dtype', 'remat'), [('resnet18_imagenet', 'bfloat16', True), ('wrn10_1', None, True)])
+@pytest.mark.parametrize(('name', 'dtype', 'remat'),
+                         [('resnet18_imagenet', 'bfloat16', True), ('wrn10_1', None, True)])
 def test_how_networks_compute_is_the_configs_to_say(name, dtype, remat):
   config = toy_runs.config(compute_dtype=dtype, remat=remat)
-  config.teacher.name, config.teacher.options = name, {}  # `update` would keep those that are there.
+  config.teacher.name, config.teacher.options = name, {
+      }  # `update` would keep those that are there.
   module = build.module(resolve(config).teacher)
   assert module.dtype == (dtype and jnp.bfloat16)
-  assert getattr(module, 'remat', None) == (True if name == 'resnet18_imagenet' else None)  # If it has the switch.
+  assert getattr(module, 'remat', None) == (True if name == 'resnet18_imagenet'
+                                            else None)  # If it has the switch.
   config.compute_dtype = 'float8'
   with pytest.raises(ValueError, match="'float8'"):
     build.module(resolve(config).teacher)
@@ -140,12 +148,14 @@ def test_preprocessing_in_terms_of_bytes():
   images = jnp.asarray(pixels / 255, jnp.float32)
   module = toys.Plain()
   variables = module.init(jax.random.key(0), images)
-  caffe = models.bind(module, variables, mean=[v / 255 for v in (123.68, 116.779, 103.939)], std=(1 / 255,), bgr=True)
+  caffe = models.bind(module, variables, mean=[v / 255 for v in (123.68, 116.779, 103.939)],
+                      std=(1 / 255,), bgr=True)
   np.testing.assert_allclose(
       caffe.preprocess(images), pixels[..., ::-1] - np.array([103.939, 116.779, 123.68]), atol=1e-4)
   plain = models.bind(module, variables, mean=(127 / 255,), std=(128 / 255,))
   np.testing.assert_allclose(plain.preprocess(images), (pixels - 127) / 128, atol=1e-5)
-  np.testing.assert_allclose(caffe(images).logits, module.apply(variables, caffe.preprocess(images)), rtol=1e-6)
+  np.testing.assert_allclose(caffe(images).logits,
+                             module.apply(variables, caffe.preprocess(images)), rtol=1e-6)
 
 
 def test_resizing_averages_where_it_shrinks_and_passes_the_rest():
