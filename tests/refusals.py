@@ -15,10 +15,8 @@ from dfkd_jax import cli
 # Bad inputs of each kind; the first half in test_bad_inputs, the other in test_bad_files.
 COUNTS = {
     'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45,
-    'workdirs': 17,
-    'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20,
-    'arrays to prepare': 25,
-    'folders to prepare': 12, 'arguments of prepare': 19}
+    'workdirs': 17, 'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20,
+    'arrays to prepare': 25, 'folders to prepare': 12, 'arguments of prepare': 19}
 CONFIG = """
 import toy_runs
 
@@ -40,8 +38,7 @@ def generate(family, strategy, run):
   seen = set()
 
   @settings(max_examples=6 * COUNTS[family], derandomize=True, deadline=None, database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(hypothesis.HealthCheck))
+            phases=[Phase.generate], suppress_health_check=list(hypothesis.HealthCheck))
   @hypothesis.given(strategy)
   def each(drawn):
     if repr(drawn) not in seen and len(seen) < COUNTS[family]:

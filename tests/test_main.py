@@ -96,8 +96,7 @@ def test_fields_of_any_kind_are_set(config_file):
   override(config, [
       '--config.student.options.widths=(4,5,6)', '--config.num_devices=2', '--config.control',
       '--config.labels=balanced', '--config.dataset.image_shape=(4,8,3)',
-      '--config.factors.l2=1e-3',
-      '--noconfig.optimizer.nesterov'])
+      '--config.factors.l2=1e-3', '--noconfig.optimizer.nesterov'])
   assert config.student.options.widths == (4, 5, 6)
   assert (config.num_devices, config.control, config.labels) == (2, True, 'balanced')
   assert (config.dataset.image_shape, config.factors.l2,
@@ -125,12 +124,10 @@ def test_none_is_none_where_a_field_may_be(config_file):
     config.method.restart_every = 50
   override(config, [
       '--config.method.restart_every=None', '--config.dataset.name=None',
-      '--config.num_devices=None',
-      '--config.precision=None', '--config.teacher.resize=None',
+      '--config.num_devices=None', '--config.precision=None', '--config.teacher.resize=None',
       '--config.augment.student.pad=None'])
   for value in (config.method.restart_every, config.dataset.name, config.num_devices,
-                config.precision,
-                config.teacher.resize, config.augment.student.pad):
+                config.precision, config.teacher.resize, config.augment.student.pad):
     assert value is None
   for field in ('distill.rounds', 'optimizer.learning_rate', 'control', 'student.mean',
                 'method.num_steps'):

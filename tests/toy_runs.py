@@ -78,8 +78,7 @@ def config(**changes):
   found.generator.options = dict(width=2)
   found.method.update(
       name='fast_dfkd', num_steps=2, generator_lr=3e-3, latent_lr=0.1, latent_dim=7,
-      adversarial_after=1,
-      batch_size=4, capacity=12, num_tasks=1)
+      adversarial_after=1, batch_size=4, capacity=12, num_tasks=1)
   found.factors.update(batch_norm=10.0, one_hot=1.0, adversarial=1.0)
   found.augment.update(synthesis=dict(name='shift', pad=2), student=dict(name='shift', pad=2))
   found.distill.update(rounds=5, steps_per_round=3, distill_after=1, batch_size=4, temperature=4.0)
@@ -88,8 +87,8 @@ def config(**changes):
   found.preflight.batch_size = 6
   found.checkpoint.every = 2
   found.compilation_cache = str(folder() / 'programs')
-  found.update_from_flattened_dict({name.replace('__', '.'): value
-      for name, value in changes.items()})
+  found.update_from_flattened_dict(
+      {name.replace('__', '.'): value for name, value in changes.items()})
   return found
 
 
@@ -107,8 +106,7 @@ def process(*arguments, cwd) -> subprocess.CompletedProcess:
   environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
   return subprocess.run(
       [sys.executable, str(ROOT / 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True,
-      timeout=300,
-      env=environment, check=False)
+      timeout=300, env=environment, check=False)
 
 
 @contextlib.contextmanager
@@ -200,12 +198,10 @@ def four_tasks(**changes):
       distill__distill_after=0, distill__batch_size=8, method__num_steps=1, method__num_tasks=4,
       method__capacity=16,
       optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0,
-      factors__adversarial=0.0,
-      teacher__options__widths=(3,), teacher__options__strides=(1,),
+      factors__adversarial=0.0, teacher__options__widths=(3,), teacher__options__strides=(1,),
       teacher__source=teacher_file((3,)),
       student__options__widths=(2,), student__options__strides=(1,)), **changes})
 
 
 __all__ = ['CLASSES', 'IMAGE', 'ROOT', 'config', 'config_file', 'data_dir', 'folder', 'metrics',
-           'observed',
-           'process', 'quick', 'teacher_file', 'tree_of', 'whole']
+           'observed', 'process', 'quick', 'teacher_file', 'tree_of', 'whole']

@@ -97,8 +97,7 @@ WRITERS = {
     'zip.pth': functools.partial(torch_file, 'zip'),
     'legacy.pth': functools.partial(torch_file, 'legacy'),
     'w.h5': lambda path, arrays: path.write_bytes(h5(named(arrays, KERAS, '/'))),
-    'w.keras': keras_archive,
-    'tfjs': tfjs, 'orbax': orbax, 'own': own}
+    'w.keras': keras_archive, 'tfjs': tfjs, 'orbax': orbax, 'own': own}
 
 
 @functools.cache
@@ -167,8 +166,7 @@ def no_file(kind, path):
 
 
 OTHERS = (b'', b'\0', b'Nothing of interest.', b'{"a": 1}', b'{', b'\x89PNG\r\n\x1a\n' + bytes(20),
-          b'PK\x03\x04',
-          b'\x80\x02}q\x00.', b'\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.',
+          b'PK\x03\x04', b'\x80\x02}q\x00.', b'\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.',
           b'\xff\xd8\xff\xe0' + bytes(9),
           b'\x89HDF\r\n\x1a\n', bytes(8), bytes(5000), b'\x93NUMPY\x01\0', b'\x1f\x8b\x08', b'[]',
           b'null')
@@ -291,8 +289,7 @@ EMBEDDINGS = st.one_of(
     st.tuples(st.integers(0, 9), st.sampled_from([np.nan, np.inf])).map(
         lambda drawn: saved(np.where(np.arange(10).reshape(5, 2) == drawn[0], drawn[1], GOOD))),
     st.floats(0, 0.99).map(lambda share: saved(GOOD)[:int(share * len(saved(GOOD)))]),
-    st.sampled_from(OTHERS),
-    st.just(saved(np.zeros((5, 3)))))
+    st.sampled_from(OTHERS), st.just(saved(np.zeros((5, 3)))))
 
 
 def test_embeddings_that_are_none():

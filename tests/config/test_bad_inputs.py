@@ -47,11 +47,9 @@ REAL = {
                      'distill.attention_factor'),
                     LEAST_0),
     **dict.fromkeys(('optimizer.learning_rate', 'method.latent_lr', 'method.generator_lr',
-                     'distill.temperature',
-                     'device_memory_gb'), ABOVE_0),
+                     'distill.temperature', 'device_memory_gb'), ABOVE_0),
     'optimizer.momentum': SHARE, 'train.label_smoothing': SHARE,
-    'dataset.crop': (0, False, 1, True),
-    'optimizer.gamma': (0, False, 1, True)}
+    'dataset.crop': (0, False, 1, True), 'optimizer.gamma': (0, False, 1, True)}
 
 
 def outside(number, low, low_too, high, high_too):
@@ -114,8 +112,7 @@ NAMES = {
     'augment.synthesis.name': tuple(augment._BY_NAME),
     'generator.name': ('generator', 'spatial_generator'), 'compute_dtype': ('float32', 'bfloat16'),
     'precision': ('highest', 'float32'), 'distill.divergence': ('kl', 'l1', 'l2'),
-    'dataset.name': ('toy', 'grey'),
-    'dataset.test_split': ('test', 'train'),
+    'dataset.name': ('toy', 'grey'), 'dataset.test_split': ('test', 'train'),
     'teacher.source': ('embedded:fashion_mnist_convnet', 'teacher.pth')}
 
 
@@ -181,8 +178,7 @@ PAIRS = st.one_of(
         ('distributed.coordinator=here', 'distributed.num_processes=2', 'distributed.process_id=0'),
         ('augment.student.name=flip', 'augment.student.pad=3'), ('student.options.widths=(2,3,4)',),
         ('student.options.widths=(2,3)', 'student.options.strides=(1,2,2)'),
-        ('seed=-1', 'job=chekc'),
-        ('generator.options.width=0',), ('generator.options.width=-3',),
+        ('seed=-1', 'job=chekc'), ('generator.options.width=0',), ('generator.options.width=-3',),
         ('student.options.widths=(0,3)',),
         ('teacher.resize=(3,)',), ('teacher.resize=(3.5,4)',), ('dataset.image_shape=(12.0,8,1)',),
         ('job=train', 'train.label_factor=0'),
@@ -303,8 +299,7 @@ def test_all_that_is_wrong_is_told_in_three_lines():
   with folder() as here:
     refused(run_main(
         '--config.seed=-1', '--config.student.name=resnet_20', '--config.labels=balance',
-        '--config.job=distill',
-        '--config.dataset.name=toi', '--config.teacher.source=gone.pth',
+        '--config.job=distill', '--config.dataset.name=toi', '--config.teacher.source=gone.pth',
         '--config.optimizer.name=adamm',
         '--workdir=/proc/version'), here, 'seed is -1', "'resnet_20'", "'balance'", "'toi'",
         "'gone.pth'", "'adamm'",

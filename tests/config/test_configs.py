@@ -250,8 +250,7 @@ def test_numbers_of_cu_dfkd(dataset, pair, batch, rounds, temperature, divergenc
      dict(batch_norm=10.0, one_hot=1.0, adversarial=1.0, total_variation=1e-3),
      dict(temperature=20.0, rounds=200)),
     ('cu_dfkd', dict(latent_dim=512, generator_lr=1e-3, adam_b1=0.9, adam_b2=0.99, init_std=0.02,
-                     sample_by='running',
-                     curriculum_kind='log', per='sample', num_steps=1),
+                     sample_by='running', curriculum_kind='log', per='sample', num_steps=1),
      dict(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0), dict(distill_after=0)),
     ('ssd_kd', dict(gamma=2.0, beta=0.5, draw='priority', label_source='random', counted='seen',
                     new_priority='max',
@@ -409,8 +408,7 @@ def shrunk(each):
   config.num_devices = 1
   config.dataset.update(
       name='toy', data_dir=toy_runs.data_dir(), image_shape=toy_runs.IMAGE,
-      num_classes=toy_runs.CLASSES,
-      test_split='test')
+      num_classes=toy_runs.CLASSES, test_split='test')
   for which, widths in toy_runs.NETWORKS.items():
     config[which].name, config[which].options = 'convnet', widths
     config[which].update(mean=(0.4,), std=(0.3,), bgr=False)
@@ -457,8 +455,7 @@ def test_a_prior_and_an_averaged_generator_from_end_to_end(tmp_path):
     'default:smoke', 'default:ssd_kd', 'cifar10:fast2', 'cifar10:cu_dfkd', 'cifar10:deep_inversion',
     'cifar10:cmi',
     'cifar10:zskt', 'cifar10:dfad', 'cifar10:scratch', 'cifar100:kd', 'cifar10_resnet56:',
-    'imagenet:small',
-    'teacher_cifar100:', 'teacher_fashion_mnist:'])
+    'imagenet:small', 'teacher_cifar100:', 'teacher_fashion_mnist:'])
 def test_runs_from_end_to_end(each, tmp_path):
   config = with_teacher(shrunk(each), tmp_path)
   with toy_runs.quick():

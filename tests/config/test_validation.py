@@ -47,8 +47,7 @@ FAULTS = {
     'distill.distill_after': dict(distill__distill_after=5),
     'distill.steps_per_round': dict(distill__calls_per_round=2),
     'optimizer.schedule': dict(optimizer__schedule='cosinus'),
-    'optimizer.name': dict(optimizer__name='adamm'),
-    'num_devices': dict(num_devices=9),
+    'optimizer.name': dict(optimizer__name='adamm'), 'num_devices': dict(num_devices=9),
 }
 HIDDEN = {  # What cannot be asked where another is wrong.
     'job': {'dataset.name', 'dataset.test_split', 'teacher.name', 'teacher.source', 'student.name',

@@ -58,8 +58,7 @@ def test_classification_equals_numpy(num_classes, size, batch_size):
   images, labels = real(size, num_classes)
   scores = evaluate.evaluate(
       student, (images, labels, 'names'), task=tasks.classification(num_classes),
-      batch_size=batch_size,
-      teacher=teacher)
+      batch_size=batch_size, teacher=teacher)
   logits = by_hand(student, images)
   order = np.argsort(-logits, axis=-1)
   wanted = {

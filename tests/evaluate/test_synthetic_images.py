@@ -57,8 +57,7 @@ def test_images_are_fresh_and_nothing_is_kept(synthesis):
 def test_a_run_without_real_images(tmp_path):
   config = toy_runs.config(dataset__name=None, evaluate__every=2)
   config.judge.update(name='convnet', options=toy_runs.NETWORKS['teacher'],
-                      source=toy_runs.teacher_file(),
-                      mean=(0.4,), std=(0.3,))
+                      source=toy_runs.teacher_file(), mean=(0.4,), std=(0.3,))
   with toy_runs.quick():
     summary = train.run(config, tmp_path / 'run')
   last = summary['student']['last']

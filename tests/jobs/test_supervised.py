@@ -97,8 +97,7 @@ def test_a_student_follows_a_teacher_on_real_data(teacher, tmp_path):
   workdir, summary_of_teacher = teacher
   config = toy_runs.config(**NEW | dict(
       teacher__source=str(workdir / 'weights.safetensors'), train__label_factor=0.0,
-      train__teacher_factor=1.0,
-      train__temperature=2.0, train__network='student', train__epochs=8))
+      train__teacher_factor=1.0, train__temperature=2.0, train__network='student', train__epochs=8))
   summary = train.run(config, tmp_path)
   assert summary['network'] == 'student'
   assert summary['teacher']['top1'] == summary_of_teacher['student']['last']['top1']

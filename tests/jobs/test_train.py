@@ -35,8 +35,7 @@ def test_a_run_leaves_its_files_and_says_so(whole):
   workdir, summary, *_ = whole
   assert sorted(path.name for path in workdir.iterdir()) == [
       '.lock', 'checkpoints', 'images.png', 'metrics.jsonl', 'student.safetensors',
-      'student_best.safetensors',
-      'summary.json']
+      'student_best.safetensors', 'summary.json']
   assert json.loads((workdir / 'summary.json').read_text()) == json.loads(json.dumps(summary))
   assert set(summary['files']) == {
       'checkpoints/', 'images.png', 'metrics.jsonl', 'student.safetensors',
@@ -85,8 +84,7 @@ def test_metrics_have_a_line_for_each_round(whole):
   assert 'loss' not in lines[0]
   for line in lines[1:]:
     assert {'loss', 'synthetic_agreement', 'agreement', 'top1', 'synthesis_loss',
-            'synthesis_batch_norm',
-            'synthesis_one_hot', 'synthesis_adversarial'} <= set(line)
+            'synthesis_batch_norm', 'synthesis_one_hot', 'synthesis_adversarial'} <= set(line)
 
 
 def test_weights_of_the_student_load_as_a_network(whole):
@@ -315,8 +313,7 @@ def uniform(tmp_path, monkeypatch):
   monkeypatch.setattr(methods, '__path__', [*methods.__path__, str(tmp_path / 'methods')])
   config = toy_runs.config(
       distill__rounds=2, distill__distill_after=0, num_devices=None, factors__one_hot=0.0,
-      factors__batch_norm=0.0,
-      factors__adversarial=0.0)
+      factors__batch_norm=0.0, factors__adversarial=0.0)
   config.method = {'name': 'uniform', 'darkest': 0.25}
   return config
 
