@@ -2,6 +2,7 @@ r"""The command line: python main.py [--config=FILE[:ARGUMENTS]] [--config.FIELD
 
 import argparse
 import importlib.util
+import logging
 import os
 import pathlib
 import shlex
@@ -10,12 +11,12 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from absl import logging
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from dfkd_jax.config import docs
 from dfkd_jax.config.overrides import override
-from dfkd_jax.messages import nearest, printable, truncate
+from dfkd_jax.messages import nearest, one_line
 from dfkd_jax.runs import signals as run_signals
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]  # of a clone: the folder of configs/
@@ -72,9 +73,6 @@ def _main(argv: Sequence[str], stop_request: run_signals.StopRequest) -> int:
     options, overrides = _parse(argv)
     config = load(options.config)
     override(config, [*_init_from(config, options.init_from), *overrides])
-    logging.set_verbosity(logging.WARNING)
-    # Orbax leaves one after a checkpoint that could not be written.
-    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     from dfkd_jax import train  # takes seconds, so arguments are checked first
 
     workdir = default_workdir(options.config) if options.workdir is None else options.workdir
@@ -95,6 +93,14 @@ def _main(argv: Sequence[str], stop_request: run_signals.StopRequest) -> int:
   return _STATUS.get(summary.get('stopped'), 0)
 
 
+def silence_libraries() -> None:
+  """Hides reports of Orbax and asyncio on a failed read or write; our error says it in a line."""
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+  sys.unraisablehook = lambda unraisable: None
+
+
 def _lines(error: ValueError) -> list[str]:
   """Formats each problem as a line; the last line has all that are left."""
   problems = [_one_line(problem) for problem in getattr(error, 'problems', (error,))]
@@ -102,7 +108,7 @@ def _lines(error: ValueError) -> list[str]:
 
 
 def _one_line(text: object) -> str:
-  return truncate(printable(str(text)), _MAX_LETTERS)
+  return one_line(text, _MAX_LETTERS)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -21,7 +21,6 @@ from dfkd_jax.parallel import launch
 from dfkd_jax.runs import checkpoint_format, config_diff, init_from
 from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import signals as run_signals
-from dfkd_jax.runs import state as run_state
 from dfkd_jax.runs.loop import Start
 
 
@@ -66,19 +65,19 @@ def _run(config: ConfigDict, start: Start, teacher: Network | None) -> dict[str,
   settings = resolve(config)
   if not is_single_process(settings.distributed):
     raise_problems(check_values, config)  # before waiting for others
-    start.stop_request.at_once = False  # others wait for this process
+    start.stop_request.defer()  # others wait for this process
   launch.initialize(**settings.distributed._asdict())
-  start.stop_request.again()
+  start.stop_request.install_handlers()
   if jax.process_count() > 1:
-    start.stop_request.at_once = False
-    parallel.check_same_on_all(run_state.fingerprint(settings.run.config), 'The config')
+    start.stop_request.defer()
+    parallel.check_same_on_all(config_diff.fingerprint(settings.run.config), 'The config')
   with parallel.raise_on_all_processes():
     check(config, start, teacher)
   if jax.process_count() > 1 and settings.job != 'check':
     with parallel.raise_on_all_processes():
-      stored = run_folder.read_stored(paths.expanded(start.workdir, 'workdir'))
+      stored = run_folder.read_stored(paths.expand_path(start.workdir, 'workdir'))
     parallel.check_same_on_all(
-        checkpoint_format.config_hash(stored), f'The run in {start.workdir}')
+        checkpoint_format.hash_json(stored), f'The run in {start.workdir}')
   _configure_jax(settings)
   if settings.job == 'check':
     return preflight.run(settings, teacher)
@@ -91,7 +90,7 @@ def _configure_jax(settings: Settings) -> None:
   if settings.precision:
     jax.config.update('jax_default_matmul_precision', settings.precision)
   if settings.compilation_cache:
-    folder = paths.expanded(settings.compilation_cache)
+    folder = paths.expand_path(settings.compilation_cache)
     jax.config.update('jax_compilation_cache_dir', str(folder))
     compilation_cache.reset_cache()  # or JAX ignores the folder after its first compilation
 
@@ -115,15 +114,17 @@ def _check_folder(
   """Yields problems of the folder, of the runs to begin from, and of resuming."""
   stored = {}
   try:
-    workdir = paths.expanded(start.workdir, 'workdir')
+    workdir = paths.expand_path(start.workdir, 'workdir')
     run_folder.check_place(workdir)
-    run_folder.check_free(workdir)
+    run_folder.check_not_running(workdir)
     stored = run_folder.read_stored(workdir)
   except ValueError as error:
     yield FieldError('workdir', str(error))
-  loaded = init_from.already_loaded(settings, stored)
-  for which in sorted({*settings.init_from._fields} - loaded):
-    yield from caught(f'init_from.{which}', init_from.source_path, settings, which)
+  unread = init_from.unread_sources(settings.init_from, stored, settings.control)
+  for name, source in sorted(unread._asdict().items()):
+    if source is not None:
+      yield from caught(f'init_from.{name}', init_from.source_path, name, source)
   if not is_wrong('workdir'):
-    yield from caught('workdir', config_diff.config_changes, stored, settings.run.config, workdir,
+    yield from caught('workdir', config_diff.config_changes, stored,
+                      config_diff.run_identity(settings.run.config), workdir,
                       start.resume, is_wrong)

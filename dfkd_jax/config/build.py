@@ -11,7 +11,7 @@ from dfkd_jax.config.problems import wrong_value
 from dfkd_jax.config.records import Dataset, NetworkSettings, Settings
 from dfkd_jax.messages import FieldError, check_choice
 from dfkd_jax.models.network import Network
-from dfkd_jax.paths import expanded
+from dfkd_jax.paths import expand_path
 from dfkd_jax.types import PRNGKey
 
 TEACHERS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'teachers'
@@ -64,7 +64,7 @@ def trained_network(network: NetworkSettings) -> Network:
   try:
     variables = weights.load(path, made, network.input_shape)
     loaded = models.bind(made, variables, **network.preprocessing)
-    weights.check(loaded, network.image_shape, weights.stored_probe(path),
+    weights.check_network(loaded, network.image_shape, weights.read_probe(path),
                   moments=network.needs_moments)
   except OSError as error:
     message = f'{field} is {source!r}, which cannot be read: {error.strerror}.'
@@ -82,7 +82,7 @@ def check_source(network: NetworkSettings) -> None:
                       'hf:OWNER/REPO or embedded:NAME. configs/teacher_*.py train a teacher.')
   if source is not None and source.startswith('hf:'):
     try:
-      weights.check_hub(source)
+      weights.check_hub_source(source)
     except ValueError as error:
       raise FieldError(field, f'{field} is {error}') from None
   elif source is not None:
@@ -100,7 +100,7 @@ def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
     name = check_choice(source.removeprefix('embedded:'), names, f'embedded teacher of {field},')
     return TEACHERS / f'{name}.safetensors'
   if not source.startswith('hf:'):
-    expanded(source.partition('#')[0], field)
+    expand_path(source.partition('#')[0], field)
   try:
     return weights.resolve(source)
   except ValueError as error:

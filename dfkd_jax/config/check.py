@@ -18,7 +18,7 @@ from dfkd_jax.config.values import check_values
 from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
-from dfkd_jax.paths import expanded
+from dfkd_jax.paths import expand_path
 
 ROLES = ('teacher', 'student', 'judge')
 
@@ -92,7 +92,7 @@ def _check_warmup(settings: Settings) -> Iterator[FieldError]:
 
 def _check_cache(settings: Settings) -> Iterator[FieldError]:
   if settings.compilation_cache is not None:
-    path = expanded(settings.compilation_cache, 'compilation_cache')
+    path = expand_path(settings.compilation_cache, 'compilation_cache')
     if path == path.parent or (path.exists() and not path.is_dir()):
       yield wrong_value('compilation_cache', str(path), 'a folder for compiled programs alone.')
 

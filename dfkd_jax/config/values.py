@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from dfkd_jax.config.fields import BY_NAME, OPEN, RUN_FIELDS, is_open
 from dfkd_jax.config.problems import caught, wrong_value
 from dfkd_jax.messages import FieldError, nearest
-from dfkd_jax.paths import expanded
+from dfkd_jax.paths import expand_path
 
 _ORDER = {name: index for index, name in enumerate(BY_NAME)}
 _NO_PATHS = ('hf:', 'embedded:')  # sources that are no paths
@@ -44,7 +44,7 @@ def check_values(config: ConfigDict) -> Iterator[FieldError]:
     elif error := row.error(value):
       yield FieldError(name, error)
     elif 'path' in row.flags and value is not None and not value.startswith(_NO_PATHS):
-      yield from caught(name, expanded, value.partition('#')[0] or value, name)
+      yield from caught(name, expand_path, value.partition('#')[0] or value, name)
 
 
 def leaves(section: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:

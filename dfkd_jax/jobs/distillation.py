@@ -1,7 +1,6 @@
 """Distillation without data: rounds of synthesis and of student steps."""
 
 import json
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from dfkd_jax.runs.loop import Experiment, Start
 from dfkd_jax.runs.results import write_networks
 from dfkd_jax.synth import host_replay
 from dfkd_jax.synth.objective import Factors
-from dfkd_jax.types import Metrics, PRNGKey
+from dfkd_jax.types import PRNGKey
 
 _EVALUATIONS = 1 << 31  # plus the rounds done, folded into the run's key; rounds are below
 
@@ -46,7 +45,7 @@ def run(settings: Settings, start: Start, teacher: Network | None = None) -> dic
   with parallel.raise_on_all_processes():
     job = _Distillation(settings, start)
     job.load_networks(teacher)
-    if (summary := job.store.finished()) is not None:
+    if (summary := job.store.finished_summary()) is not None:
       return summary
     job.init_student()
     job.choose_factors()
@@ -78,15 +77,18 @@ class _Distillation:
       if settings.judge.source is not None:
         self.judge = build.trained_network(settings.judge)
         judge_card = build.make_card(self.judge, settings.judge.source, 'judge')
-      self.store.stands_on(
+      sources, stored = settings.init_from, self.store.stored
+      self.unread = init_from.unread_sources(sources, stored, settings.control)
+      self.store.check_identity(
           teacher=self.card.sha256, judge=judge_card and judge_card.sha256,
-          **init_from.digests(settings, self.store.stored))
+          **init_from.source_digests(sources, self.unread, stored))
 
   def init_student(self) -> None:
     """Makes the student on the host: the control needs it after the run has donated its copy."""
     with self.ledger.part('setup'):
       student = build.fresh_network(self.settings.student, self.keys.student)
-      student = init_from.student(self.settings, student, self.store.stored)
+      student = init_from.load_student(
+          student, self.unread.student, self.settings.dataset.image_shape)
       self.student = jax.tree.map(np.array, student)
 
   def choose_factors(self) -> None:
@@ -116,7 +118,8 @@ class _Distillation:
     with self.ledger.part('setup'):
       synthesis = programs.init(self.plan.make, self.mesh, self.keys.method, self.teacher)
       with parallel.raise_on_all_processes():
-        synthesis = init_from.generator(self.settings, self.mesh, synthesis, self.store.stored)
+        synthesis = init_from.load_generator(
+            self.plan.make(None), synthesis, self.unread.generator, self.mesh)
       student = distill.init(self.student, self.plan.tx)
       return programs.State(synthesis, parallel.place(self.mesh, student))
 
@@ -132,22 +135,15 @@ class _Distillation:
                            self.teacher, self.method.images_per_call)
       self.measure = None
       if self.experiment.test is None or self.judge is not None:
-        self.measure = self._compile_measure(state)
+        self.measure = synthetic_images.compile_metrics(
+            self.mesh, self.plan.make, state.synthesis, self.teacher, state.student.network,
+            self.judge)
     return state
-
-  def _compile_measure(self, state: programs.State) -> Callable[..., Metrics]:
-    """Compiles metrics on fresh synthetic images."""
-    method = self.method
-    if 'capacity' in method.numbers:  # room for one call is enough
-      method = method._replace(numbers=method.numbers | {'capacity': method.images_per_call})
-    return synthetic_images.compile_metrics(
-        self.mesh, build_method.synthesizer(method, self.mesh.size, self.factors),
-        state.synthesis, self.teacher, state.student.network, self.judge)
 
   def run_rounds(self, state: programs.State) -> programs.State:
     """Runs all rounds that are not done."""
     build.note_idle_devices(self.settings, self.mesh.size)
-    state, done = self.store.begin(state, 'round', self.rounds.rounds)
+    state, done = self.store.resume(state, 'round', self.rounds.rounds)
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
     self.teacher_metrics = None
     if self.experiment.test is not None:
@@ -162,7 +158,7 @@ class _Distillation:
     if self.measure is not None:
       with self.ledger.part('evaluation'):
         fresh = self.measure(
-            synthetic_images.without_images(state.synthesis),
+            host_replay.strip_images(state.synthesis),
             jax.random.fold_in(self.keys.rounds, _EVALUATIONS + done), self.teacher, network,
             self.judge)
         metrics |= {name: float(np.asarray(value)) for name, value in fresh.items()}

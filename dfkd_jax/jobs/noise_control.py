@@ -4,10 +4,8 @@ import jax
 
 from dfkd_jax import distill, parallel, synth
 from dfkd_jax.models.network import Network
-from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.loop import Experiment
-from dfkd_jax.runs.side_state import SideState
 from dfkd_jax.types import PRNGKey
 
 
@@ -40,19 +38,16 @@ def run(
     program = programs.compile_steps(plan, state, teacher)
   total = rounds.learning_rounds * rounds.calls_per_round
   save_every = experiment.settings.save_every * rounds.calls_per_round
-  with SideState(experiment.store, experiment.workdir / run_folder.CONTROL) as checkpoints:
-    state, done = checkpoints.begin(state)
-    with experiment.ledger.part('control'):
-      for index in range(done, total):
-        learner, synthesis, _ = program(
-            state.student, state.synthesis, jax.random.fold_in(key, index), teacher)
-        jax.block_until_ready(learner.step)  # so that a stop request does not find calls queued
-        state, done = programs.State(synthesis, learner), index + 1
-        reason = experiment.stop_reason(minutes=done < total)
-        if reason or done == total or done % save_every == 0:
-          checkpoints.save(done, state)
-        if reason:
-          checkpoints.wait()
-        experiment.stop(reason, rounds.rounds, rounds.rounds,
-                        f' and call {done} of {total} of the control')
+  state, done = experiment.store.resume_control(state)
+  with experiment.ledger.part('control'):
+    for index in range(done, total):
+      learner, synthesis, _ = program(
+          state.student, state.synthesis, jax.random.fold_in(key, index), teacher)
+      jax.block_until_ready(learner.step)  # so that a stop request does not find calls queued
+      state, done = programs.State(synthesis, learner), index + 1
+      reason = experiment.stop_reason(minutes=done < total)
+      if reason or done == total or done % save_every == 0:
+        experiment.store.save_control(done, state)
+      experiment.stop(reason, rounds.rounds, rounds.rounds,
+                      f' and call {done} of {total} of the control')
   return experiment.evaluate(state.student.network)

@@ -26,7 +26,7 @@ class Round(NamedTuple):
 
   rounds: Distill
   programs: Programs
-  finite: non_finite.Finite
+  finite: non_finite.FiniteCheck
   ledger: report.Ledger
   key: PRNGKey
   teacher: Network

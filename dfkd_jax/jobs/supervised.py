@@ -33,7 +33,7 @@ def run(settings: Settings, start: Start) -> dict[str, Any]:
   with parallel.raise_on_all_processes():
     job = _Training(settings, start)
     job.load_teacher()
-    if (summary := job.store.finished()) is not None:
+    if (summary := job.store.finished_summary()) is not None:
       return summary
     job.load_images()
     student = job.init_student()
@@ -61,8 +61,11 @@ class _Training:
         self.teacher = build.trained_network(settings.teacher)
         card = build.make_card(self.teacher, settings.teacher.source)
         self.teacher = parallel.place(self.mesh, self.teacher)
-      self.store.stands_on(
-          teacher=card and card.sha256, **init_from.digests(settings, self.store.stored))
+      sources, stored = settings.init_from, self.store.stored
+      self.unread = init_from.unread_sources(sources, stored, settings.control)
+      self.store.check_identity(
+          teacher=card and card.sha256,
+          **init_from.source_digests(sources, self.unread, stored))
 
   def load_images(self) -> None:
     """Loads the training images onto the devices."""
@@ -80,7 +83,8 @@ class _Training:
     """Returns the network before its first step."""
     with self.ledger.part('setup'):
       network = build.fresh_network(self.network, self.init_key)
-      network = init_from.student(self.settings, network, self.store.stored, self.role)
+      network = init_from.load_student(
+          network, self.unread.student, self.settings.dataset.image_shape)
       self.tx = build_optimizer.optimizer(self.settings.optimizer, self.train.epochs, self.steps)
       return parallel.place(self.mesh, distill.init(network, self.tx))
 
@@ -107,7 +111,7 @@ class _Training:
   def run_epochs(self, student: distill.Student) -> distill.Student:
     """Runs all epochs that are not done."""
     build.note_idle_devices(self.settings, self.mesh.size)
-    student, done = self.store.begin(student, 'epoch', self.train.epochs)
+    student, done = self.store.resume(student, 'epoch', self.train.epochs)
     self.teacher_metrics = None
     if self.teacher is not None:
       self.teacher_metrics = self.experiment.cache_teacher_predictions(self.teacher)

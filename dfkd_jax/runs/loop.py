@@ -1,7 +1,6 @@
 """One run in one folder: its test set, its ledger, its state, and the loop over rounds."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from dfkd_jax import evaluate, parallel, paths, report
 from dfkd_jax.config.build import load_split
 from dfkd_jax.config.records import Settings
 from dfkd_jax.models.network import Network
-from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import non_finite
 from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
@@ -56,7 +54,7 @@ class Experiment:
     self._began = time.perf_counter()
     self.settings, self.task, self.unit = settings.run, settings.task, unit
     self._command, self._stop_request = start.command, start.stop_request
-    self.workdir = paths.expanded(start.workdir, 'workdir')
+    self.workdir = paths.expand_path(start.workdir, 'workdir')
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
       self.store = RunState(self.settings, self.workdir, self.ledger, start.resume)
@@ -77,7 +75,7 @@ class Experiment:
 
   def __enter__(self) -> 'Experiment':
     if self._stop_request is not None:
-      self._stop_request.at_once = False  # from now on there is something to save
+      self._stop_request.defer()  # from now on there is something to save
     self.store.__enter__()
     return self
 
@@ -143,7 +141,7 @@ class Experiment:
         state, numbers = advance(state, self._index, self.store.reseeded.get(self._index, 0))
         done = self._index + 1
         if done % self.settings.evaluate_every == 0 or done == total:
-          self.store.judge(evaluate(state, done), done, state, self.selection)
+          self.store.record_metrics(evaluate(state, done), done, state, self.selection)
           numbers |= {name: value for name, value in self.store.last.items() if name != 'round'}
         with parallel.raise_on_all_processes():
           writer.write(done, **numbers,
@@ -164,7 +162,7 @@ class Experiment:
       minutes: Whether the time budget counts. Each start does at least one round.
       images: Whether the budget of images counts.
     """
-    settings, reasons = self.settings, {self._stop_request() if self._stop_request else None}
+    settings, reasons = self.settings, {self._stop_request.signal if self._stop_request else None}
     seconds = time.perf_counter() - self._began
     if minutes and settings.minutes is not None and seconds >= 60 * settings.minutes:
       reasons.add('budget.minutes')
@@ -201,7 +199,7 @@ class Experiment:
         saved = self.store.latest()
     repeats = times < most  # the report of a repeated round keeps a name of its own
     path = self.workdir / (f'fault_{index + 1}_{times + 1}.json' if repeats else non_finite.REPORT)
-    non_finite.write(path, fault.about | {
+    non_finite.write_report(path, fault.about | {
         self.unit: index + 1, 'reseeded': times, 'seed': self.settings.seed, 'checkpoint': saved,
         'config_hash': self.store.meta['hash'], 'command': self._command})
     if not repeats:
@@ -213,7 +211,7 @@ class Experiment:
     self.store.reseeded[index] = times + 1
     self.ledger.count('reseeded')
     report.note(f'In {where}. Repeating it with other keys from {self.unit} {saved} on.')
-    return self.store.again(state)
+    return self.store.restore_latest(state)
 
   def _results(self) -> dict[str, Any]:
     """Returns metrics, times and counts so far."""
@@ -236,13 +234,12 @@ class Experiment:
     summary = results | self._results() | {
         'note': _NOTES[self.selection], 'seed': self.settings.seed,
         'config_hash': meta['hash'], 'versions': report.versions(),
-        **{name: meta[name] for name in ('config', 'changed', 'weights')},
+        **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
         'device': report.device() | {'count': num_devices}, 'command': self._command,
         'workdir': str(self.workdir),
         'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *faults]}
     with parallel.raise_on_all_processes():  # no process reads it before the first has written it
       report.write_summary(self.workdir, summary)
-    if parallel.is_first():
-      shutil.rmtree(self.workdir / run_folder.CONTROL, ignore_errors=True)
+    self.store.remove_control()
     report.say(report.format_summary(summary))
     return summary

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dfkd_jax import distill, parallel, synth
 from dfkd_jax.config.records import Distill
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import host_replay, replay
+from dfkd_jax.synth import buffer_memory, host_replay, replay
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
 Make = Callable[[str | None], synth.Synthesizer]  # (mapped axis) -> method
@@ -80,13 +80,13 @@ def place_and_compile(
   Returns:
     The programs, and the state with images in host memory or still to be allocated on devices.
   """
-  programs, note = host_replay.choose_place(
+  programs, note = buffer_memory.choose_place(
       buffer, memory, (state, teacher, others), state.synthesis,
       functools.partial(compile_programs, plan, state, teacher))
   if note and parallel.is_first():
     print(note, file=sys.stderr)
   if programs is None:
-    state = state.replace(synthesis=host_replay.allocate_on_host(state.synthesis))
+    state = state.replace(synthesis=buffer_memory.allocate_on_host(state.synthesis))
     programs = _compile_for_host(plan, state, teacher)
   return programs, state
 
