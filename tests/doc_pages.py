@@ -101,7 +101,7 @@ def fill(folder):
     Image.fromarray(image).save(folder / f'photos/{label:02}/photo.png')
   labels = np.arange(30, dtype=np.uint8)[:, None] % 10
   records = np.concatenate([labels, images[:30].reshape(30, -1)], axis=1).tobytes()
-  names = b'\n'.join(b'class %d' % label for label in range(10))
+  names = b'\n'.join(b'class%d' % label for label in range(10))
   with tarfile.open(folder / 'cifar-10-binary.tar.gz', 'w:gz') as archive:
     for name in (*(f'data_batch_{index}.bin' for index in range(1, 6)), 'test_batch.bin', 'batches.meta.txt'):
       content = names if name.endswith('.txt') else records

@@ -10,6 +10,8 @@ The info string of a block says how it runs:
   text           is no code
 """
 
+import importlib
+import json
 import pathlib
 import re
 import shutil
@@ -57,19 +59,30 @@ def place(tmp_path, monkeypatch):
   return tmp_path
 
 
+MADE = {}  # Small runs of this process: {config without its seed: (workdir, summary)}.
+
+
 class CheckedRuns:
-  """In the place of `train.run`: checks the whole config, then runs a small one unless `only_check`."""
+  """In the place of `train.run`: checks the whole config, then runs a small one, unless `only_check`.
+
+  A small run that an earlier command made, but for its seed, is copied.
+  """
 
   def __init__(self):
-    self.only_check, self.configs, self._run = False, [], train.run
+    self.only_check, self._run = False, train.run
 
   def __call__(self, config, workdir, command=None, teacher=None, *, resume=None, signals=False):
     config_check.check(config, None, teacher)
-    self.configs.append(config)
     if self.only_check:
       return {}
-    small = doc_pages.shrink(config)
-    return self._run(small, workdir, command, teacher, resume=resume, signals=signals)
+    small, workdir = doc_pages.shrink(config), pathlib.Path(workdir).absolute()
+    key = json.dumps([{**small.to_dict(), 'seed': 0}, resume, teacher is None], default=str)
+    if key not in MADE or workdir.exists():
+      result = self._run(small, workdir, command, teacher, resume=resume, signals=signals)
+      MADE[key] = workdir, result
+    elif config.job != 'check':
+      shutil.copytree(MADE[key][0], workdir)
+    return MADE[key][1]
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if page.name != WALKTHROUGH], ids=lambda page: page.name)
@@ -77,7 +90,7 @@ def test_blocks_run(page, place, monkeypatch):
   runs = CheckedRuns()
   monkeypatch.setattr(train, 'run', runs)
   if page.name != 'own_teacher.md':  # That page prepares the set itself.
-    prepare_main(['cifar10', '--source=cifar-10-binary.tar.gz'])
+    assert prepare_main(['cifar10', '--source=cifar-10-binary.tar.gz']) == 0
   module, variables = doc_pages.tiny_network(NUM_CLASSES.get(page.name, 10))
   namespace, small = {'my_linen_module': module, 'my_variables': variables}, SMALL.get(page.name, {})
   for old in small:
@@ -147,41 +160,40 @@ def test_links_lead_somewhere(page):
     assert not anchor or anchor in anchors(path), target
 
 
-def known_fields():
-  """Dotted names of all fields of all configs."""
-  names = [f'default.py:{method}' for method in synth.names() if method != 'noise']
-  names += [f'cifar10.py:{method}' for method in synth.names() if method != 'noise'] + ['imagenet.py']
-  fields = set()
-  for name in names:
-    config = doc_pages.main.load(f'configs/{name}')
-    flat = config.to_dict()
-    stack = [('', flat)]
-    while stack:
-      prefix, section = stack.pop()
-      for field, value in section.items():
-        fields.add(prefix + field)
-        if isinstance(value, dict):
-          stack.append((f'{prefix}{field}.', value))
-  return fields
+def names_of(section, prefix=''):
+  """Dotted names of all fields below a section."""
+  for name, value in section.items():
+    yield prefix + name
+    if isinstance(value, dict):
+      yield from names_of(value, f'{prefix}{name}.')
 
 
 @pytest.fixture(scope='module')
 def fields():
-  return known_fields()
+  """Dotted names of all fields of the configs."""
+  methods = [name for name in synth.names() if name != 'noise']
+  names = ['imagenet.py', *(f'{file}.py:{method}' for file in ('default', 'cifar10') for method in methods)]
+  return {field for name in names for field in names_of(doc_pages.main.load(f'configs/{name}').to_dict())}
 
 
 @pytest.mark.parametrize('page', MARKDOWN, ids=lambda page: page.name)
 def test_names_in_the_text_exist(page, fields):
-  """Fields, flags, files and extras in inline code."""
-  text = doc_pages.BLOCK.sub('', page.read_text())
+  """Fields, files and extras in inline code."""
+  whole = page.read_text()
   sections = {field.partition('.')[0] for field in fields if '.' in field}
-  for code in re.findall(r'`([^`\n]+)`', text):
+  for code in re.findall(r'`([^`\n]+)`', doc_pages.BLOCK.sub('', whole)):
     for field in re.findall(r'--config\.([\w.]+)', code):
-      assert field in fields or '.options.' in field or field == 'FIELD', code
-    if match := re.fullmatch(r'([a-z]+)\.([a-z_.]+)(=.*)?', code):
-      known = f'{match[1]}.{match[2]}' in fields
-      assert known or match[1] not in sections or hasattr(synth, match[1]), code
+      own = field.startswith('method.') and f"{field.removeprefix('method.')}=" in whole  # Of the walkthrough.
+      assert field in fields or '.options.' in field or field == 'FIELD' or own, code
+    if (match := re.fullmatch(r'([a-z]+)\.([a-z_.]+)(=.*)?', code)) and match[1] in sections:
+      name = f'{match[1]}.{match[2]}'
+      assert name in fields or name.endswith('.safetensors') or is_in_package(name), code
     for path in re.findall(r'(?:dfkd_jax|configs|tests|benchmarks|docs|colabs)/[\w./*-]+', code):
       assert list(ROOT.glob(path.rstrip('/'))) or '<' in code, code
     if 'pip install' in code or code.startswith("'.["):
       doc_pages.check_extras(code)
+
+
+def is_in_package(name):
+  module, _, attribute = f'dfkd_jax.{name}'.rpartition('.')
+  return hasattr(importlib.import_module(module), attribute)
