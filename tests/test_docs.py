@@ -104,7 +104,7 @@ def test_blocks_run(page, place, monkeypatch):
     elif info.startswith('bash'):
       runs.only_check = info == 'bash sketch'
       for words in doc_pages.commands(text):
-        doc_pages.run_command(words, monkeypatch)
+        doc_pages.run_command(words)
 
 
 def test_the_walkthrough_adds_a_method(tmp_path):
