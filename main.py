@@ -20,6 +20,7 @@ Kubernetes it needs none of these, and on other TPU pods --config.distributed.co
 import argparse
 import importlib.util
 import inspect
+import logging
 import os
 import pathlib
 import re
@@ -30,7 +31,8 @@ import types
 import warnings
 from collections.abc import Sequence
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
@@ -70,9 +72,6 @@ def _main(argv: Sequence[str], asked: run_signals.StopRequest) -> int:
     wanted, overrides = _arguments(argv)
     config = load(wanted.config)
     override(config, [*_begun_from(config, wanted.init_from), *overrides])
-    logging.set_verbosity(logging.WARNING)
-    # Orbax's, after a checkpoint that could not be written; there are none of ours.
-    warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
     from dfkd_jax import train  # Arguments are checked before the seconds that this import takes.
 
     workdir = default_workdir(wanted.config) if wanted.workdir is None else wanted.workdir
@@ -92,6 +91,14 @@ def _main(argv: Sequence[str], asked: run_signals.StopRequest) -> int:
   return _STATUS.get(found.get('stopped'), 0)
 
 
+def _silence_libraries() -> None:
+  """Hides all that Orbax and asyncio report of a failed read or write; our error says it in a line."""
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
+  sys.unraisablehook = lambda unraisable: None
+
+
 def _lines(error: ValueError) -> list[str]:
   """A line for each thing that is wrong; three at most, the last of which has all that are left."""
   problems = [_printable(str(problem)) for problem in getattr(error, 'problems', (error,))]
@@ -100,7 +107,7 @@ def _lines(error: ValueError) -> list[str]:
 
 def _printable(text: str) -> str:
   """One line that ends within a screen: names in it may be those of a foreign file."""
-  return messages.truncate(messages.printable(text), _LONGEST)
+  return messages.one_line(text, _LONGEST)
 
 
 def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -239,4 +246,5 @@ def _fields(section: config_dict.ConfigDict, prefix: str = '') -> list[str]:
 
 
 if __name__ == '__main__':
+  _silence_libraries()
   sys.exit(main(sys.argv))

@@ -1,9 +1,9 @@
-r"""What a checkpoint costs: its bytes against those of the state, and the seconds that it holds a run up.
+r"""Measures the size of a checkpoint and the seconds that it costs.
 
   python benchmarks/checkpoints.py --config=configs/cifar10.py:fast_dfkd
 
-The state is that of a run with a full buffer, of images that do not compress; nothing is computed. A save holds the run
-up until the arrays are copied (`held up`), and is written in the background (`written`).
+The state has fresh weights and a full buffer of noise, which does not compress. A save blocks the
+run until the arrays are copied (`held up`). They are written in the background (`written`).
 """
 
 import argparse
@@ -24,28 +24,29 @@ from dfkd_jax.runs.checkpoint import Checkpoints
 from dfkd_jax.synth import replay
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # For configs, which are no package.
+sys.path.insert(0, str(ROOT))  # `configs` is not installed.
 spec = util.spec_from_file_location('command_line', ROOT / 'main.py')
 command_line = util.module_from_spec(spec)
 spec.loader.exec_module(command_line)
 
 
 def full_state(config: build.Config) -> dict:
-  """What a run of a config saves, with fresh weights and a buffer full of noise."""
+  """Returns the state of a run, with fresh weights and a buffer full of noise."""
   keys = jax.random.split(jax.random.key(0), 3)
   mesh = parallel.make_mesh(1)
-  teacher, student = (
-      build.network(config, which, key) for which, key in zip(('teacher', 'student'), keys[:2], strict=True))
+  teacher = build.network(config, 'teacher', keys[0])
+  student = build.network(config, 'student', keys[1])
   tx = build.optimizer(config, config.distill.rounds, config.distill.steps_per_round)
   synthesis = programs.init(build.synthesizer(config, 1), mesh, keys[2], teacher)
   images = replay.find_buffer(synthesis).images
   noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
   synthesis = replay.replace_buffer(synthesis, images=jax.device_put(noise, images.sharding))
-  return {'synthesis': synthesis, 'student': distill.init(student, tx), 'best': jax.tree.map(np.asarray, student)}
+  return {'synthesis': synthesis, 'student': distill.init(student, tx),
+          'best': jax.tree.map(np.asarray, student)}
 
 
 def measure(state: dict, folder: pathlib.Path) -> dict[str, float]:
-  """Saves twice, the first time for nothing but warmth, and reads."""
+  """Saves twice, where the first save is a warm-up, and restores."""
   raw = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   with Checkpoints(folder, max_to_keep=1) as checkpoints:
     for step in (1, 2):
@@ -56,26 +57,29 @@ def measure(state: dict, folder: pathlib.Path) -> dict[str, float]:
       written = time.perf_counter() - began
     size = sum(path.stat().st_size for path in (folder / '2').rglob('*') if path.is_file())
     began = time.perf_counter()
-    found, _ = checkpoints.restore(state)
-    jax.block_until_ready(found)
+    restored_state, _ = checkpoints.restore(state)
+    jax.block_until_ready(restored_state)
     restored = time.perf_counter() - began
-  return {'raw bytes': raw, 'bytes': size, 'ratio': size / raw, 'held up, s': held_up, 'written, s': written,
-          'read, s': restored}
+  return {'raw bytes': raw, 'bytes': size, 'ratio': size / raw, 'held up, s': held_up,
+          'written, s': written, 'read, s': restored}
 
 
 def main(argv: Sequence[str]) -> None:
   """Prints a line for each figure."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/cifar10.py:fast_dfkd')
-  parser.add_argument('--seconds', type=float, help='of a round, as a run said: for the share that saves take')
-  wanted = parser.parse_args(argv)
-  config = command_line.load(wanted.config)
+  parser.add_argument(
+      '--seconds', type=float, help='seconds of a round, to print the share of saves')
+  options = parser.parse_args(argv)
+  config = command_line.load(options.config)
   with tempfile.TemporaryDirectory() as folder:
-    found = measure(full_state(config), pathlib.Path(folder))
-  for name, value in found.items():
+    figures = measure(full_state(config), pathlib.Path(folder))
+  for name, value in figures.items():
     print(f'{name:12}{value:16,.4g}' if value < 1e4 else f'{name:12}{value:16,.0f}')
-  if wanted.seconds:
-    print(f'{"share":12}{found["held up, s"] / (wanted.seconds * config.checkpoint.every):16.3%}')
+  if options.seconds:
+    share = figures['held up, s'] / (options.seconds * config.checkpoint.every)
+    print(f'{"share":12}{share:16.3%}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
-"""Gradients of convolutions inside a scan: stock against ours, as ratios from one run.
+"""Times gradients of convolutions inside a scan: XLA's convolution against ours.
 
 python benchmarks/convolution.py
 
-On CPU the stock form pays 10 to 150 times for being in a loop body, and its depthwise form even
-outside; elsewhere both columns are the same program.
+On CPU, XLA's convolution is 10 to 150 times slower in a loop body, and its depthwise form also
+outside. On other platforms both columns are the same program.
 """
 
 import json
@@ -24,7 +24,7 @@ CASES = {  # images [B, H, W, C], outputs, stride
     'stride two': ((64, 32, 32, 16), 32, 2),
     'colour out': ((64, 32, 32, 32), 3, 1),
 }
-DEPTHWISE = {  # As a MobileNetV2 for 224 pixels has them: images [B, H, W, C], stride
+DEPTHWISE = {  # Layers of a MobileNetV2 for 224 pixels: images [B, H, W, C], stride
     'depthwise': ((2, 56, 56, 96), 1),
     'depthwise, large': ((2, 112, 112, 32), 1),
     'depthwise, stride two': ((2, 56, 56, 96), 2),
@@ -53,8 +53,10 @@ def folded(images, kernel, stride):
   return cpu_convolution.upsampled_conv(images, kernel)
 
 
-def seconds_per_step(convolve, images, kernel, stride, *, loop: bool, steps: int = 4, repeats: int = 3) -> float:
-  """Least seconds of a forward and a backward pass, in a scan or unrolled."""
+def seconds_per_step(
+    convolve, images, kernel, stride, *, loop: bool, steps: int = 4, repeats: int = 3
+) -> float:
+  """Returns the least seconds of a forward and a backward pass, in a scan or unrolled."""
 
   @jax.jit
   def program(images, kernel):
@@ -75,18 +77,22 @@ def seconds_per_step(convolve, images, kernel, stride, *, loop: bool, steps: int
 
 
 def main() -> None:
-  print('| case | stock, in a scan, ms | stock, unrolled, ms | ours, in a scan, ms | stock / ours in a scan |')
+  print('| case | stock, in a scan, ms | stock, unrolled, ms | ours, in a scan, ms '
+        '| stock / ours in a scan |')
   print('|---|---|---|---|---|')
-  rows = [(name, stock, ours, shape, (shape[-1], outputs), stride) for name, (shape, outputs, stride) in CASES.items()]
+  rows = [(name, stock, ours, shape, (shape[-1], outputs), stride)
+          for name, (shape, outputs, stride) in CASES.items()]
   rows.append(('after upsampling', upsampled, folded, (64, 14, 14, 32), (32, 16), 1))
-  rows += [(name, stock, ours, shape, (1, shape[-1]), stride) for name, (shape, stride) in DEPTHWISE.items()]
-  for name, plain, fast, shape, channels, stride in rows:
+  rows += [(name, stock, ours, shape, (1, shape[-1]), stride)
+           for name, (shape, stride) in DEPTHWISE.items()]
+  for name, slow, fast, shape, channels, stride in rows:
     images = jax.random.normal(jax.random.key(0), shape)
     kernel = jax.random.normal(jax.random.key(1), (3, 3, *channels))
     looped, unrolled, mine = (
         1e3 * seconds_per_step(convolve, images, kernel, stride, loop=loop)
-        for convolve, loop in ((plain, True), (plain, False), (fast, True)))
-    print(f'| {name} | {looped:.1f} | {unrolled:.1f} | {mine:.1f} | {looped / mine:.1f} |', flush=True)
+        for convolve, loop in ((slow, True), (slow, False), (fast, True)))
+    print(f'| {name} | {looped:.1f} | {unrolled:.1f} | {mine:.1f} | {looped / mine:.1f} |',
+          flush=True)
   print(json.dumps(report.device()))
 
 

@@ -1,16 +1,21 @@
-r"""What devices say to each other in a round, from the compiled programs, and what share of the time that would be.
+r"""Estimates the communication between devices in a round, and its share of the time.
 
 python benchmarks/scaling.py --config=configs/cifar10.py:fast_dfkd,fast5,resnet34-resnet18
 
-The two programs of a round are compiled, not run, for four virtual CPU devices with a task each; no weights and no data
-are needed. A collective in a loop counts as often as the loop turns. Those that do not wait for each other go as one,
-as XLA combines them on GPU and TPU: `in turn` is how many are left, and each of these costs a latency.
+The two programs of a round are compiled, not run, for four virtual CPU devices with a task each.
+This needs no weights and no data. A collective in a loop counts once for each iteration. XLA
+combines collectives that do not depend on each other on GPU and TPU. `in turn` is the number that
+remains, and each of them costs a latency.
 
-Every device has what the config gives to one (weak scaling), or its share of that (strong). A round computes
-calls x inner steps x images x (3 G + 2 T + 2 S) + student steps x images x (T + 3 S) FLOP, with G, T, S those of a
-forward pass of generator, teacher, student; S in synthesis only with an adversarial term. A ring of n sends each byte
-2 (n - 1) / n times over the slowest of its links. Nothing overlaps, which is pessimistic. Speeds, latencies and the
-share of the peak that is reached are assumptions, see LINKS; they are printed, and nothing here is a measurement.
+With weak scaling, every device does the work that the config gives to one device. With strong
+scaling, devices share that work. G, T and S are the FLOP of a forward pass of generator, teacher
+and student. The FLOP of a round are
+
+  calls x inner steps x images x (3 G + 2 T + 2 S) + student steps x images x (T + 3 S)
+
+Synthesis has S only with an adversarial term. A ring of n devices sends each byte 2 (n - 1) / n
+times over its slowest link. The estimate is pessimistic because nothing overlaps. Speeds, latencies
+and the reached share of the peak are assumptions, see LINKS. Nothing here is a measurement.
 """
 
 import argparse
@@ -22,99 +27,104 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-import main as command_line
-from dfkd_jax import distill, parallel
-from dfkd_jax.config import build
-from dfkd_jax.runs import programs
-
 DEVICES = 4
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ.setdefault('XLA_FLAGS', ' '.join((  # Only the programs' text is wanted, not their speed.
+os.environ.setdefault('XLA_FLAGS', ' '.join((  # Fast compilation: the programs are never run.
     f'--xla_force_host_platform_device_count={DEVICES}', '--xla_backend_optimization_level=0',
     '--xla_llvm_disable_expensive_passes=true')))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+import main as command_line  # noqa: E402
+from dfkd_jax import distill, parallel  # noqa: E402
+from dfkd_jax.config import build  # noqa: E402
+from dfkd_jax.runs import programs  # noqa: E402
+
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8, 'f64': 8}
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's64': 8, 'u64': 8,
+         'f64': 8}
 _OPCODE = re.compile(r'(?<=[\s)}\]])([a-z][a-z\-]*)\(')
 
 
 class Link(NamedTuple):
-  """Devices, and what connects them: all assumptions."""
+  """Assumptions about devices and their links."""
 
-  flops: float  # a second that a device reaches
-  inner: float  # bytes a second, one way, among the `group` nearest
-  outer: float  # and beyond
-  group: int
-  latencies: tuple[float, float]  # seconds of a small all-reduce, among the nearest and beyond
+  flops: float  # FLOP per second that a device reaches.
+  inner: float  # Bytes per second, one way, within a group.
+  outer: float  # Bytes per second, one way, between groups.
+  group: int  # Devices in a group.
+  latencies: tuple[float, float]  # Seconds of a small all-reduce, within and between groups.
 
 
 LINKS = {
     'H100, 0.2 of 400 TFLOP/s; 450 GB/s and 10 us among 8, 400 Gb/s and 30 us beyond': Link(
         0.2 * 400e12, 450e9, 50e9, 8, (10e-6, 30e-6)),
-    'TPU v5e, 0.2 of 197 TFLOP/s; 100 GB/s and 10 us': Link(0.2 * 197e12, 100e9, 100e9, 256, (10e-6, 10e-6)),
+    'TPU v5e, 0.2 of 197 TFLOP/s; 100 GB/s and 10 us': Link(
+        0.2 * 197e12, 100e9, 100e9, 256, (10e-6, 10e-6)),
 }
 
 
 class Traffic(NamedTuple):
-  """Of one kind of collective in one round."""
+  """Collectives of one kind in one round."""
 
-  count: int  # as written
+  count: int  # As written.
   num_bytes: int
-  in_turn: int  # that wait for each other
+  in_turn: int  # After combining.
 
 
 def computations(text: str) -> dict[str, list[str]]:
-  """The lines of each computation of an HLO module; the one that is run first is 'ENTRY'."""
-  found, lines = {}, []
+  """Returns the lines of each computation of an HLO module. The first to run is 'ENTRY'."""
+  by_name, lines = {}, []
   for line in text.splitlines():
     if match := re.match(r'(ENTRY )?%?([\w.\-]+) .*\{$', line):
-      lines = found.setdefault('ENTRY' if match[1] else match[2], [])
+      lines = by_name.setdefault('ENTRY' if match[1] else match[2], [])
     elif ' = ' in line:
       lines.append(line.strip())
-  return found
+  return by_name
 
 
 def traffic(text: str) -> dict[str, Traffic]:
-  """What an HLO module sends, by kind; loops as often as they turn."""
-  every = computations(text)
-  found = {}
-  for name, times in _turns(every, 'ENTRY', 1):
+  """Returns the traffic of an HLO module by kind. Loops count once for each iteration."""
+  by_name = computations(text)
+  totals = {}
+  for name, times in _calls(by_name, 'ENTRY', 1):
     levels, last = {}, dict.fromkeys(KINDS, 0)
-    for line in every[name]:
-      target, kind, operands, size = _parsed(line)
+    for line in by_name[name]:
+      target, kind, operands, size = _parse(line)
       level = max((levels.get(operand, 0) for operand in operands), default=0)
       if kind in KINDS:
         level += 1
         last[kind] = max(last[kind], level)
-        before = found.get(kind, Traffic(0, 0, 0))
-        found[kind] = before._replace(count=before.count + times, num_bytes=before.num_bytes + times * size)
+        total = totals.get(kind, Traffic(0, 0, 0))
+        totals[kind] = total._replace(
+            count=total.count + times, num_bytes=total.num_bytes + times * size)
       levels[target] = level
     for kind, level in last.items():
       if level:
-        found[kind] = found[kind]._replace(in_turn=found[kind].in_turn + times * level)
-  return found
+        totals[kind] = totals[kind]._replace(in_turn=totals[kind].in_turn + times * level)
+  return totals
 
 
-def _turns(every: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
-  """Each call of a computation, and how often it is made."""
+def _calls(by_name: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int]]:
+  """Yields each call of a computation, and how often it is repeated."""
   yield name, times
-  for line in every[name]:
+  for line in by_name[name]:
     turns = 1
     if match := re.search(r'body=%?([\w.\-]+)', line):
       turns = int(re.search(r'known_trip_count[^\d]*(\d+)', line)[1])
-    for called in re.findall(r'(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', line):
-      if called in every and not re.search(r' (?:all-reduce|reduce\S*|fusion)\(', line):
-        yield from _turns(every, called, times * turns)
+    for called in re.findall(
+        r'(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)', line):
+      if called in by_name and not re.search(r' (?:all-reduce|reduce\S*|fusion)\(', line):
+        yield from _calls(by_name, called, times * turns)
     if match := re.search(r'branch_computations=\{([^}]*)\}', line):
       for called in re.findall(r'[\w.\-]+', match[1]):
-        yield from _turns(every, called, times)
+        yield from _calls(by_name, called, times)
 
 
-def _parsed(line: str) -> tuple[str, str, list[str], int]:
-  """Target, operation, operands, and bytes of the result of a line."""
+def _parse(line: str) -> tuple[str, str, list[str], int]:
+  """Returns the target, operation and operands of a line, and the bytes of its result."""
   target, _, rest = line.removeprefix('ROOT ').partition(' = ')
   match = _OPCODE.search(rest)
   if not match:
@@ -127,76 +137,86 @@ def _parsed(line: str) -> tuple[str, str, list[str], int]:
 
 
 def spread(config, devices: int):
-  """The config with a task on each of so many devices, and as much for each as it has for one."""
+  """Returns a config with a task on each device, and the work of the given config on each."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.method.num_tasks = devices
     config.distill.batch_size *= devices
-    for of_all in ('capacity', 'bank_size'):
-      if of_all in config.method:
-        config.method[of_all] *= devices
+    for field in ('capacity', 'bank_size'):
+      if field in config.method:
+        config.method[field] *= devices
   return config
 
 
-def programs(config) -> programs.Programs:
-  """Both programs of a round for `DEVICES` devices, from shapes alone."""
+def compile_round(config) -> programs.Programs:
+  """Compiles both programs of a round for `DEVICES` devices, from shapes."""
   mesh, key = parallel.make_mesh(DEVICES), jax.random.key(0)
   section = config.distill
   teacher, student = (
-      jax.eval_shape(lambda which=which: build.network(config, which, key)) for which in ('teacher', 'student'))
+      jax.eval_shape(lambda role=role: build.network(config, role, key))
+      for role in ('teacher', 'student'))
   tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
   synthesis = jax.eval_shape(build.synthesizer(config, 1)(None).init, key, teacher)
-  state = programs.State(synthesis, jax.eval_shape(lambda network: distill.init(network, tx), student))
+  learner = jax.eval_shape(lambda network: distill.init(network, tx), student)
+  state = programs.State(synthesis, learner)
   return programs.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
 
 
-def of_round(found: dict[str, Traffic], config) -> dict[str, Traffic]:
-  """What a program sends in a round, which runs it once a call."""
-  return {kind: Traffic(*(config.distill.calls_per_round * number for number in each)) for kind, each in found.items()}
+def round_traffic(call_traffic: dict[str, Traffic], config) -> dict[str, Traffic]:
+  """Returns the traffic of a round from the traffic of a call."""
+  return {kind: Traffic(*(config.distill.calls_per_round * number for number in traffic))
+          for kind, traffic in call_traffic.items()}
 
 
 def flops_of_round(config) -> float:
-  """FLOP of what one device has to do."""
+  """Returns the FLOP of one device in a round."""
   key, section, method = jax.random.key(0), config.distill, config.method
   image = jnp.zeros((1, *config.dataset.image_shape))
-  of = lambda function, *inputs: jax.jit(function).lower(*inputs).cost_analysis()['flops']
-  teacher, student = (
-      of(lambda network, x: network(x).logits, jax.eval_shape(
-          lambda which=which: build.network(config, which, key)), image) for which in ('teacher', 'student'))
-  made = 0.0
+  flops = lambda function, *inputs: jax.jit(function).lower(*inputs).cost_analysis()['flops']
+  networks = [jax.eval_shape(lambda role=role: build.network(config, role, key))
+              for role in ('teacher', 'student')]
+  teacher, student = (flops(lambda network, x: network(x).logits, network, image)
+                      for network in networks)
+  forward = 0.0
   if 'latent_dim' in method:
-    shape = build.latent_dim(config)
-    generator, latents = build.generator(config), jnp.zeros((1, *((shape,) if isinstance(shape, int) else shape)))
+    shape, generator = build.latent_dim(config), build.generator(config)
+    latents = jnp.zeros((1, *((shape,) if isinstance(shape, int) else shape)))
     variables = jax.eval_shape(lambda: generator.init(key, latents))
-    made = of(lambda v, z: generator.apply(v, z, mutable=['batch_stats'])[0], variables, latents)
-  inner = 3 * made + 2 * teacher + (2 * student if config.factors.adversarial else 0)
+    apply = lambda v, z: generator.apply(v, z, mutable=['batch_stats'])[0]
+    forward = flops(apply, variables, latents)
+  inner = 3 * forward + 2 * teacher + (2 * student if config.factors.adversarial else 0)
   return section.calls_per_round * method.num_steps * method.batch_size * inner + (
       section.steps_per_round * section.batch_size * (teacher + 3 * student))
 
 
-def seconds_of(found: dict[str, dict[str, Traffic]], link: Link, devices: int) -> tuple[float, float]:
-  """What a round's collectives take on so many devices: latencies, and transfers."""
-  far = devices > link.group
-  speed, latency = link.outer if far else link.inner, link.latencies[far]
-  all_of = [each for kinds in found.values() for each in kinds.values()]
-  sent = 2 * (devices - 1) / devices * sum(each.num_bytes for each in all_of)
-  return latency * sum(each.in_turn for each in all_of), sent / speed
+def estimate_seconds(
+    by_program: dict[str, dict[str, Traffic]], link: Link, devices: int
+) -> tuple[float, float]:
+  """Returns the seconds of latencies and of transfers in a round."""
+  is_far = devices > link.group
+  speed, latency = link.outer if is_far else link.inner, link.latencies[is_far]
+  parts = [traffic for kinds in by_program.values() for traffic in kinds.values()]
+  num_bytes = 2 * (devices - 1) / devices * sum(part.num_bytes for part in parts)
+  return latency * sum(part.in_turn for part in parts), num_bytes / speed
 
 
-def report(found: dict[str, dict[str, Traffic]], flops: float) -> None:
-  """Both tables."""
+def print_tables(by_program: dict[str, dict[str, Traffic]], flops: float) -> None:
+  """Prints the traffic, and the share of communication for each link."""
   print(f'{"program":12}{"collective":20}{"a round":>10}{"in turn":>10}{"MiB a round":>14}')
-  for program, kinds in found.items():
-    for kind, each in kinds.items():
-      print(f'{program:12}{kind:20}{each.count:10,}{each.in_turn:10,}{each.num_bytes / 2**20:14,.1f}')
+  for program, kinds in by_program.items():
+    for kind, part in kinds.items():
+      mib = part.num_bytes / 2**20
+      print(f'{program:12}{kind:20}{part.count:10,}{part.in_turn:10,}{mib:14,.1f}')
   for about, link in LINKS.items():
     busy = flops / link.flops
     print(f'\n{about}\n{flops / 1e12:,.0f} TFLOP a round and device, {busy:.2f} s\n'
-          f'{"devices":>8}{"latency s":>12}{"transfer s":>12}{"weak, share":>13}{"strong, share":>15}')
+          f'{"devices":>8}{"latency s":>12}{"transfer s":>12}{"weak, share":>13}'
+          f'{"strong, share":>15}')
     for devices in (2, 4, 8, 16, 32, 64, 128, 256):
-      latency, transfer = seconds_of(found, link, devices)
-      share = lambda compute, sent=latency + transfer: sent / (sent + compute)
-      print(f'{devices:8}{latency:12.3f}{transfer:12.3f}{share(busy):13.1%}{share(busy / devices):15.1%}')
+      latency, transfer = estimate_seconds(by_program, link, devices)
+      weak, strong = ((latency + transfer) / (latency + transfer + compute)
+                      for compute in (busy, busy / devices))
+      print(f'{devices:8}{latency:12.3f}{transfer:12.3f}{weak:13.1%}{strong:15.1%}')
 
 
 def main() -> None:
@@ -205,9 +225,10 @@ def main() -> None:
   options, overrides = parser.parse_known_args()
   config = command_line.load(options.config)
   command_line.override(config, overrides)
-  compiled = programs(spread(config, DEVICES))
-  found = {name: of_round(traffic(getattr(compiled, name).as_text()), config) for name in ('synthesize', 'distill')}
-  report(found, flops_of_round(config))
+  compiled = compile_round(spread(config, DEVICES))
+  by_program = {name: round_traffic(traffic(getattr(compiled, name).as_text()), config)
+                for name in ('synthesize', 'distill')}
+  print_tables(by_program, flops_of_round(config))
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
-"""Synthesis image-steps/s and student images/s of FastDFKD, with compile time, peak memory and FLOPs.
+"""Measures FastDFKD's image-steps/s and student images/s, compile time, peak memory and FLOPs.
 
 python benchmarks/throughput.py --pair=wrn40_2-wrn16_1 --batch_size=256
 
-Weights are random: speed does not depend on them. An image-step is one inner step on one image. Times are the best of
-`--repeats` runs that wait for the device; compilation is apart. Peak memory is what XLA reserves for a compiled
-program: its arguments, results and temporaries. FLOPs are those of the compiled programs (XLA's cost analysis counts
-the body of a loop once, so they are measured on a program of one step).
+Weights are random, because speed does not depend on them. An image-step is one inner step on one
+image. Times are the best of `--repeats` runs, without compilation. Peak memory is the memory that
+XLA reserves for arguments, results and temporaries of a compiled program. FLOPs come from XLA's
+cost analysis of a program of one step, because it counts the body of a loop once.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import optax
 from dfkd_jax import augment, distill, models, report, synth, tasks
 
 
-def compiled(function, *arguments):
-  """A program, the seconds to compile it, and what XLA says of it."""
+def compile_program(function, *arguments):
+  """Returns a compiled program and the seconds to compile it."""
   began = time.perf_counter()
   program = jax.jit(function).lower(*arguments).compile()
   return program, time.perf_counter() - began
@@ -34,14 +34,14 @@ def flops(program) -> float:
 
 
 def peak_mib(program) -> float:
-  """All that lives while a program runs: arguments (networks and buffer among them), results, temporaries."""
+  """Returns the memory of arguments (also networks and buffer), results and temporaries."""
   sizes = program.memory_analysis()
   held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
   return (held + sizes.temp_size_in_bytes) / 2**20
 
 
 def best_seconds(function, repeats: int) -> float:
-  """Least wall time of a call, device included."""
+  """Returns the least wall time of a call, which waits for the device."""
   times = []
   for _ in range(repeats):
     began = time.perf_counter()
@@ -50,28 +50,34 @@ def best_seconds(function, repeats: int) -> float:
   return min(times)
 
 
-def measure(pair: str, batch_size: int, num_steps: int, student_steps: int, repeats: int, dtype) -> dict:
-  """One row."""
+def measure(
+    pair: str, batch_size: int, num_steps: int, student_steps: int, repeats: int, dtype
+) -> dict:
+  """Measures one pair of networks."""
   teacher_name, student_name = pair.split('-')
   shape, task = (32, 32, 3), tasks.classification(10)
   keys = jax.random.split(jax.random.key(0), 5)
   teacher = models.create_network(models.create(teacher_name, 10, dtype=dtype), keys[0], shape)
   student = models.create_network(models.create(student_name, 10, dtype=dtype), keys[1], shape)
   make = functools.partial(
-      synth.create, 'fast_dfkd', generator=models.Generator(dtype=dtype), image_shape=shape, task=task,
-      factors=synth.Factors(one_hot=0.4, batch_norm=10.0, adversarial=1.1), batch_size=batch_size,
-      sample_batch_size=batch_size, capacity=4 * batch_size, augment=augment.crop_and_flip, adversarial_after=0)
+      synth.create, 'fast_dfkd', generator=models.Generator(dtype=dtype), image_shape=shape,
+      task=task, factors=synth.Factors(one_hot=0.4, batch_norm=10.0, adversarial=1.1),
+      batch_size=batch_size, sample_batch_size=batch_size, capacity=4 * batch_size,
+      augment=augment.crop_and_flip, adversarial_after=0)
   synthesizer = make(num_steps=num_steps)
   state = synthesizer.init(keys[2], teacher)
   tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.2, momentum=0.9))
   learner = distill.init(student, tx)
   steps = lambda count: functools.partial(
-      distill.distill, synthesizer=synthesizer, tx=tx, num_steps=count, augment=augment.crop_and_flip)
+      distill.distill, synthesizer=synthesizer, tx=tx, num_steps=count,
+      augment=augment.crop_and_flip)
 
-  synthesize, compile_synthesis = compiled(synthesizer.synthesize, state, keys[3], teacher, student)
-  train, compile_student = compiled(steps(student_steps), learner, state, keys[4], teacher)
-  one_synthesis, _ = compiled(make(num_steps=1).synthesize, state, keys[3], teacher, student)
-  one_step, _ = compiled(steps(1), learner, state, keys[4], teacher)
+  synthesize, compile_synthesis = compile_program(
+      synthesizer.synthesize, state, keys[3], teacher, student)
+  train, compile_student = compile_program(steps(student_steps), learner, state, keys[4], teacher)
+  one_synthesis, _ = compile_program(
+      make(num_steps=1).synthesize, state, keys[3], teacher, student)
+  one_step, _ = compile_program(steps(1), learner, state, keys[4], teacher)
   state, _ = synthesize(state, keys[3], teacher, student)
   synthesis = best_seconds(lambda: synthesize(state, keys[3], teacher, student), repeats)
   student_seconds = best_seconds(lambda: train(learner, state, keys[4], teacher), repeats)
@@ -97,8 +103,8 @@ def main() -> None:
   options = parser.parse_args()
   dtype = jnp.dtype(options.dtype) if options.dtype else None
   for pair in options.pair:
-    row = measure(pair, options.batch_size, options.num_steps, options.student_steps, options.repeats, dtype)
-    print(json.dumps(row))
+    print(json.dumps(measure(pair, options.batch_size, options.num_steps, options.student_steps,
+                             options.repeats, dtype)))
 
 
 if __name__ == '__main__':

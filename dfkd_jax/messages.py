@@ -1,73 +1,17 @@
-"""Texts for people: errors that carry their field, names that may be misspelt, text that is safe to print."""
+"""Errors and their wording: misspelt names, and text from files that is safe to print."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-_NAME, _DETAIL = 80, 1000  # Characters of what is shown of a name, and of all that is said of a file.
+_LONGEST_NAME = 80  # Characters shown of a name.
+_LONGEST_LINE = 1000  # Characters shown of a whole message.
 
 
 class RefusedError(ValueError):
-  """The file is not, or not only, a set of weights that we read; the text goes on after 'it '."""
-
-
-def safe_name(value: Any) -> str:
-  """What a file calls something, for a message: cut off, and without characters that steer a terminal.
-
-  Args:
-    value: Of the file. Text and numbers are shown; of anything else, which may take forever to show, only its type.
-  """
-  if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to print the longest.
-    return f'a number of {value.bit_length()} bits'
-  if not isinstance(value, (str, bytes, int, float, type(None))):
-    return f'a {type(value).__name__}'
-  text = value[:_NAME + 1] if isinstance(value, (str, bytes)) else value
-  escaped = repr(text)[1:-1] if isinstance(text, str) else repr(text)
-  return escaped if len(escaped) <= _NAME else f'{escaped[:_NAME - 3]}...'
-
-
-def safe_names(values: Iterable[Any], most: int = 5) -> list[str]:
-  """The first of the names that a file has, in order, for a message."""
-  return sorted(map(safe_name, values))[:most]
-
-
-def first_line(error: Any) -> str:
-  """What an error says, in one line that is cut off, and without characters that steer a terminal; '' if nothing."""
-  text = printable(str(error)[:20 * _DETAIL])
-  return text if len(text) <= _DETAIL else f'{text[:_DETAIL - 3]}...'
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-  """' Did you mean ...?' with the nearest name that is allowed, or nothing if none is near."""
-  near = difflib.get_close_matches(name, list(allowed), 1)
-  return f' Did you mean {near[0]!r}?' if near else ''
-
-
-def check_choice(name: str, allowed: Iterable[str], what: str) -> str:
-  """The name, if it is allowed.
-
-  Raises:
-    ValueError: It is not; names it, the nearest that is, and all.
-  """
-  allowed = tuple(allowed)
-  if name not in allowed:
-    raise ValueError(f'Unknown {what} {name!r}.{nearest(name, allowed)} Known: {", ".join(allowed)}.')
-  return name
-
-
-def printable(text: str) -> str:
-  """One line that does nothing to a terminal: characters that would steer it are written out."""
-  return ''.join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in ' '.join(text.split()))
-
-
-def truncate(text: str, most: int) -> str:
-  """The text, or its beginning and end."""
-  return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'
-
-
-def short_repr(value: object, most: int = 100) -> str:
-  """The value as Python writes it, cut."""
-  return truncate(repr(value), most)
+  """A file that holds no weights, or more than weights. Its message follows the words 'it '."""
 
 
 class FieldError(ValueError):
@@ -80,3 +24,73 @@ class FieldError(ValueError):
   def __init__(self, field: str, message: str):
     self.field = field
     super().__init__(message)
+
+
+@contextlib.contextmanager
+def explain_read_errors(path: str | os.PathLike) -> Iterator[None]:
+  """Turns anything that a bad file at `path` raises into a ValueError of one line."""
+  try:
+    yield
+  except RefusedError as error:
+    raise ValueError(f'Refused to read {path}: it {one_line(error)}.') from None
+  except Exception as error:  # A damaged file may raise anything.
+    detail = one_line(error) or type(error).__name__
+    raise ValueError(f'Could not read {path}: it is truncated or damaged ({detail}).') from error
+
+
+def check_choice(name: str, allowed: Iterable[str], what: str) -> str:
+  """Returns a name that is allowed.
+
+  Raises:
+    ValueError: It is not allowed. Lists the nearest allowed name, and all of them.
+  """
+  allowed = tuple(allowed)
+  if name not in allowed:
+    hint = nearest(name, allowed)
+    raise ValueError(f'Unknown {what} {name!r}.{hint} Known: {", ".join(allowed)}.')
+  return name
+
+
+def check_option(field: str, value: object, options: tuple) -> None:
+  """Raises a FieldError unless the value is one of the options."""
+  if value not in options:
+    raise FieldError(field, f'{field} is {value!r}, must be one of {options}.')
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+  """Suggests the allowed name that is most similar: ' Did you mean ...?', or '' if none is."""
+  similar = difflib.get_close_matches(name, list(allowed), 1)
+  return f' Did you mean {similar[0]!r}?' if similar else ''
+
+
+def one_line(message: Any, most: int = _LONGEST_LINE) -> str:
+  """Writes a message as one line. Cuts its middle out if it is longer than `most` characters.
+
+  Characters that would control the terminal are escaped.
+  """
+  text = _shorten(' '.join(str(message).split()), most)
+  return _shorten(''.join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
+
+
+def short_repr(value: object, most: int = 100) -> str:
+  """Writes a value as Python does. Cuts the middle out if that is longer than `most` characters."""
+  return _shorten(repr(value), most)
+
+
+def safe_name(value: Any) -> str:
+  """Writes a name from a file as one short line.
+
+  Shows text and numbers. Other objects may take forever to print: shows their type only.
+  """
+  if not isinstance(value, (str, bytes, int, float, type(None))):
+    return f'a {type(value).__name__}'
+  return one_line(value if isinstance(value, str) else repr(value), _LONGEST_NAME)
+
+
+def safe_names(values: Iterable[Any], most: int = 5) -> list[str]:
+  """Writes the first `most` names from a file, in alphabetical order."""
+  return sorted(map(safe_name, values))[:most]
+
+
+def _shorten(text: str, most: int) -> str:
+  return text if len(text) <= most else f'{text[:most // 2]} ... {text[-most // 2:]}'

@@ -7,16 +7,15 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dfkd_jax import parallel, paths
-from dfkd_jax.config import build, check_fields
+from dfkd_jax.config import build, check_fields, records
 from dfkd_jax.config import check as config_check
 from dfkd_jax.jobs import preflight, supervised
 from dfkd_jax.jobs.distillation import run_distillation
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
-from dfkd_jax.runs import checkpoint_format
+from dfkd_jax.runs import checkpoint_format, config_diff
 from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import signals as run_signals
-from dfkd_jax.runs import state as run_state
 
 
 def run(
@@ -58,22 +57,22 @@ def _run(
     asked: run_signals.StopRequest) -> dict[str, Any]:
   if not config_check.alone(config):
     check_fields.check(config)  # Before anybody waits for others.
-    asked.at_once = False  # As they will for this one.
+    asked.defer()  # As they will for this one.
   launch.initialize(**config.distributed.to_dict())
-  asked.again()
-  asked.at_once = asked.at_once and jax.process_count() == 1
+  asked.install_handlers()
   if jax.process_count() > 1:
-    parallel.check_same_on_all(run_state.fingerprint(config), 'The config')
+    asked.defer()
+    parallel.check_same_on_all(config_diff.fingerprint(records.to_json(config)), 'The config')
   with parallel.raise_on_all_processes():
     config_check.check(config, workdir, teacher, resume)
   if jax.process_count() > 1 and config.job != 'check':  # Else some would go on with it, and others not.
     with parallel.raise_on_all_processes():
-      there = run_folder.read_stored(paths.expanded(workdir, 'workdir'))
-    parallel.check_same_on_all(checkpoint_format.config_hash(there), f'What is seen of {workdir}')
+      there = run_folder.read_stored(paths.expand_path(workdir, 'workdir'))
+    parallel.check_same_on_all(checkpoint_format.hash_json(there), f'What is seen of {workdir}')
   if config.precision:
     jax.config.update('jax_default_matmul_precision', config.precision)
   if config.compilation_cache:
-    jax.config.update('jax_compilation_cache_dir', str(paths.expanded(config.compilation_cache)))
+    jax.config.update('jax_compilation_cache_dir', str(paths.expand_path(config.compilation_cache)))
     compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
   if config.job == 'check':
     return preflight.run(config, workdir, command, teacher)

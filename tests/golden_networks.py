@@ -24,15 +24,17 @@ def cast(tree):
 @functools.cache
 def wide_resnet(name):
   module = models.create('wrn16_1', 10)
-  return models.bind(module, weights.to_variables(golden(name), module, (32, 32, 3)), mean=MEAN, std=STD)
+  return models.bind(
+      module, weights.to_variables(golden(name), module, (32, 32, 3)), mean=MEAN, std=STD)
 
 
 def below(archive, prefix):
-  return {key.removeprefix(prefix): value for key, value in archive.items() if key.startswith(prefix)}
+  return {
+      key.removeprefix(prefix): value for key, value in archive.items() if key.startswith(prefix)}
 
 
 def parameters(arrays, generator, latent_shape, start):
-  """Of a generator, from arrays in PyTorch's layout; its running moments, which nothing reads, from `start`."""
+  """Variables of a generator, from PyTorch's layout; unread running moments from `start`."""
   running = {key: value for key, value in start.items() if '.running_' in key}
   return cast(weights.to_variables({**running, **arrays}, generator, latent_shape)['params'])
 
@@ -79,7 +81,8 @@ def sequence(shape, index, scale, offset=0.0):
 
 def filled(module, shape, layers, base):
   """Variables by the closed formula, which counts in PyTorch's layout."""
-  shapes = traverse_util.flatten_dict(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape))))
+  shapes = traverse_util.flatten_dict(
+      jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape))))
   order = [('params', layer, leaf) for layer in layers for leaf in ('kernel', 'scale', 'bias')]
   flat = {}
   for i, path in enumerate(path for path in order if path in shapes):
@@ -101,15 +104,16 @@ def filled(module, shape, layers, base):
 def formula_network(widths, base):
   """The teacher has widths (6, 8) and base 0, the student (4, 5) and 6."""
   return models.bind(
-      Plain(widths), filled(Plain(widths), (8, 8, 3), LAYERS, base), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+      Plain(widths), filled(Plain(widths), (8, 8, 3), LAYERS, base), mean=(0.5, 0.4, 0.3),
+      std=(0.25, 0.2, 0.3))
 
 
 def check_formula(params, reference, message=''):
   """Sum, norm and first number of each parameter of a generator."""
-  found = torch_layout(params)
+  arrays = torch_layout(params)
   for key, numbers in reference.items():
     np.testing.assert_allclose(
-        [found[key].sum(), np.linalg.norm(found[key]), found[key].ravel()[0]],
+        [arrays[key].sum(), np.linalg.norm(arrays[key]), arrays[key].ravel()[0]],
         [numbers[of] for of in ('sum', 'l2', 'first')], rtol=1e-9, err_msg=f'{key} {message}')
 
 
@@ -125,7 +129,8 @@ def recipe(state_dict, gain):
   """Weights of zoo_forward: one random stream for each name."""
   weights = {}
   for name, shape in state_dict:
-    noise = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(shape).astype(np.float32)
+    noise = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF).standard_normal(
+        shape).astype(np.float32)
     if name.endswith('num_batches_tracked'):
       weights[name] = np.zeros((), np.int64)
     elif name.endswith('running_var'):
@@ -153,7 +158,7 @@ def drawn_variables(module, input_shape):
 
 
 def program(make):
-  """One compiled call, (state, latents, targets, teacher, student) -> (state, metrics), of which z and y are inputs."""
+  """Compiles (state, latents, targets, teacher, student) -> (state, metrics)."""
 
   def call(state, latents, targets, teacher, student):
     return make(latents, targets).synthesize(state, jax.random.key(0), teacher, student)
@@ -162,7 +167,7 @@ def program(make):
 
 
 def check_images(kept, reference):
-  """What the buffer holds is floor(255 x), as the published folder of PNGs; x is stored as float32."""
+  """The buffer holds floor(255 x), like the published folder of PNGs; x is float32."""
   scaled = 255 * np.asarray(reference, np.float64).transpose(0, 2, 3, 1)
   # Rounding of the stored x, 6e-8, may cross an integer.
   tolerance = np.abs(scaled - np.round(scaled)) < 1e-4

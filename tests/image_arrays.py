@@ -1,6 +1,4 @@
-"""Arrays and files of images."""
-
-
+"""Files of images."""
 
 
 def idx(path, array):

@@ -1,4 +1,4 @@
-"""Files as Keras writes them."""
+"""Files in the format of Keras."""
 
 import io
 
@@ -6,7 +6,7 @@ import h5py
 
 
 def h5(arrays, change=lambda file: None):
-  """A file with these arrays, and what `change` does to it."""
+  """A file with these arrays, after a call of `change`."""
   stream = io.BytesIO()
   with h5py.File(stream, 'w') as file:
     for name, array in arrays.items():

@@ -1,4 +1,4 @@
-"""One of several processes that a test starts: runs the jobs of a file in turn, and leaves what came of them.
+"""One of several processes of a test: runs the jobs of a file in turn, and writes their results.
 
 python one_process.py JOBS PROCESS_ID
 """
@@ -14,7 +14,7 @@ from dfkd_jax import report, train
 
 
 def stop_after(rounds: int | None) -> None:
-  """Interrupts the run when so many rounds and one more are done, of which the last is not saved."""
+  """Interrupts the run one round after `rounds`, before that round is saved."""
   original, done = report.Progress.update, []
 
   def update(self, **numbers):
@@ -46,7 +46,7 @@ def refuse_metrics(where: int | None, process_id: int) -> None:
 def main(jobs: pathlib.Path, process_id: int) -> None:
   results = []
   for job in pickle.loads(jobs.read_bytes()):
-    fields = job['config'] | job['own'].get(process_id, {})
+    fields = job['config'] | job['changes'].get(process_id, {})
     config = config_dict.ConfigDict(fields)
     config.distributed.process_id = process_id
     stop_after(job['stop_after'])

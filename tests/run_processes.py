@@ -1,4 +1,4 @@
-"""What tests of several processes share."""
+"""Helpers of the tests with several processes."""
 
 import socket
 
@@ -6,9 +6,10 @@ import toy_runs
 
 
 def config(**changes):
-  """Three rounds of four tasks, with student steps by SGD, of which the agreement and the accuracy change."""
+  """Three rounds of four tasks, in which the student's agreement and accuracy change."""
   return toy_runs.config(**{**dict(
-      seed=2, num_devices=None, distill__rounds=3, distill__distill_after=0, distill__batch_size=8, method__num_steps=2,
+      seed=2, num_devices=None, distill__rounds=3, distill__distill_after=0, distill__batch_size=8,
+      method__num_steps=2,
       method__num_tasks=4, method__capacity=32, checkpoint__every=1, optimizer__momentum=0.9,
       optimizer__learning_rate=0.1, method__adversarial_after=1), **changes})
 

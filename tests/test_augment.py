@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from dfkd_jax import augment
 
-NAMES = ['none', 'crop', 'flip', 'crop_and_flip', 'resized_crop', 'resized_crop_and_flip', 'roll_and_flip']
+NAMES = [
+    'none', 'crop', 'flip', 'crop_and_flip', 'resized_crop', 'resized_crop_and_flip',
+    'roll_and_flip']
 
 
 def ramp(*shape):
-  """Images [B, H, W, C] of which each pixel is unique and above 0."""
+  """Images [B, H, W, C] with unique pixels above 0."""
   return jnp.arange(1, 1 + np.prod(shape), dtype=jnp.float32).reshape(shape)
 
 
@@ -25,13 +27,15 @@ def nhwc(array):
 def test_crop_and_flip_match_reference():
   g = golden('aug')
   def view(images):
-    return augment.flip_where(augment.crop_at(images, jnp.asarray(g['crop_xy']), 4), jnp.asarray(g['flip']))
+    return augment.flip_where(
+        augment.crop_at(images, jnp.asarray(g['crop_xy']), 4), jnp.asarray(g['flip']))
   out, pull = jax.vjp(jax.jit(view), nhwc(g['x']))
   np.testing.assert_array_equal(out, nhwc(g['flipped']))
   std = g['normaliser/std_cifar10'].astype(np.float32)
   np.testing.assert_allclose(pull(nhwc(g['cot']) / std)[0], nhwc(g['grad_x']), rtol=1e-6)
   if 'cropped' in g:
-    np.testing.assert_array_equal(augment.crop_at(nhwc(g['x']), jnp.asarray(g['crop_xy']), 4), nhwc(g['cropped']))
+    np.testing.assert_array_equal(
+        augment.crop_at(nhwc(g['x']), jnp.asarray(g['crop_xy']), 4), nhwc(g['cropped']))
 
 
 cut = jax.jit(augment.crop_at, static_argnums=2)
@@ -78,7 +82,9 @@ def test_crop_and_flip_is_a_crop_then_a_flip():
   padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
   seen = set()
   for image, source in zip(out, padded, strict=True):
-    views = {(y, x, d): source[y:y + 5, x:x + 7][:, ::d] for y in range(3) for x in range(3) for d in (1, -1)}
+    views = {
+        (y, x, d): source[y:y + 5, x:x + 7][:, ::d] for y in range(3) for x in range(3)
+        for d in (1, -1)}
     seen.update(which := [place for place, view in views.items() if (view == image).all()])
     assert len(which) == 1
   assert len(seen) > 10
@@ -125,14 +131,17 @@ def test_resize_boxes_equals_brute_force(seed, align_corners):
   sizes = np.stack([rng.integers(1, 7, 3), rng.integers(1, 10, 3)], -1)
   corners = rng.integers(0, [6, 9] - sizes + 1)
   out = resize(images, jnp.asarray(corners), jnp.asarray(sizes), align_corners=align_corners)
-  expected = [brute_resize(*args, align_corners) for args in zip(images, corners, sizes, strict=True)]
+  expected = [
+      brute_resize(*args, align_corners) for args in zip(images, corners, sizes, strict=True)]
   np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize('align_corners', [True, False])
 def test_resized_crop_of_everything_changes_nothing(align_corners):
   images = jax.random.uniform(jax.random.key(1), (3, 6, 6, 2))
-  view = jax.jit(augment.create('resized_crop', scale=(1.0, 1.0), ratio=(1.0, 1.0), align_corners=align_corners))
+  view = jax.jit(
+      augment.create(
+          'resized_crop', scale=(1.0, 1.0), ratio=(1.0, 1.0), align_corners=align_corners))
   out = view(jax.random.key(0), images)
   np.testing.assert_allclose(out, images, atol=1e-6)
 
@@ -140,7 +149,8 @@ def test_resized_crop_of_everything_changes_nothing(align_corners):
 def test_resized_crop_draws_boxes_within_their_bounds():
   height, width = 24, 31
   rows, columns = jnp.meshgrid(jnp.arange(float(height)), jnp.arange(float(width)), indexing='ij')
-  images = jnp.broadcast_to(jnp.stack([rows, columns], -1), (3000, height, width, 2))  # Pixels know their place.
+  # Pixels know their place.
+  images = jnp.broadcast_to(jnp.stack([rows, columns], -1), (3000, height, width, 2))
   view = jax.jit(augment.create('resized_crop', scale=(0.25, 0.8), ratio=(0.5, 2.0)))
   out = np.asarray(view(jax.random.key(0), images))
   first, last = out[:, 0, 0], out[:, -1, -1]
@@ -158,10 +168,12 @@ def test_resized_crop_draws_boxes_within_their_bounds():
 
 def test_resized_crop_that_cannot_fit_is_cut_down():
   images = ramp(4, 6, 8, 1)
-  view = jax.jit(augment.create('resized_crop', scale=(1.0, 1.0), ratio=(4.0, 4.0)))  # 3.5 by 13.9 in 6 by 8.
+  # 3.5 by 13.9 in 6 by 8.
+  view = jax.jit(augment.create('resized_crop', scale=(1.0, 1.0), ratio=(4.0, 4.0)))
   out = view(jax.random.key(0), images)
   assert np.isfinite(out).all()
-  np.testing.assert_allclose(np.asarray(out)[..., 0, -1, 0] - np.asarray(out)[..., 0, 0, 0], 7, atol=1e-3)
+  np.testing.assert_allclose(
+      np.asarray(out)[..., 0, -1, 0] - np.asarray(out)[..., 0, 0, 0], 7, atol=1e-3)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -172,7 +184,8 @@ def test_every_transformation_of_jax_applies(name):
   def transformed(to_scan, to_vmap, to_differentiate, key, images):
     scanned = jax.lax.scan(lambda _, key: (0, view(key, images)), 0, to_scan)[1]
     vmapped = jax.vmap(view, (0, None))(to_vmap, images)
-    grad = jax.grad(lambda x: jnp.square(jax.vmap(view, (0, None))(to_differentiate, x)).sum())(images)
+    grad = jax.grad(lambda x: jnp.square(jax.vmap(view, (0, None))(to_differentiate, x)).sum())(
+        images)
     return scanned, vmapped, grad, view(key, images.astype(jnp.bfloat16))
 
   keys = lambda: jax.random.split(jax.random.key(0), 2)
@@ -191,7 +204,8 @@ def test_every_transformation_of_jax_applies(name):
 @pytest.mark.parametrize('name', [name for name in NAMES if name != 'none'])
 def test_keys_decide(name):
   view = jax.jit(augment.create(name))
-  first, again, other = (np.asarray(view(jax.random.key(seed), ramp(9, 12, 10, 2))) for seed in (0, 0, 3))
+  first, again, other = (
+      np.asarray(view(jax.random.key(seed), ramp(9, 12, 10, 2))) for seed in (0, 0, 3))
   np.testing.assert_array_equal(first, again)
   assert (first != other).any()
 
@@ -199,7 +213,8 @@ def test_keys_decide(name):
 def test_create_takes_options_and_names_what_is_wrong():
   images = ramp(2, 5, 7, 1)
   with_option = augment.create('crop_and_flip', pad=1)(jax.random.key(0), images)
-  np.testing.assert_array_equal(with_option, augment.crop_and_flip(jax.random.key(0), images, pad=1))
+  np.testing.assert_array_equal(
+      with_option, augment.crop_and_flip(jax.random.key(0), images, pad=1))
   np.testing.assert_array_equal(augment.create('none')(jax.random.key(0), images), images)
   with pytest.raises(ValueError, match=r"'crop_and_filp'.*Did you mean 'crop_and_flip'"):
     augment.create('crop_and_filp')

@@ -15,9 +15,9 @@ OF_OS = ('system', 'popen', 'exec', 'spawn', 'posix_spawn', 'fork', 'startfile')
 LOADS = {'numpy.load', 'numpy.lib.format.read_array', 'numpy.lib.npyio.load'}  # Which may unpickle.
 # What is wanted of these in one file each, and why.
 ALLOWED = {
-    'dfkd_jax/models/pretrained/torch_files.py': {'pickle._Unpickler'},  # Whose find_class has a list of its own.
-    'dfkd_jax/report/surroundings.py': {'importlib.metadata'},  # Versions.
-    'dfkd_jax/data.py': {'importlib.util'},  # Whether TensorFlow is installed.
+    'dfkd_jax/weights/formats/pytorch.py': {'pickle._Unpickler'},  # Whose find_class has a list of its own.
+    'dfkd_jax/report/environment.py': {'importlib.metadata'},  # Versions.
+    'dfkd_jax/data/tfds.py': {'importlib.util'},  # Whether TensorFlow is installed.
     'dfkd_jax/synth/__init__.py': {'importlib'},  # A method by the name of a file in synth/methods, which is checked.
     'main.py': {'importlib.util'},  # The config that a user names is a program of the user's.
 }
@@ -84,8 +84,8 @@ def test_no_exception_is_left_over(path):
 
 
 def test_the_one_unpickler_has_a_list_of_names():
-  """As test_pretrained tries: here that nobody takes the list away, or calls a pickle in another way."""
-  tree = ast.parse((ROOT / 'dfkd_jax/models/pretrained/torch_files.py').read_text(encoding='utf-8'))
+  """As test_pytorch tries: here that nobody takes the list away, or calls a pickle in another way."""
+  tree = ast.parse((ROOT / 'dfkd_jax/weights/formats/pytorch.py').read_text(encoding='utf-8'))
   own = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
          and any(isinstance(base, ast.Attribute) and base.attr == '_Unpickler' for base in node.bases)]
   assert [each.name for each in own] == ['_Unpickler']

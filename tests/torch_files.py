@@ -1,4 +1,4 @@
-"""Files as PyTorch writes them, without PyTorch."""
+"""Files in the formats of PyTorch, written without it."""
 
 import io
 import pickle
@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 MAGIC = 0x1950A86A20F9469CFC6C
-KINDS = {'float32': 'Float', 'float64': 'Double', 'float16': 'Half', 'bfloat16': 'BFloat16', 'int64': 'Long',
-         'uint8': 'Byte', 'bool': 'Bool'}
+KINDS = {'float32': 'Float', 'float64': 'Double', 'float16': 'Half', 'bfloat16': 'BFloat16',
+         'int64': 'Long', 'uint8': 'Byte', 'bool': 'Bool'}
 
 
 class Name(NamedTuple):
@@ -30,7 +30,7 @@ class Storage(NamedTuple):
 
 
 class Writer(pickle._Pickler):
-  """Writes the names that PyTorch would, without it, and calls that it would not."""
+  """Pickles PyTorch's names without importing them, and arbitrary calls."""
 
   def save(self, obj, save_persistent_id=True):
     if isinstance(obj, Name):
@@ -55,18 +55,21 @@ def dumps(tree):
 
 
 class Saver:
-  """Collects storages, and writes a tree of tensors in either of PyTorch's formats."""
+  """Collects storages, and writes a tree of tensors in one of PyTorch's formats."""
 
   def __init__(self):
     self.buffers = {}
 
-  def tensor(self, base, *, offset=0, shape=None, strides=None, size=None, rebuild='_rebuild_tensor_v2'):
+  def tensor(self, base, *, offset=0, shape=None, strides=None, size=None,
+             rebuild='_rebuild_tensor_v2'):
     key = str(94582385617088 + len(self.buffers))
     self.buffers[key] = base.tobytes(), base.size
     storage = Storage(key, KINDS[base.dtype.name], base.size if size is None else size)
     shape = base.shape if shape is None else shape
-    strides = tuple(s // base.itemsize for s in np.asarray(base, order='C').strides) if strides is None else strides
-    rest = () if rebuild == '_rebuild_tensor' else (False, Call(Name('collections', 'OrderedDict'), ()))
+    if strides is None:
+      strides = tuple(s // base.itemsize for s in np.asarray(base, order='C').strides)
+    hooks = Call(Name('collections', 'OrderedDict'), ())
+    rest = () if rebuild == '_rebuild_tensor' else (False, hooks)
     return Call(Name('torch._utils', rebuild), (storage, offset, shape, strides, *rest))
 
   def zip(self, tree):
@@ -80,7 +83,8 @@ class Saver:
     return stream.getvalue()
 
   def legacy(self, tree):
-    system = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {'short': 2, 'int': 4, 'long': 4}}
+    sizes = {'short': 2, 'int': 4, 'long': 4}
+    system = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': sizes}
     head = b''.join(map(dumps, (MAGIC, 1001, system, tree, list(self.buffers))))
     return head + b''.join(np.int64(n).tobytes() + data for data, n in self.buffers.values())
 
@@ -89,7 +93,8 @@ ARRAYS = {
     'conv.weight': np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5),
     'half': np.linspace(-3, 3, 7).astype(np.float16),
     'brain': np.linspace(-3, 3, 11).astype(ml_dtypes.bfloat16),
-    'double': np.array(np.pi), 'num_batches_tracked': np.array(7), 'mask': np.array([True, False, True])}
+    'double': np.array(np.pi), 'num_batches_tracked': np.array(7),
+    'mask': np.array([True, False, True])}
 
 
 def saved(form, wrap=lambda tree: tree, arrays=None):

@@ -79,8 +79,8 @@ def pretrained_network(config: Config, which: str) -> Network:
     raise ValueError(f'{which}.source is {section.source!r}: {error}') from error
   bound = models.bind(found, variables, **_preprocessing(section))
   try:
-    weights.check(
-        bound, tuple(config.dataset.image_shape), weights.stored_probe(path),
+    weights.check_network(
+        bound, tuple(config.dataset.image_shape), weights.read_probe(path),
         moments=which != 'teacher' or not config.preflight.fallback)
   except ValueError as error:
     raise ValueError(f'{which}.source is {section.source!r}: {error}') from None
@@ -99,7 +99,7 @@ def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
     name = check_choice(source.removeprefix('embedded:'), names, f'embedded teacher of {field},')
     return TEACHERS / f'{name}.safetensors'
   if not source.startswith('hf:'):
-    paths.expanded(source.partition('#')[0], field)
+    paths.expand_path(source.partition('#')[0], field)
   try:
     return weights.resolve(source)
   except ValueError as error:
@@ -109,7 +109,7 @@ def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
 def check_hub(source: str, field: str) -> None:
   """Raises ValueError if a source of the hub is not spelt as one; without asking the hub."""
   try:
-    weights.check_hub(source)
+    weights.check_hub_source(source)
   except ValueError as error:
     raise ValueError(f'{field} is {error}') from None
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dfkd_jax import data, distill, parallel, paths
-from dfkd_jax.config import build, build_optimizer, check_fields, image_shapes
+from dfkd_jax.config import build, build_optimizer, check_fields, image_shapes, records
 from dfkd_jax.config.check_fields import InvalidError, Problems
 from dfkd_jax.losses import inversion
 from dfkd_jax.messages import check_choice
@@ -41,7 +41,7 @@ def check(
     config: Of the run.
     workdir: Of its results; None: there is none, or it is looked at elsewhere.
     teacher: A network in the place of the config's, if there is one.
-    resume: In what a run that is in the folder may go on with another config, see `run_folder.changed`.
+    resume: In what a run that is in the folder may go on with another config, see `config_diff.config_changes`.
 
   Raises:
     InvalidError: Has a line for each thing that is wrong by itself, and none for what only follows from another.
@@ -50,20 +50,20 @@ def check(
   check_fields.look(config, problems)
   there = {}
   if written := workdir is not None and config.get('job') != 'check':
-    workdir = problems.ask(lambda: paths.expanded(workdir, 'workdir'), 'workdir')
+    workdir = problems.ask(lambda: paths.expand_path(workdir, 'workdir'), 'workdir')
     there = _there(problems, workdir)
   if not problems.concern('fields'):
     _look(config, problems, teacher, there)
   if written:  # At last, so that what is wrong by itself is not told as different, too.
     problems.ask(lambda: config_diff.config_changes(
-        there, config_diff.jsonable(config), workdir, resume, problems.concern), 'workdir', on=['fields'])
+        there, config_diff.run_identity(records.to_json(config)), workdir, resume, problems.concern), 'workdir', on=['fields'])
   problems.tell()
 
 
 def _there(problems: Problems, workdir: pathlib.Path | None) -> dict:
   """Whether the folder may be written; what is known of the run that it holds."""
   problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
-  problems.ask(lambda: run_folder.check_free(workdir), 'workdir')
+  problems.ask(lambda: run_folder.check_not_running(workdir), 'workdir')
   return problems.ask(lambda: run_folder.read_stored(workdir), 'workdir') or {}
 
 
@@ -84,8 +84,10 @@ def _look(config: build.Config, problems: Problems, teacher: Network | None, the
     _distillation(config, problems)
   if job != 'check':
     _dataset(config, problems)
-    for which in sorted({*config.init_from} - init_from.already_loaded(config, there)):
-      problems.ask(lambda which=which: init_from.source_path(config, which), f'init_from.{which}')
+    unread = init_from.unread_sources(records.InitFrom(**config.init_from), there, config.control)
+    for which, source in unread._asdict().items():
+      if source is not None:
+        problems.ask(lambda which=which, source=source: init_from.source_path(which, source), f'init_from.{which}')
 
 
 def _names(config: build.Config, problems: Problems) -> None:
@@ -110,7 +112,7 @@ def _precision(name: str | None) -> None:
 def _cache(folder: str | None) -> None:
   if not folder:
     return
-  path = paths.expanded(folder, 'compilation_cache')
+  path = paths.expand_path(folder, 'compilation_cache')
   if os.path.lexists(path) and not path.is_dir():
     raise ValueError(f'compilation_cache is {folder!r}, must be a folder: it is a file.')
   if path == path.parent:

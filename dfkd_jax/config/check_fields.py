@@ -10,8 +10,8 @@ import numpy as np
 
 from dfkd_jax.config import fields as config_fields
 from dfkd_jax.messages import check_choice, nearest, short_repr
-from dfkd_jax.paths import expanded
-from dfkd_jax.synth import host_replay
+from dfkd_jax.paths import expand_path
+from dfkd_jax.synth import buffer_memory
 
 JOBS = ('distill', 'train', 'check')
 
@@ -89,7 +89,7 @@ def look(config: ml_collections.ConfigDict, problems: Problems) -> None:
   _numbers(config, problems)
   _paths(config, problems)
   problems.ask(lambda: check_choice(config.job, JOBS, 'job'), 'job')
-  problems.ask(lambda: check_choice(config.buffer, host_replay.PLACES, 'buffer'), 'buffer')
+  problems.ask(lambda: check_choice(config.buffer, buffer_memory.PLACES, 'buffer'), 'buffer')
   _dataset(config, problems)
   _shapes(config, problems)
   distil = config.distill
@@ -158,7 +158,7 @@ def _paths(config: ml_collections.ConfigDict, problems: Problems) -> None:
   for name in config_fields.PATHS:
     value = _get(config, name)
     if isinstance(value, str) and not value.startswith(config_fields.NO_PATHS):
-      problems.ask(lambda name=name, value=value: expanded(value.partition('#')[0] or value, name), name)
+      problems.ask(lambda name=name, value=value: expand_path(value.partition('#')[0] or value, name), name)
 
 
 def _numbers(config: ml_collections.ConfigDict, problems: Problems) -> None:

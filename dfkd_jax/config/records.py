@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from ml_collections import config_dict
+
 
 class RunSettings(NamedTuple):
   """What every run needs, whatever its job."""
@@ -23,3 +25,23 @@ class InitFrom(NamedTuple):
 
   student: str | None  # folder of a run, or file of weights
   generator: str | None  # folder of a run
+
+
+def run_settings(config: config_dict.ConfigDict) -> RunSettings:
+  """Returns the settings of a run from its config."""
+  return RunSettings(
+      config=to_json(config), seed=config.seed, evaluate_every=config.evaluate.every,
+      evaluate_batch_size=config.evaluate.batch_size, save_every=config.checkpoint.every,
+      max_to_keep=config.checkpoint.max_to_keep, keep_best=config.checkpoint.keep_best,
+      minutes=config.budget.minutes, images=config.budget.images, reseed=config.faults.reseed)
+
+
+def to_json(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """Returns a config as nested dicts of JSON values; tuples become lists."""
+  return _to_json(config.to_dict())
+
+
+def _to_json(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {name: _to_json(item) for name, item in value.items()}
+  return [_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

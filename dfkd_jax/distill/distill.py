@@ -9,8 +9,9 @@ from jax import lax
 
 from dfkd_jax import parallel
 from dfkd_jax.distill.student import Student, train_step
+from dfkd_jax.distill.student import divergence as student_divergence
 from dfkd_jax.losses import attention
-from dfkd_jax.losses import divergence as divergences
+from dfkd_jax.losses.divergence import agreement
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import replay
 from dfkd_jax.synth.replay import HostBatches
@@ -35,32 +36,34 @@ def distill(
     axis: str | None = None,
     part: HostBatches | None = None,
 ) -> tuple[Student, PyTree, Metrics]:
-  """The student's steps of one round, one `lax.scan`.
+  """Trains the student for one round, in one `lax.scan`.
 
   The loss is the mean of weights times T^2 KL(teacher || student) at temperature T
-  (arXiv:2112.06253, equation 6; Hinton et al. 2015), on images that both networks
-  see under the same augmentation. The teacher evaluates, the student trains.
+  (arXiv:2112.06253, equation 6; Hinton et al. 2015). Both networks see the same augmented images.
+  The teacher evaluates, the student trains.
 
   Args:
     student: Before the round.
-    state: The synthesizer's; its `weigh` may change it.
-    key: Of this round.
+    state: State of the synthesizer; its `weigh` may change it.
+    key: Key of this round.
     teacher: Never changes.
     synthesizer: Gives samples and weights.
     tx: The student's optimizer.
     num_steps: Steps in a round.
-    temperature: T of the divergence, if it is 'kl'.
+    temperature: T of the divergence 'kl'.
     divergence: 'kl', or 'l1' or 'l2' between logits.
-    attention_factor: Of `losses.attention.attention_transfer`, which is added to the divergence (ZSKT).
+    attention_factor: Factor of `losses.attention.attention_transfer`, added to the divergence
+      (ZSKT).
     augment: (key, images) -> images.
-    num_tasks: Tasks on this device, for keys that do not depend on the number of devices.
+    num_tasks: Tasks on this device. Keys do not depend on the number of devices.
     axis: The mapped axis of devices, if any.
-    part: Steps to take, and their images, where those of the buffer are elsewhere; None: all `num_steps`.
+    part: The steps to take and their images, if the buffer is on the host. None takes all
+      `num_steps`.
 
   Returns:
-    Student, state, and metrics, each [] and a mean over the steps: the 'loss', 'agreement' on these images, the mean
-    'weight' of an image, and the 'weighed_loss', the sum of weights times losses over that of weights; but 'losses' are
-    those of each step [num_steps].
+    Student, state and metrics. The metrics are [] means over the steps: 'loss', 'agreement' on
+    these images, mean 'weight' of an image, and 'weighed_loss', the weighted sum of losses over
+    the sum of weights. Only 'losses' has an entry per step, [num_steps].
   """
   augment = parallel.by_task(augment, num_tasks, axis)
 
@@ -69,48 +72,39 @@ def distill(
     key_sample, key_augment = jax.random.split(step_key)
     batch = synthesizer.sample(replay.with_batch(state, drawn), key_sample)
     images = augment(key_augment, batch.images)
-    wanted = teacher(images)
+    targets = teacher(images)
 
     def loss_fn(outputs):
-      per_sample = divergence(divergence, outputs.logits, wanted.logits, temperature)
+      losses = student_divergence(divergence, outputs.logits, targets.logits, temperature)
       if attention_factor:
-        per_sample += attention_factor * attention.attention_transfer(outputs.maps, wanted.maps)
-      new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(per_sample))
-      same = divergences.agreement(outputs.logits, wanted.logits).mean()
-      further = {'agreement': same, 'weight': weights.mean()}
-      return (lax.stop_gradient(weights) * per_sample).mean(), (new_state, further)
+        losses += attention_factor * attention.attention_transfer(outputs.maps, targets.maps)
+      new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(losses))
+      same_class = agreement(outputs.logits, targets.logits).mean()
+      metrics = {'agreement': same_class, 'weight': weights.mean()}
+      return (lax.stop_gradient(weights) * losses).mean(), (new_state, metrics)
 
-    student, loss, (state, further) = train_step(student, images, loss_fn, tx, axis)
-    return (student, state), {'loss': loss, **parallel.pmean(further, axis)}
+    student, loss, (state, metrics) = train_step(student, images, loss_fn, tx, axis)
+    return (student, state), {'loss': loss, **parallel.pmean(metrics, axis)}
 
   keys, images = jax.random.split(key, num_steps), None
   if part is not None:
     images = part.images
     keys = lax.dynamic_slice_in_dim(keys, part.first, images.shape[0])
   (student, state), metrics = lax.scan(step, (student, state), (keys, images))
-  metrics['weighed_loss'] = metrics['loss'] / jnp.maximum(metrics['weight'], jnp.finfo(metrics['weight'].dtype).tiny)
+  weight = metrics['weight']
+  metrics['weighed_loss'] = metrics['loss'] / jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)
   return student, state, jax.tree.map(jnp.mean, metrics) | {'losses': metrics['loss']}
 
 
-def sampled_indices(state: PyTree, key: PRNGKey, *, synthesizer: Synthesizer, num_steps: int) -> Array:
-  """Slots [num_steps, B] that `distill` will draw with this key from a buffer whose draws no loss of a student moves.
+def sampled_indices(
+    state: PyTree, key: PRNGKey, *, synthesizer: Synthesizer, num_steps: int) -> Array:
+  """Buffer indices [num_steps, B] that `distill` will sample with this key.
 
-  Images that no slot has, those of a generator's moving average, are -1.
+  Valid only if the student's losses do not change how the buffer is sampled. The index is -1 for
+  images of a generator's moving average, which are in no slot.
   """
-  def of_step(step_key):
+  def sample_step(step_key):
     key_sample, _ = jax.random.split(step_key)
     return synthesizer.sample(state, key_sample).slots
 
-  return lax.map(of_step, jax.random.split(key, num_steps))
-
-
-def divergence(kind: str, logits: Array, wanted: Array, temperature: float) -> Array:
-  """Divergence of the student's logits [B, ..., K] from the teacher's, per sample [B]."""
-  kinds = {
-      'kl': lambda: divergences.kl(logits, wanted, temperature),
-      'l1': lambda: divergences.l1(logits, wanted),
-      'l2': lambda: divergences.l2(logits, wanted)}
-  if kind not in kinds:
-    raise ValueError(f'divergence is {kind!r}, must be one of {tuple(kinds)}.')
-  per_element = kinds[kind]()
-  return per_element.reshape(per_element.shape[0], -1).mean(1)
+  return lax.map(sample_step, jax.random.split(key, num_steps))

@@ -1,5 +1,6 @@
-"""The student and one training step."""
+"""The student, its divergence from the teacher, and one training step."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from flax import struct
 
 from dfkd_jax import parallel
+from dfkd_jax.losses import divergence as divergences
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import Array, Outputs, PyTree
 
@@ -21,8 +23,29 @@ class Student(struct.PyTreeNode):
 
 
 def init(network: Network, tx: optax.GradientTransformation) -> Student:
-  """A student before its first step."""
+  """Makes a student before its first step."""
   return Student(network, tx.init(network.params), jnp.int32(0))
+
+
+def divergence(kind: str, logits: Array, targets: Array, temperature: float) -> Array:
+  """Divergence of the student's logits [B, ..., K] from the teacher's, per sample [B].
+
+  Args:
+    kind: 'kl' at a temperature, or 'l1' or 'l2' between logits.
+    logits: [B, ..., K], of the student.
+    targets: [B, ..., K], of the teacher.
+    temperature: T of 'kl'.
+
+  Raises:
+    ValueError: `kind` is unknown.
+  """
+  kinds = {
+      'kl': functools.partial(divergences.kl, temperature=temperature),
+      'l1': divergences.l1, 'l2': divergences.l2}
+  if kind not in kinds:
+    raise ValueError(f'divergence is {kind!r}, must be one of {tuple(kinds)}.')
+  per_element = kinds[kind](logits, targets)
+  return per_element.reshape(per_element.shape[0], -1).mean(1)
 
 
 def train_step(
@@ -32,7 +55,7 @@ def train_step(
     tx: optax.GradientTransformation,
     axis: str | None = None,
 ) -> tuple[Student, Array, PyTree]:
-  """One step on a batch.
+  """Trains the student for one step.
 
   Args:
     student: Before the step.
@@ -44,15 +67,17 @@ def train_step(
   Returns:
     The student after the step, the loss [], and aux.
   """
+  params = student.network.params
 
   def objective(params):
-    outputs, batch_stats = student.network.replace(params=params).forward(images, train=True, axis=axis)
+    network = student.network.replace(params=params)
+    outputs, batch_stats = network.forward(images, train=True, axis=axis)
     loss, aux = loss_fn(outputs)
     return loss, (batch_stats, aux)
 
-  (loss, (batch_stats, aux)), grads = jax.value_and_grad(objective, has_aux=True)(student.network.params)
+  (loss, (batch_stats, aux)), grads = jax.value_and_grad(objective, has_aux=True)(params)
   loss, grads = parallel.pmean((loss, grads), axis)
-  updates, opt_state = tx.update(grads, student.opt_state, student.network.params)
+  updates, opt_state = tx.update(grads, student.opt_state, params)
   network = student.network.replace(
-      params=optax.apply_updates(student.network.params, updates), batch_stats=batch_stats)
+      params=optax.apply_updates(params, updates), batch_stats=batch_stats)
   return Student(network, opt_state, student.step + 1), loss, aux

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dfkd_jax import distill, parallel
-from dfkd_jax.config import build
+from dfkd_jax.config import build, records
 from dfkd_jax.evaluate import synthetic_images
 from dfkd_jax.jobs import noise_control, preflight, sample_images, supervised
 from dfkd_jax.models.network import Network
@@ -47,15 +47,17 @@ def run_distillation(
       source = None if teacher else config.teacher.source
       teacher, judge = teacher or build.teacher(config), build.judge(config)
       card = build.card(teacher, source)
-      experiment.store.stands_on(
+      sources, stored = records.InitFrom(**config.init_from), experiment.store.stored
+      unread = init_from.unread_sources(sources, stored, config.control)
+      experiment.store.check_identity(
           teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
-          **init_from.digests(config, experiment.store.stored))
-    if (summary := experiment.store.finished()) is not None:
+          **init_from.source_digests(sources, unread, stored))
+    if (summary := experiment.store.finished_summary()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       # On the host, since what is placed will be donated, and the control starts from the same.
-      network = init_from.student(
-          config, build.network(config, 'student', student_key), experiment.store.stored)
+      network = init_from.load_student(
+          build.network(config, 'student', student_key), unread.student, tuple(config.dataset.image_shape))
       network = jax.tree.map(np.array, network)
     factors = _factors(experiment, teacher, network, card)
     make = build.synthesizer(config, mesh.size, factors)
@@ -64,15 +66,15 @@ def run_distillation(
   with experiment.ledger.part('setup'):
     synthesis = programs.init(make, mesh, init_key, teacher)
     with parallel.raise_on_all_processes():
-      synthesis = init_from.generator(config, mesh, synthesis, experiment.store.stored)
+      synthesis = init_from.load_generator(make(None), synthesis, unread.generator, mesh)
     state = programs.State(synthesis, parallel.place(mesh, distill.init(network, tx)))
   with experiment.ledger.part('compile'):
     compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
     finite = non_finite.compile_finite_check((state.student, host_replay.strip_images(state.synthesis)))
-    look = _held_out(experiment, mesh, factors, state, teacher, judge)
+    look = _held_out(experiment, mesh, make, state, teacher, judge)
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    state, done = experiment.store.begin(state, 'round', section.rounds)
+    state, done = experiment.store.resume(state, 'round', section.rounds)
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
     metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
     advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)
@@ -98,17 +100,13 @@ def _factors(experiment: Experiment, teacher: Network, student: Network, card) -
   return found and objective.Factors(**found['factors'])
 
 
-def _held_out(experiment, mesh: Mesh, factors, state: programs.State, teacher: Network, judge: Network | None):
-  """(synthesis, key, student) -> metrics on fresh synthetic images; None where real ones do, and nobody else looks."""
+def _held_out(experiment, mesh: Mesh, make, state: programs.State, teacher: Network, judge: Network | None):
+  """(synthesis, key, student) -> metrics on fresh images; None with real images and no judge."""
   if experiment.test is not None and judge is None:
     return None
-  small = build.Config(experiment.config.to_dict())
-  if 'capacity' in small.method:
-    small.method.capacity = build.tasks_of(small) * small.method.batch_size
-  make = build.synthesizer(small, mesh.size, factors)
   program = synthetic_images.compile_metrics(mesh, make, state.synthesis, teacher, state.student.network, judge)
   return lambda synthesis, key, student: program(
-      synthetic_images.without_images(synthesis), key, teacher, student, judge)
+      host_replay.strip_images(synthesis), key, teacher, student, judge)
 
 
 def _evaluate(experiment, look, run_key: PRNGKey, state: programs.State, done: int) -> dict[str, float]:
@@ -135,7 +133,7 @@ def _images_a_call(config: build.Config) -> int:
 
 
 def _round(
-    experiment, compiled: programs.Programs, finite: non_finite.Finite, run_key: PRNGKey, teacher: Network,
+    experiment, compiled: programs.Programs, finite: non_finite.FiniteCheck, run_key: PRNGKey, teacher: Network,
     state: programs.State, index: int, reseeded: int):
   """One round: as many calls as it has, each of synthesis, and of student steps once there is enough to learn from."""
   section, learnt = experiment.config.distill, []

@@ -6,10 +6,8 @@ from jax.sharding import Mesh
 from dfkd_jax import distill, parallel, synth
 from dfkd_jax.config import build
 from dfkd_jax.models.network import Network
-from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.loop import Experiment
-from dfkd_jax.runs.side_state import SideState
 from dfkd_jax.types import PRNGKey
 
 
@@ -39,18 +37,15 @@ def run(experiment: Experiment, mesh: Mesh, tx, network: Network, teacher: Netwo
     program = programs.compiled_steps(config, mesh, make, tx, state, teacher)
   total = (section.rounds - section.distill_after) * section.calls_per_round
   every = config.checkpoint.every * section.calls_per_round
-  with SideState(experiment.store, experiment.workdir / run_folder.CONTROL) as kept:
-    state, done = kept.begin(state)
-    with experiment.ledger.part('control'):
-      student, synthesis = state.student, state.synthesis
-      for index in range(done, total):
-        student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
-        jax.block_until_ready(student.step)  # Else many calls were under way when the run is asked to end.
-        done = index + 1
-        reason = experiment.reason(minutes=done < total)
-        if reason or done == total or done % every == 0:
-          kept.save(done, programs.State(synthesis, student))
-        if reason:
-          kept.wait()
-        experiment.stop(reason, section.rounds, section.rounds, f' and call {done} of {total} of the control')
+  state, done = experiment.store.resume_control(state)
+  with experiment.ledger.part('control'):
+    student, synthesis = state.student, state.synthesis
+    for index in range(done, total):
+      student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
+      jax.block_until_ready(student.step)  # Else many calls were under way when the run is asked to end.
+      done = index + 1
+      reason = experiment.reason(minutes=done < total)
+      if reason or done == total or done % every == 0:
+        experiment.store.save_control(done, programs.State(synthesis, student))
+      experiment.stop(reason, section.rounds, section.rounds, f' and call {done} of {total} of the control')
   return experiment.evaluate(student.network)

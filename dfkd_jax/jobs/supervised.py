@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dfkd_jax import distill, parallel, report, weights
-from dfkd_jax.config import build
+from dfkd_jax.config import build, records
 from dfkd_jax.losses import divergence
 from dfkd_jax.messages import check_choice
 from dfkd_jax.models.network import Network
@@ -42,10 +42,12 @@ def run(
     experiment = Experiment(config, workdir, 'epoch', command, resume, asked)
     with experiment.ledger.part('setup'):
       teacher = build.teacher(config) if section.teacher_factor else None
-      experiment.store.stands_on(
+      sources, stored = records.InitFrom(**config.init_from), experiment.store.stored
+      unread = init_from.unread_sources(sources, stored, config.control)
+      experiment.store.check_identity(
           teacher=teacher and build.card(teacher, config.teacher.source).sha256,
-          **init_from.digests(config, experiment.store.stored))
-    if (summary := experiment.store.finished()) is not None:
+          **init_from.source_digests(sources, unread, stored))
+    if (summary := experiment.store.finished_summary()) is not None:
       return summary
     with experiment.ledger.part('setup'):
       train = experiment.load(config.dataset.train_split)
@@ -56,7 +58,8 @@ def run(
       init_key, run_key = jax.random.split(jax.random.key(config.seed))
       teacher = teacher and parallel.place(mesh, teacher)
       tx = build.optimizer(config, section.epochs, steps)
-      network = init_from.student(config, build.network(config, which, init_key), experiment.store.stored, which)
+      network = init_from.load_student(
+          build.network(config, which, init_key), unread.student, tuple(config.dataset.image_shape))
       student = parallel.place(mesh, distill.init(network, tx))
       images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
   parallel.check_same_on_all(json.dumps(experiment.store.meta['weights']), "The teacher's weights")
@@ -66,7 +69,7 @@ def run(
     program = _compiled_epoch(config, mesh, tx, (student, images, labels, order_of(run_key), run_key, teacher))
   with experiment:  # All that can be wrong was found by now.
     build.tell_unused_devices(config, mesh.size)
-    student, done = experiment.store.begin(student, 'epoch', section.epochs)
+    student, done = experiment.store.resume(student, 'epoch', section.epochs)
     metrics_of_teacher = experiment.follow(teacher) if teacher is not None else None
 
     def advance(student, index, reseeded):
@@ -164,5 +167,5 @@ def write_weights(path: pathlib.Path, network: Network, name: str, image_shape: 
   data = weights.to_safetensors(
       {'params': network.params, 'batch_stats': network.batch_stats}, {'network': json.dumps(about)},
       probe=weights.make_probe(network, image_shape))
-  with report.writing(path), report.replacing(path) as file:
+  with report.reporting_disk_errors(path), report.replace_file(path) as file:
     file.write(data)

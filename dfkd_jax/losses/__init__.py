@@ -1,9 +1,8 @@
-"""Losses: arrays in, arrays out; every one is to be minimised.
+"""Losses: arrays in, arrays out; all are minimized.
 
-The class axis is last and leading axes are free, so that segmentation is no
-special case. Nothing is reduced over the batch or over pixels, save in terms
-that are statements about a whole batch (`inversion.balance`,
-`inversion.batch_norm`, `inversion.l2`, `contrast.contrast`).
+The class axis is last and leading axes are free, so that segmentation is no special case. Losses
+are not reduced over the batch or over pixels, except for terms about a whole batch:
+`inversion.balance`, `inversion.batch_norm`, `inversion.l2` and `contrast.contrast`.
 """
 
 from dfkd_jax.losses import contrast, divergence, inversion

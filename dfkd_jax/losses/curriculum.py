@@ -1,4 +1,4 @@
-"""How much each sample counts, by how hard it is: what a student can learn now, what a generator lacks."""
+"""Weights of samples by difficulty, for a student or for a generator."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ KINDS = ('log', 'soft', 'hard')
 
 
 def self_paced_weights(losses: Array, threshold: float | Array, kind: str = 'log') -> Array:
-  """Weights v of samples by their loss l at a threshold of difficulty lambda.
+  """Weights v of samples with loss l, for a threshold lambda of difficulty.
 
-  CuDFKD (arXiv:2208.13648); the minimisers of v l + g(v; lambda) over v in [0, 1]:
-    'hard': g = -lambda v; 1 where l < lambda, else 0.
+  CuDFKD (arXiv:2208.13648). The weights minimize v l + g(v; lambda) over v in [0, 1]:
+    'hard': g = -lambda v; 1 where l < lambda, otherwise 0.
     'soft': g = lambda (v^2 / 2 - v); max(0, 1 - l / lambda).
     'log':  g = mu log mu + v log v - lambda v, mu = 1 + e^-lambda - v;
             (1 + e^-lambda) / (1 + e^(l - lambda)).
@@ -20,13 +20,13 @@ def self_paced_weights(losses: Array, threshold: float | Array, kind: str = 'log
   Args:
     losses: [...], not negative.
     threshold: lambda, above 0.
-    kind: One of the three.
+    kind: 'hard', 'soft' or 'log'.
 
   Returns:
     [...], from 1 at no loss down to 0.
 
   Raises:
-    ValueError: On another kind.
+    ValueError: `kind` is unknown.
   """
   if kind == 'hard':
     return (losses < threshold).astype(losses.dtype)
@@ -38,9 +38,10 @@ def self_paced_weights(losses: Array, threshold: float | Array, kind: str = 'log
 
 
 def robust_loss(losses: Array, threshold: float | Array, kind: str = 'log') -> Array:
-  """F(l; lambda), the integral of `self_paced_weights` from 0 to l: what their student minimises in effect.
+  """Loss F(l; lambda) that a student with `self_paced_weights` minimizes in effect.
 
-  F is concave in l, so that its tangent lies above it: a step that lowers the weighted loss lowers F.
+  F is the integral of the weights from 0 to l. It is concave, so its tangent lies above it, and a
+  step that lowers the weighted loss lowers F.
 
   Args:
     losses: [...], not negative.
@@ -49,6 +50,9 @@ def robust_loss(losses: Array, threshold: float | Array, kind: str = 'log') -> A
 
   Returns:
     [...], from 0 to a bound that grows with lambda.
+
+  Raises:
+    ValueError: `kind` is unknown.
   """
   if kind == 'hard':
     return jnp.minimum(losses, threshold)
@@ -56,23 +60,25 @@ def robust_loss(losses: Array, threshold: float | Array, kind: str = 'log') -> A
     within = jnp.minimum(losses, threshold)
     return within - within**2 / (2 * threshold)
   if kind == 'log':
-    within = jnp.minimum(losses, threshold + 50)  # Beyond, F is at its bound, and the difference below is all rounding.
+    # Further up F is at its bound, and the difference below would be pure rounding.
+    within = jnp.minimum(losses, threshold + 50)
     rise = jax.nn.softplus(within - threshold) - jax.nn.softplus(-threshold)
     return (1 + jnp.exp(-threshold)) * (within - rise)
   raise ValueError(f'kind is {kind!r}, must be one of {KINDS}.')
 
 
 def diversity(classes: Array, histogram: Array, *, normalised: bool = False) -> Array:
-  """1 - h[c] / |B|: the less, the more images of this class there are already.
+  """Diversity 1 - h[c] / |B|, which falls with the number of images of this class.
 
-  The first factor of SSD-KD's modulation (arXiv:2406.07876, section 3; recalled, since neither the full text nor
-  code was at hand). Of K classes that are balanced each has 1 - 1/K, so that it hardly tells classes apart where K
-  is large; `normalised` is our variant for that, min(1, |B| / (K h[c])).
+  The first factor of SSD-KD's modulation (arXiv:2406.07876, section 3; recalled, since neither
+  the full text nor code was at hand). Each of K balanced classes has 1 - 1/K, so the factor
+  hardly separates many classes. `normalised` is our variant for many classes,
+  min(1, |B| / (K h[c])).
 
   Args:
     classes: [...] int32.
     histogram: [K] counts over the live buffer.
-    normalised: Whether to take our variant.
+    normalised: Whether to use our variant.
 
   Returns:
     [...] in [0, 1]; 1 while the buffer is empty.
@@ -80,18 +86,19 @@ def diversity(classes: Array, histogram: Array, *, normalised: bool = False) -> 
   counts = histogram.astype(jnp.result_type(float))
   size = counts.sum()
   if normalised:
-    return jnp.minimum(1, size / jnp.maximum(counts.size * counts[classes], 1)) * (size > 0) + (size == 0)
+    shares = jnp.minimum(1, size / jnp.maximum(counts.size * counts[classes], 1))
+    return shares * (size > 0) + (size == 0)
   return 1 - counts[classes] / jnp.maximum(size, 1)
 
 
 def difficulty(logits: Array, classes: Array, gamma: float) -> Array:
-  """(1 - p)^gamma with p the probability of the class: the less, the surer the teacher is.
+  """Difficulty (1 - p)^gamma, with p the teacher's probability of the class.
 
-  The second factor of SSD-KD's modulation (arXiv:2406.07876, section 3; recalled), that of the focal loss
-  (arXiv:1708.02002, equation 4).
+  The second factor of SSD-KD's modulation (arXiv:2406.07876, section 3; recalled), as in the
+  focal loss (arXiv:1708.02002, equation 4).
 
   Args:
-    logits: [..., K], the teacher's.
+    logits: [..., K], of the teacher.
     classes: [...] int32.
     gamma: At least 0; 0 gives 1 throughout.
 
@@ -99,6 +106,6 @@ def difficulty(logits: Array, classes: Array, gamma: float) -> Array:
     [...] in [0, 1].
   """
   log_p = jax.nn.log_softmax(logits)
-  target = classes[..., None] == jnp.arange(logits.shape[-1])
-  # 1 - p as the sum of the others: exact where p rounds to 1, and its logarithm has a bounded gradient.
-  return jnp.exp(gamma * jax.nn.logsumexp(jnp.where(target, -jnp.inf, log_p), axis=-1))
+  is_class = classes[..., None] == jnp.arange(logits.shape[-1])
+  # 1 - p as a sum over the other classes: exact where p rounds to 1, with bounded gradients.
+  return jnp.exp(gamma * jax.nn.logsumexp(jnp.where(is_class, -jnp.inf, log_p), axis=-1))

@@ -1,16 +1,18 @@
-"""How far two networks' answers are apart, per example or per pixel."""
+"""Divergences between the logits of two networks, per example or per pixel."""
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from dfkd_jax.types import Array
 
 
-def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
+def kl(
+    student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
   """T^2 KL(softmax(t / T) || softmax(s / T)), the loss of knowledge distillation.
 
-  Hinton et al. (arXiv:1503.02531): T^2 keeps the gradient's size as T
-  grows, where the loss tends to |s - t - mean(s - t)|^2 / 2K.
+  Hinton et al. (arXiv:1503.02531). T^2 keeps the gradient's size as T grows. The loss then tends
+  to |s - t - mean(s - t)|^2 / 2K.
 
   Args:
     student_logits: [..., K].
@@ -22,15 +24,15 @@ def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array 
   """
   log_q = jax.nn.log_softmax(student_logits / temperature)
   log_p = jax.nn.log_softmax(teacher_logits / temperature)
-  return temperature**2 * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  return temperature**2 * optax.losses.kl_divergence_with_log_targets(log_q, log_p)
 
 
 def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
-  """Jensen-Shannon divergence as DeepInversion's code computes it (arXiv:1912.08795).
+  """Jensen-Shannon divergence as in DeepInversion's code (arXiv:1912.08795).
 
-  That code is followed where it leaves the textbook: it measures M || P and
-  M || Q, clamps all three to [0.01, 0.99] without normalising them again, and
-  has no factor T^2. Beyond some 100 classes the clamp hides most of them.
+  The code differs from the textbook, and is followed here. It measures M || P and M || Q, clamps
+  all three to [0.01, 0.99] without normalizing them again, and has no factor T^2. The clamp hides
+  most classes if there are more than about 100.
 
   Args:
     a: Logits [..., K].
@@ -38,8 +40,7 @@ def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
     temperature: T, above 0.
 
   Returns:
-    [...]; symmetric in `a` and `b`; 0 where they agree. The clamp lets it fall
-    slightly below 0.
+    [...], symmetric in `a` and `b`, 0 where they agree. The clamp lets it fall slightly below 0.
   """
   p, q = jax.nn.softmax(a / temperature), jax.nn.softmax(b / temperature)
   m, p, q = (jnp.clip(probabilities, 0.01, 0.99) for probabilities in ((p + q) / 2, p, q))
@@ -62,19 +63,19 @@ def cross_entropy(logits: Array, labels: Array, ignore: int | None = None) -> Ar
   Args:
     logits: [..., K].
     labels: [...] integers in 0..K-1.
-    ignore: A label of what is not labelled, such as 255; the loss there is 0.
+    ignore: Label of unlabelled elements, such as 255; their loss is 0.
 
   Returns:
     [...]; NaN at a label that is out of range.
   """
   labels = labels.astype(jnp.int32)
-  # A negative index would count from the end; one past it gives NaN.
+  # A negative index would count from the end; an index of K gives NaN.
   index = jnp.where(labels < 0, logits.shape[-1], labels)[..., None]
-  chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1, mode='fill')
-  losses = -chosen.squeeze(-1)
+  log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1, mode='fill')
+  losses = -log_p.squeeze(-1)
   return losses if ignore is None else jnp.where(labels == ignore, 0, losses)
 
 
 def agreement(a: Array, b: Array) -> Array:
-  """Whether both choose the same class: logits [..., K], twice -> [...] bool."""
+  """Whether two networks choose the same class: logits [..., K], twice -> [...] bool."""
   return jnp.argmax(a, axis=-1) == jnp.argmax(b, axis=-1)

@@ -1,4 +1,4 @@
-"""Terms by which images are synthesised: what a teacher knows, and what it does not."""
+"""Terms that images are synthesized by, such as the teacher's moments and its disagreements."""
 
 import functools
 
@@ -11,37 +11,33 @@ from dfkd_jax.types import Array, Moments
 
 
 def one_hot(logits: Array, labels: Array) -> Array:
-  """Cross-entropy of what the teacher sees and the class asked for: [..., K], [...] -> [...]."""
+  """Cross-entropy of the teacher's logits and the requested class: [..., K], [...] -> [...]."""
   return divergences.cross_entropy(logits, labels)
 
 
 def adversarial(
-    student_logits: Array,
-    teacher_logits: Array,
-    *,
-    masked: bool = True,
-    divergence: str = 'kl',
+    student_logits: Array, teacher_logits: Array, *, masked: bool = True, divergence: str = 'kl',
     temperature: float | Array = 1.0,
 ) -> Array:
   """Minus the divergence of student and teacher: seeks images on which they differ.
 
-  The mask is that of CMI (arXiv:2105.08584): only images on which they still
-  choose the same class count, so that none is pushed far beyond the decision
-  boundary. It is a constant; the gradient flows through both logits.
+  The mask of CMI (arXiv:2105.08584) counts only images on which both still choose the same class,
+  so that no image is pushed far beyond the decision boundary. The mask is a constant. The
+  gradient flows through both logits.
 
   Args:
     student_logits: [..., K].
     teacher_logits: [..., K].
-    masked: Whether only agreement counts. The mean over a batch divides by the
-      batch, not by how many agree.
+    masked: Whether only agreement counts. The mean over a batch divides by the batch, not by the
+      number of agreements.
     divergence: 'kl' (with its T^2), 'l1' (of logits; no temperature) or 'js'.
     temperature: T, above 0.
 
   Returns:
-    [...]; at most 0 ('js': but for its clamp).
+    [...], at most 0; 'js' exceeds 0 by its clamp only.
 
   Raises:
-    ValueError: On a divergence of another name.
+    ValueError: `divergence` is unknown.
   """
   measures = {
       'kl': functools.partial(divergences.kl, temperature=temperature),
@@ -49,7 +45,8 @@ def adversarial(
       'js': functools.partial(divergences.js, temperature=temperature),
   }
   if divergence not in measures:
-    raise ValueError(f'divergence is {divergence!r}; allowed are {", ".join(map(repr, measures))}.')
+    names = ', '.join(map(repr, measures))
+    raise ValueError(f'divergence is {divergence!r}; allowed are {names}.')
   distance = measures[divergence](student_logits, teacher_logits)
   if not masked:
     return -distance
@@ -57,10 +54,10 @@ def adversarial(
 
 
 def balance(logits: Array, temperature: float | Array = 1.0) -> Array:
-  """Minus the entropy of the batch's mean answer: spreads a batch over the classes.
+  """Minus the entropy of the batch's mean prediction: spreads a batch over the classes.
 
-  DAFL (arXiv:1904.01186); its temperature is 1, CuDFKD (arXiv:2208.13648)
-  takes the one of its distillation.
+  DAFL (arXiv:1904.01186) has temperature 1. CuDFKD (arXiv:2208.13648) uses the temperature of its
+  distillation.
 
   Args:
     logits: [..., K]; averaged over all leading axes.
@@ -83,8 +80,8 @@ def activation(features: Array) -> Array:
 def total_variation(images: Array) -> Array:
   """Mean absolute difference of neighbours: right, below and on both diagonals, summed.
 
-  DeepInversion's prior (arXiv:1912.08795) in its l1 form; the mean over a
-  batch is the published value.
+  DeepInversion's prior (arXiv:1912.08795) in its l1 form. The mean over a batch is the published
+  value.
 
   Args:
     images: [B, H, W, C], H and W at least 2.
@@ -102,7 +99,7 @@ def total_variation(images: Array) -> Array:
 
 
 def l2(images: Array) -> Array:
-  """Frobenius norm of a whole batch, un-squared (arXiv:1912.08795): [B, H, W, C] -> [].
+  """Frobenius norm of a batch, not squared (arXiv:1912.08795): [B, H, W, C] -> [].
 
   The gradient at 0 is 0.
   """
@@ -110,13 +107,12 @@ def l2(images: Array) -> Array:
 
 
 def batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Array:
-  """How far a batch's moments are from those that training left, summed over layers.
+  """Distance of a batch's moments from the running moments of training, summed over layers.
 
-  sum_l |var_l - running var_l| + |mean_l - running mean_l|: un-squared norms over
-  channels (DeepInversion, arXiv:1912.08795, as its code has it), so that
-  twice the deviation costs twice as much, and a scale of the deviations, as
-  `mix` makes, scales the gradient of the loss by the same. The gradient where
-  they are equal is 0.
+  sum_l |var_l - running var_l| + |mean_l - running mean_l|, with norms over channels that are not
+  squared (DeepInversion, arXiv:1912.08795, as in its code). Twice the deviation costs twice as
+  much, and scaled deviations, as in `mix`, scale the gradient alike. The gradient is 0 where the
+  moments are equal.
 
   Args:
     moments: Of this batch, by path of the layer.
@@ -126,23 +122,28 @@ def batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Arra
     [].
 
   Raises:
-    ValueError: If the paths differ, or there are none.
+    ValueError: The paths differ, or there are none.
   """
   return sum(batch_norm_by_layer(moments, running).values())
 
 
-def batch_norm_by_layer(moments: dict[str, Moments], running: dict[str, Moments]) -> dict[str, Array]:
+def batch_norm_by_layer(
+    moments: dict[str, Moments], running: dict[str, Moments]) -> dict[str, Array]:
   """The summands of `batch_norm`, by path of the layer."""
   _check_paths(moments, running)
-  return {path: _distance(moments[path], running[path]) for path in sorted(moments)}
+  distance = lambda a, b: (
+      optax.safe_norm(a.var - b.var, 0.0) + optax.safe_norm(a.mean - b.mean, 0.0))
+  return {path: distance(moments[path], running[path]) for path in sorted(moments)}
 
 
 def relative_batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Array:
-  """`batch_norm` in units of each layer's own scale, so that one factor serves teachers of any kind: [].
+  """`batch_norm` in units of each layer's own scale, so that one factor suits any teacher: [].
 
-  sum_l |var_l - running var_l| / |running var_l| + |mean_l - running mean_l| / sqrt(sum_c running var_lc). Scaling
-  what a layer is given, as another preprocessing or another width does, changes nothing, where `batch_norm` of
-  published networks ranges over four orders of magnitude. Ours: the papers have no such term.
+  sum_l |var_l - running var_l| / |running var_l|
+      + |mean_l - running mean_l| / sqrt(sum_c running var_lc).
+  Scaling a layer's input, as another preprocessing or another width does, changes nothing. In
+  contrast, `batch_norm` of published networks spans four orders of magnitude. This term is ours;
+  the papers have none like it.
 
   Raises:
     ValueError: As `batch_norm`.
@@ -156,11 +157,13 @@ def relative_batch_norm(moments: dict[str, Moments], running: dict[str, Moments]
       for path, (mean, var) in sorted(running.items()))
 
 
-def mix(batch: dict[str, Moments], past: dict[str, Moments], momentum: float | Array) -> dict[str, Moments]:
-  """(1 - momentum) * batch + momentum * past: moments of a running history of batches.
+def mix(
+    batch: dict[str, Moments], past: dict[str, Moments], momentum: float | Array
+) -> dict[str, Moments]:
+  """Running average of moments: (1 - momentum) * batch + momentum * past.
 
-  FastDFKD (arXiv:2112.06253) matches these to the teacher's, and keeps the same
-  mixture as the next past.
+  FastDFKD (arXiv:2112.06253) matches these to the teacher's, and keeps the same mixture as the
+  next past.
 
   Args:
     batch: Of this batch, by path of the layer; the gradient flows here.
@@ -171,20 +174,20 @@ def mix(batch: dict[str, Moments], past: dict[str, Moments], momentum: float | A
     By the same paths.
 
   Raises:
-    ValueError: If the paths differ, or there are none.
+    ValueError: The paths differ, or there are none.
   """
   _check_paths(batch, past)
-  return jax.tree.map(lambda new, old: (1 - momentum) * new + momentum * jax.lax.stop_gradient(old), batch, past)
-
-
-def _distance(a: Moments, b: Moments) -> Array:
-  return optax.safe_norm(a.var - b.var, 0.0) + optax.safe_norm(a.mean - b.mean, 0.0)
+  past = jax.lax.stop_gradient(past)
+  return jax.tree.map(lambda new, old: (1 - momentum) * new + momentum * old, batch, past)
 
 
 def _check_paths(moments: dict[str, Moments], others: dict[str, Moments]) -> None:
   if not moments and not others:
-    raise ValueError('network without BatchNorm: batch_norm or student_batch_norm has nothing to match')
+    raise ValueError(
+        'network without BatchNorm: batch_norm or student_batch_norm has nothing to match')
   differing = sorted(set(moments) ^ set(others))
   if differing:
     side = 'first' if differing[0] in moments else 'second'
-    raise ValueError(f'batch norm {differing[0]!r} is among the {side} moments only ({len(differing)} paths differ)')
+    raise ValueError(
+        f'batch norm {differing[0]!r} is among the {side} moments only '
+        f'({len(differing)} paths differ)')

@@ -9,16 +9,14 @@ from dfkd_jax.types import Array
 
 
 class ConvNet(nn.Module):
-  """3x3 convolution, batch norm, ReLU, as often as there are widths; mean over pixels; dense layer.
+  """A 3x3 convolution, batch norm and ReLU per width; mean over pixels; dense layer.
 
   Attributes:
-    num_classes: Of the logits.
     widths: Channels of the convolutions.
-    strides: Of the convolutions, as many as `widths`.
-    dtype: Of the computation; None for that of parameters and inputs.
+    strides: Strides of the convolutions, as many as `widths`.
 
   Raises:
-    ValueError: If there are not as many strides as widths.
+    ValueError: The numbers of strides and widths differ.
   """
 
   num_classes: int
@@ -28,17 +26,16 @@ class ConvNet(nn.Module):
 
   def __post_init__(self) -> None:
     if len(self.widths) != len(self.strides):
-      raise ValueError(f'{len(self.widths)} widths {self.widths} need as many strides, not {self.strides}.')
+      raise ValueError(
+          f'{len(self.widths)} widths {self.widths} need as many strides, not {self.strides}.')
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Normalised images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    conv_norm = layers.conv_norm(train, self.dtype)
     for i, (width, strides) in enumerate(zip(self.widths, self.strides, strict=True), 1):
-      x = layers.Conv(
-          width, (3, 3), strides, padding=1, use_bias=False, kernel_init=layers.he_fan_out,
-          dtype=self.dtype, name=f'conv{i}')(x)
-      x = nn.relu(layers.BatchNorm(use_running_average=not train, dtype=self.dtype, name=f'bn{i}')(x))
+      x = nn.relu(conv_norm(x, width, 3, strides, names=(f'conv{i}', f'bn{i}')))
       self.sow('intermediates', f'stage_{i}', x)
     x = layers.pool_features(self, x)
     return layers.dense(self.num_classes, x.shape[-1], name='fc')(x)

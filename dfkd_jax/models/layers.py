@@ -1,13 +1,15 @@
-"""What the models are built of: convolutions fast in loops, batch norms with taps, initialisers."""
+"""Building blocks of the models: convolutions, batch norms with captured inputs, initializers."""
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
@@ -15,21 +17,28 @@ from dfkd_jax import parallel
 from dfkd_jax.models.cpu_convolution import conv_general_dilated, upsampled_conv
 from dfkd_jax.types import Array, Moments, PyTree
 
-_TAP = 'batch_norm_input'  # Names that no submodule has: sow shares their namespace.
-_POOLED = 'batch_norm_input_pooled'
+_CAPTURE = 'batch_norm_input'  # No submodule may have this name: `sow` shares their namespace.
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # PyTorch's default.
-he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, equation 14.
+he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, eq. 14.
+
+
+class _Capture(NamedTuple):
+  """The input of one batch norm. nn.scan and nn.vmap stack their layers along further axes."""
+
+  moments: Moments  # [C]
+  pooled: Array  # [B, C], mean over the pixels of each image.
+  marker: Array  # [0], so that its shape tells where layers are stacked.
 
 
 class UpsampledConv(nn.Module):
-  """`Conv(features, (3, 3), padding=1, use_bias=False)` of maps after nearest upsampling by two.
+  """Equals `Conv(features, (3, 3), padding=1, use_bias=False)` after nearest upsampling by two.
 
   Attributes:
-    features: O.
-    kernel_init: Of the kernel [3, 3, I, O].
-    dtype: Of the computation; None for that of parameters and inputs.
+    features: Number of output channels O.
+    kernel_init: Initializer of the kernel [3, 3, I, O].
+    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   """
 
   features: int
@@ -45,7 +54,7 @@ class UpsampledConv(nn.Module):
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-  """Initialiser of a bias as PyTorch has it: uniform within 1 / sqrt(fan_in) of 0."""
+  """PyTorch's initializer of biases: uniform within 1 / sqrt(fan_in) of 0."""
   bound = 1 / math.sqrt(fan_in)
 
   def init(key, shape, dtype=jnp.float32):
@@ -55,118 +64,186 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
 
 
 def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
-  """A dense layer that starts as PyTorch's does; `kwargs` are those of `nn.Dense`."""
-  return nn.Dense(features, **{'kernel_init': uniform_fan_in, 'bias_init': uniform_bias(fan_in), **kwargs})
+  """Makes a dense layer with PyTorch's initializers; `kwargs` are passed to `nn.Dense`."""
+  inits = {'kernel_init': uniform_fan_in, 'bias_init': uniform_bias(fan_in)}
+  return nn.Dense(features, **inits | kwargs)
+
+
+def conv_norm(
+    train: bool, dtype: Any = None, *, epsilon: float = 1e-5, momentum: float = 0.9,
+    use_bias: bool = False, kernel_init: nn.initializers.Initializer = he_fan_out,
+) -> Callable[..., Array]:
+  """Returns a function that applies a convolution and its batch norm.
+
+  The function is (x [B, H, W, I], width, size, strides=1, *, names, ...) -> [B, H', W', width].
+  `names` are the names of the two submodules. Further options are passed to `nn.Conv`. The
+  padding is `size // 2` by default.
+  """
+
+  def apply(x, width, size, strides=1, *, names, **options):
+    conv = Conv(
+        width, (size, size), strides, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype,
+        name=names[0], **{'padding': size // 2} | options)
+    norm = BatchNorm(
+        use_running_average=not train, epsilon=epsilon, momentum=momentum, dtype=dtype,
+        name=names[1])
+    return norm(conv(x))
+
+  return apply
 
 
 def at_least_float32(x: Array) -> Array:
-  """The same numbers, in float32 where they were in less."""
+  """Casts to float32, unless the dtype is at least as precise."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def pool_features(module: nn.Module, x: Array) -> Array:
-  """Mean of maps [B, h, w, D] over their pixels, [B, D]; sown by `module` as `features`."""
+  """Averages maps [B, h, w, D] over their pixels to [B, D]. `module` sows these as `features`."""
   x = at_least_float32(x).mean((1, 2))
   module.sow('intermediates', 'features', x)
   return x
 
 
 def remat_if(module: nn.Module, run: Callable[[Array], Array], x: Array, remat: bool) -> Array:
-  """`run(x)`; if `remat`, the backward pass computes it anew, and of what lies within keeps only x.
+  """Returns `run(x)`. With `remat`, the backward pass recomputes it and keeps only x.
 
   Args:
-    module: That which calls it; what `run` makes are its submodules, with the same paths either way.
-    run: From maps to maps; whatever it sows comes out as without.
+    module: The calling module. Submodules that `run` creates have the same paths either way.
+    run: Function from maps to maps. Sown values are the same either way.
     x: Maps.
     remat: Whether to trade time for memory.
   """
   return nn.remat(lambda _, x: run(x))(module, x) if remat else run(x)
 
 
-def is_batch_norm(module: nn.Module) -> bool:
-  """Whether this is a batch normalisation whose input we match."""
-  return isinstance(module, nn.BatchNorm)
+def apply_block(make_block: Callable[[], nn.Module], train: bool, x: Array) -> Array:
+  """Makes a block and applies it, both within `remat_if`."""
+  return make_block()(x, train)
 
 
 @contextlib.contextmanager
 def capture_moments(axis: str | None = None) -> Iterator[None]:
-  """Within: every `nn.BatchNorm` sows the moments of its input, and may span devices.
+  """Within this context, every `nn.BatchNorm` sows the moments of its input.
 
-  An interceptor does it, so that an unmodified Linen module of the user's works.
-  What is sown into `intermediates` is [C]-sized and at least float32; no
-  activation is kept. Means over the pixels of each image, [B, C], are sown
-  too, and cost nothing where a compiled program does not use them.
+  This is a method interceptor, so a user's own Linen module works unmodified. The moments are
+  sown into `intermediates` as [C] vectors of at least float32; no activation is kept. The means
+  over the pixels of each image, [B, C], are sown too. They are free where a compiled program
+  does not use them.
 
   Args:
-    axis: Name of a mapped axis whose devices share one batch; the moments, and
-      those by which a batch norm in training normalises, are averaged over it.
+    axis: Name of a mapped axis of devices that share one batch. Moments are averaged over it, and
+      batch norms in training normalize by these averages.
   """
 
-  def tap(next_fun, args, kwargs, context):
-    module = context.module
-    if not is_batch_norm(module) or context.method_name != '__call__':
+  def intercept(next_fun, args, kwargs, context):
+    norm = context.module
+    if not isinstance(norm, nn.BatchNorm) or context.method_name != '__call__':
       return next_fun(*args, **kwargs)
-    if not module.is_initializing() and module.is_mutable_collection('intermediates'):
-      inputs, shift = args[0] if args else kwargs['x'], module.get_variable('batch_stats', 'mean')
-      module.sow('intermediates', _TAP, moments_of(inputs, axis, shift))
-      module.sow('intermediates', _POOLED, at_least_float32(inputs).mean(tuple(range(1, inputs.ndim - 1))))
-    if axis is None or module.axis_name is not None:
+    if not norm.is_initializing() and norm.is_mutable_collection('intermediates'):
+      inputs = jnp.moveaxis(args[0] if args else kwargs['x'], norm.axis, -1)
+      moments = moments_of(inputs, axis, norm.get_variable('batch_stats', 'mean'))
+      pooled = at_least_float32(inputs).mean(tuple(range(1, inputs.ndim - 1)))
+      norm.sow('intermediates', _CAPTURE, _Capture(moments, pooled, jnp.zeros(0)))
+    if axis is None or norm.axis_name is not None:
       return next_fun(*args, **kwargs)
-    object.__setattr__(module, 'axis_name', axis)  # Lives as long as this `apply`.
-    return _spanning(next_fun, module, *args, **kwargs)
+    object.__setattr__(norm, 'axis_name', axis)  # The instance lives as long as this `apply`.
+    return _normalize_over_devices(next_fun, norm, *args, **kwargs)
 
-  with nn.intercept_methods(tap):
+  with nn.intercept_methods(intercept):
     yield
 
 
-def _spanning(next_fun: Callable[..., Array], module: nn.BatchNorm, x: Array, *args: Any, **kwargs: Any) -> Array:
-  """A batch norm over devices which, in training, waits for them once forwards and once backwards, not twice each.
+def _normalize_over_devices(
+    next_fun: Callable[..., Array], norm: nn.BatchNorm, x: Array, *args: Any, **kwargs: Any
+) -> Array:
+  """Applies a batch norm that, in training, waits for other devices once each way, not twice.
 
-  Mean and mean square are then sent together, of the inputs less the running mean: their normalised values are the
-  same, and nothing cancels out where that is near the mean, see `moments_of`.
+  Mean and mean square are sent together, of the inputs minus the running mean. This does not
+  change the normalized values, and avoids cancellation (see `moments_of`).
   """
   evaluates = nn.merge_param(
-      'use_running_average', module.use_running_average, args[0] if args else kwargs.get('use_running_average'))
-  shift = module.get_variable('batch_stats', 'mean')
-  if evaluates or shift is None or not module.is_mutable_collection('batch_stats'):
+      'use_running_average', norm.use_running_average,
+      args[0] if args else kwargs.get('use_running_average'))
+  shift = norm.get_variable('batch_stats', 'mean')
+  if evaluates or shift is None or not norm.is_mutable_collection('batch_stats'):
     return next_fun(x, *args, **kwargs)
-  object.__setattr__(module, 'use_fast_variance', True)
-  normalised = next_fun(at_least_float32(x) - jax.lax.stop_gradient(shift), *args, **kwargs)
-  # What it has learnt is the mean less the shift.
-  moved = module.get_variable('batch_stats', 'mean') + (1 - module.momentum) * shift
-  module.put_variable('batch_stats', 'mean', moved)
-  return normalised
+  object.__setattr__(norm, 'use_fast_variance', True)
+  along_axis = shift.reshape(-1, *[1] * (x.ndim - 1 - norm.axis % x.ndim))
+  shifted = at_least_float32(x) - jax.lax.stop_gradient(along_axis)
+  normalized = next_fun(shifted, *args, **kwargs)
+  # The batch norm has learnt the mean minus the shift.
+  moved = norm.get_variable('batch_stats', 'mean') + (1 - norm.momentum) * shift
+  norm.put_variable('batch_stats', 'mean', moved)
+  return normalized
 
 
 def moments_of(inputs: Array, axis: str | None = None, shift: Array | None = None) -> Moments:
   """Mean and biased variance over all but the last axis, at least in float32.
 
-  With a shift s [C] both come of one pass, which keeps no activation alive: var = E[(x - s)^2] - E[x - s]^2,
-  without cancellation as long as s is nearer to the mean than a few hundred times the spread.
+  With a shift s [C], one pass gives both and keeps no activation alive:
+  var = E[(x - s)^2] - E[x - s]^2. This does not cancel while s is nearer to the mean than a few
+  hundred standard deviations.
 
   Args:
     inputs: [..., C].
-    axis: The mapped axis of devices that share the batch, if any.
-    shift: A guess of the mean, such as the running one; None takes the mean itself, in a pass of its own.
+    axis: Mapped axis of devices that share the batch, if any.
+    shift: Estimate of the mean, such as the running mean. None computes the mean in its own pass.
   """
   inputs = at_least_float32(inputs)
   axes = tuple(range(inputs.ndim - 1))
-  shift = jax.lax.stop_gradient(parallel.pmean(inputs.mean(axes), axis) if shift is None else shift)
+  shift = parallel.pmean(inputs.mean(axes), axis) if shift is None else shift
+  shift = jax.lax.stop_gradient(shift)
   centred = inputs - shift
   mean, square = parallel.pmean((centred.mean(axes), jnp.square(centred).mean(axes)), axis)
   return Moments(mean + shift, jnp.maximum(square - jnp.square(mean), 0))
 
 
 def moments_by_path(intermediates: PyTree) -> dict[str, Moments]:
-  """What `tapped` sowed, by path of the batch norm ('block1/bn2'); sorted."""
-  return _by_path(intermediates, _TAP)
+  """Moments that `capture_moments` sowed, by path of the batch norm, such as 'block1/bn2'.
+
+  Layers that nn.scan or nn.vmap stacks along their first axis are told apart by a number:
+  'blocks/bn/0', 'blocks/bn/1'. The second call of one batch norm is 'bn/call 2'.
+  """
+  return {path: capture.moments for path, capture in _captures(intermediates).items()}
 
 
 def pooled_by_path(intermediates: PyTree) -> dict[str, Array]:
-  """[B, C] means over pixels that `tapped` sowed, by the same paths."""
-  return _by_path(intermediates, _POOLED)
+  """Means over pixels [B, C] that `capture_moments` sowed, by the paths of `moments_by_path`."""
+  return {path: capture.pooled for path, capture in _captures(intermediates).items()}
 
 
-def _by_path(intermediates: PyTree, name: str) -> dict[str, Any]:
-  flat = traverse_util.flatten_dict(dict(intermediates), is_leaf=lambda _, v: not isinstance(v, dict))
-  return {'/'.join(path[:-1]): sown[0] for path, sown in sorted(flat.items()) if path[-1] == name}
+def running_by_path(batch_stats: PyTree) -> dict[str, Moments]:
+  """Running moments of all normalizations, by the paths of `moments_by_path`.
+
+  A normalization is any module with names in `batch_stats` that contain 'mean' and 'var'.
+  """
+  norms = defaultdict(dict)
+  for (*path, name), value in traverse_util.flatten_dict(dict(batch_stats)).items():
+    for moment in Moments._fields:
+      if moment in name:
+        norms[tuple(path)][moment] = value
+  layers = {}
+  for path, moments in norms.items():
+    if len(moments) == 2:
+      layers |= _unstack(path, Moments(**moments), moments['mean'].shape[:-1])
+  return dict(sorted(layers.items()))
+
+
+def _captures(intermediates: PyTree) -> dict[str, _Capture]:
+  layers = {}
+  for (*path, name), calls in traverse_util.flatten_dict(dict(intermediates)).items():
+    for number, capture in enumerate(calls if name == _CAPTURE else (), 1):
+      parts = path if number == 1 else [*path, f'call {number}']
+      *stacked, size = capture.marker.shape  # The size is 0 unless layers are stacked behind it.
+      layers |= _unstack(parts, capture, () if size else stacked)
+  return dict(sorted(layers.items()))
+
+
+def _unstack(path: Sequence[str], tree: PyTree, shape: Sequence[int]) -> dict[str, PyTree]:
+  """One tree for each index into the leading axes `shape`, by path; the tree itself if ()."""
+  entries = {}
+  for index in np.ndindex(*shape):
+    # Escaped as in JSON pointers (RFC 6901), since names may contain a slash.
+    parts = [part.replace('~', '~0').replace('/', '~1') for part in (*path, *map(str, index))]
+    entries['/'.join(parts)] = jax.tree.map(lambda leaf, at=index: leaf[at] if at else leaf, tree)
+  return entries

@@ -1,6 +1,7 @@
-"""MobileNetV2 (Sandler et al., arXiv:1801.04381)."""
+"""MobileNetV2 (Sandler et al., arXiv:1801.04381) and EfficientNet-Lite (arXiv:1905.11946)."""
 
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -8,55 +9,74 @@ from flax import linen as nn
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
-# Table 2 of the paper: expansion, channels, blocks and strides of each stage.
-_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+# Table 2 of MobileNetV2: expansion, channels, blocks and strides of each stage.
+_MOBILENET = (
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+    (6, 320, 1, 1))
+# Table 1 of EfficientNet: size of the depthwise kernel, strides, expansion, channels and blocks.
+_EFFICIENTNET = (
+    (3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
+    (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+_NAMES = {  # Convolution and batch norm of each step, with and without an expansion.
+    'torchvision': (
+        (('conv_0_0', 'conv_0_1'), ('conv_1_0', 'conv_1_1'), ('conv_2', 'conv_3')),
+        (('conv_0_0', 'conv_0_1'), ('conv_1', 'conv_2'))),
+    'timm': (
+        (('conv_pw', 'bn1'), ('conv_dw', 'bn2'), ('conv_pwl', 'bn3')),
+        (('conv_dw', 'bn1'), ('conv_pw', 'bn2'))),
+}
+PADDINGS = ('same', 'torch')
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:
-  """The nearest multiple of `divisor`, at least one of them, that is at most a tenth smaller."""
+  """Nearest positive multiple of `divisor` that is at most a tenth smaller."""
   rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
   return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 class InvertedResidual(nn.Module):
-  """Expansion (1x1), depthwise 3x3 and projection (1x1), named `conv_*` as torchvision does.
+  """Expansion (1x1), depthwise convolution and projection (1x1), each with a batch norm.
 
   Attributes:
-    width: Channels that come out.
-    strides: Of the depthwise convolution.
-    expansion: Channels within, per channel that comes in; 1 leaves the first convolution out.
-    epsilon: Of the batch norms.
-    dtype: Of the computation; None for that of parameters and inputs.
+    width: Output channels.
+    strides: Strides of the depthwise convolution.
+    expansion: Inner channels per input channel; 1 leaves the first convolution out.
+    size: Size of the depthwise kernel.
+    padding: 'same' or 'torch', see `EfficientNetLite`.
+    names: Library that names the submodules, 'torchvision' or 'timm'.
   """
 
   width: int
   strides: int = 1
   expansion: int = 6
+  size: int = 3
+  padding: str = 'torch'
+  names: str = 'torchvision'
   epsilon: float = 1e-5
+  momentum: float = 0.9
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]."""
-    unit = functools.partial(_conv_norm, train=train, epsilon=self.epsilon, dtype=self.dtype)
-    inner, y, at = self.expansion * x.shape[-1], x, 0
-    if self.expansion != 1:
-      y, at = nn.relu6(unit(y, inner, 1, names=('conv_0_0', 'conv_0_1'))), 1
-    y = nn.relu6(unit(
-        y, inner, 3, self.strides, groups=inner, names=(f'conv_{at}_0', f'conv_{at}_1')))
-    y = unit(y, self.width, 1, names=(f'conv_{at + 1}', f'conv_{at + 2}'))
+    conv_norm = layers.conv_norm(
+        train, self.dtype, epsilon=self.epsilon, momentum=self.momentum)
+    inner, y = self.expansion * x.shape[-1], x
+    *expand, depthwise, project = _NAMES[self.names][self.expansion == 1]
+    for names in expand:
+      y = nn.relu6(conv_norm(y, inner, 1, names=names))
+    y = nn.relu6(conv_norm(
+        y, inner, self.size, self.strides, names=depthwise, feature_group_count=inner,
+        **_padding(self.padding)))
+    y = conv_norm(y, self.width, 1, names=project)
     return x + y if self.strides == 1 and x.shape[-1] == self.width else y
 
 
 class MobileNetV2(nn.Module):
-  """As torchvision defines it, whose names these are, but without the dropout before the last layer.
+  """MobileNetV2 under torchvision's names, without the dropout before the last layer.
 
   Attributes:
-    num_classes: Of the logits.
     width: Factor of all channels; the last convolution keeps at least 1280.
-    epsilon: Of the batch norms.
-    remat: Keep only the input of each block for the backward pass.
-    dtype: Of the computation; None for that of parameters and inputs.
   """
 
   num_classes: int
@@ -67,31 +87,77 @@ class MobileNetV2(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Normalised images [B, H, W, C] to logits [B, num_classes], at least float32."""
-    unit = functools.partial(_conv_norm, train=train, epsilon=self.epsilon, dtype=self.dtype)
-    x = nn.relu6(unit(x, round_channels(32 * self.width), 3, 2, names=('features_0_0', 'features_0_1')))
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    conv_norm = layers.conv_norm(train, self.dtype, epsilon=self.epsilon)
+    stem = round_channels(32 * self.width)
+    x = nn.relu6(conv_norm(x, stem, 3, 2, names=('features_0_0', 'features_0_1')))
     index = 1
-    for stage, (expansion, channels, size, strides) in enumerate(_STAGES):
+    for stage, (expansion, channels, size, strides) in enumerate(_MOBILENET, 1):
       for j in range(size):
-        run = functools.partial(
-            _run, round_channels(channels * self.width), 1 if j else strides, expansion, self.epsilon, self.dtype,
-            f'features_{index}', train)
+        block = functools.partial(
+            InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
+            expansion, epsilon=self.epsilon, dtype=self.dtype, name=f'features_{index}')
+        run = functools.partial(layers.apply_block, block, train)
         x = layers.remat_if(self, run, x, self.remat)
         index += 1
-      self.sow('intermediates', f'stage_{stage + 1}', x)
+      self.sow('intermediates', f'stage_{stage}', x)
     last = round_channels(1280 * max(1.0, self.width))
-    x = nn.relu6(unit(x, last, 1, names=(f'features_{index}_0', f'features_{index}_1')))
+    x = nn.relu6(conv_norm(x, last, 1, names=(f'features_{index}_0', f'features_{index}_1')))
     x = layers.pool_features(self, x)
-    return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name='classifier_1')(x)
+    init = nn.initializers.normal(0.01)
+    return nn.Dense(self.num_classes, kernel_init=init, name='classifier_1')(x)
 
 
-def _run(width, strides, expansion, epsilon, dtype, name, train, x):
-  return InvertedResidual(width, strides, expansion, epsilon, dtype, name=name)(x, train)
+class EfficientNetLite(nn.Module):
+  """EfficientNet with ReLU6 and no squeeze-and-excitation, under timm's names; no dropout.
+
+  Lite0, 1 and 2 were published for 224, 240 and 260 pixels, with images (x - 127) / 128 of bytes.
+
+  Attributes:
+    width: Factor of the channels of all stages, but not of stem and head.
+    depth: Factor of the number of blocks, except in the first and last stage.
+    padding: 'same' as in TensorFlow, where strides pad more at the end, or 'torch', which pads
+      both sides alike. Weights trained with one lose some accuracy with the other.
+
+  Raises:
+    ValueError: `padding` is unknown.
+  """
+
+  num_classes: int
+  width: float = 1.0
+  depth: float = 1.0
+  padding: str = 'same'
+  epsilon: float = 1e-3
+  momentum: float = 0.99
+  remat: bool = False
+  dtype: Any = None
+
+  def __post_init__(self) -> None:
+    if self.padding not in PADDINGS:
+      raise ValueError(f'Unknown padding {self.padding!r}; there are {", ".join(PADDINGS)}.')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
+    norm = {'epsilon': self.epsilon, 'momentum': self.momentum}
+    conv_norm = layers.conv_norm(train, self.dtype, **norm)
+    x = nn.relu6(conv_norm(x, 32, 3, 2, names=('conv_stem', 'bn1'), **_padding(self.padding)))
+    for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET):
+      if 0 < i < len(_EFFICIENTNET) - 1:
+        blocks = math.ceil(self.depth * blocks)
+      for j in range(blocks):
+        block = functools.partial(
+            InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
+            expansion, size, self.padding, 'timm', dtype=self.dtype, name=f'blocks_{i}_{j}', **norm)
+        run = functools.partial(layers.apply_block, block, train)
+        x = layers.remat_if(self, run, x, self.remat)
+      self.sow('intermediates', f'stage_{i + 1}', x)
+    x = nn.relu6(conv_norm(x, 1280, 1, names=('conv_head', 'bn2')))
+    x = layers.pool_features(self, x)
+    return layers.dense(self.num_classes, x.shape[-1], name='classifier')(x)
 
 
-def _conv_norm(x, width, size, strides=1, *, groups=1, names, train, epsilon, dtype):
-  """Convolution and batch norm by their two names."""
-  x = layers.Conv(
-      width, (size, size), strides, padding=size // 2, feature_group_count=groups, use_bias=False,
-      kernel_init=layers.he_fan_out, dtype=dtype, name=names[0])(x)
-  return layers.BatchNorm(use_running_average=not train, epsilon=epsilon, dtype=dtype, name=names[1])(x)
+def _padding(name: str) -> dict[str, str]:
+  """Options of `conv_norm`, which pads as PyTorch does by default."""
+  return {'padding': 'SAME'} if name == 'same' else {}

@@ -7,28 +7,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct, traverse_util
+from flax import struct
 
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array, Moments, Outputs, PyTree
 
 _TRAINING = ('train', 'training', 'is_training')
 _EVALUATING = ('use_running_average', 'deterministic')
+_COLLECTIONS = ('params', 'batch_stats', 'intermediates')
 
 
-class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.jit(network)` has a hash.
-  """A module, its variables and its preprocessing: what turns images in [0, 1] into what it was trained on.
+class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(network)` can hash.
+  """A module, its variables and its preprocessing: maps images in [0, 1] to `Outputs`.
 
-  Whatever numbers published weights expect, they are said in terms of [0, 1]: (x - 127) / 128 of bytes is a mean of
-  127 / 255 and a std of 128 / 255; Keras' "caffe" mode, BGR minus (103.939, 116.779, 123.68), is `bgr` with that mean
-  over 255, in the order of RGB, and a std of 1 / 255.
+  The preprocessing of published weights is given in units of [0, 1]. For example, (x - 127) / 128
+  of bytes is a mean of 127 / 255 and a std of 128 / 255. Keras' "caffe" mode, BGR minus
+  (103.939, 116.779, 123.68), is `bgr` with that mean over 255 in RGB order, and a std of 1 / 255.
 
-  Any Linen module that maps images [B, H, W, C] to logits [B, ..., K] will do, as long as it has no other variables
-  than `params` and `batch_stats`, draws no random numbers in training, and calls each batch norm once.
-  If its call takes a flag `train`, `training` or `is_training` (or, of the
-  opposite sense, `use_running_average` or `deterministic`) that flag is set.
-  Moments of its batch norms come by `layers.tapped`; a module that sows
-  `features` and `stage_<i>` into its intermediates shows these in `Outputs` too.
+  Any Linen module works that maps images [B, H, W, C] to logits [B, ..., K], has only `params`
+  and `batch_stats`, and draws no random numbers in training. If the module returns a tuple or a
+  dict, `logits` is the index or key of the logits.
+  A flag `train`, `training` or `is_training` of its call is set, as is the opposite flag
+  `use_running_average` or `deterministic`.
+  `layers.capture_moments` captures its batch norms. `Outputs` also contains `features` and
+  `stage_<i>`, if the module sows them into its intermediates.
   """
 
   params: PyTree
@@ -36,72 +38,99 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so that `jax.
   module: nn.Module = struct.field(pytree_node=False)
   mean: tuple[float, ...] = struct.field(pytree_node=False, default=(0.0,))
   std: tuple[float, ...] = struct.field(pytree_node=False, default=(1.0,))
-  bgr: bool = struct.field(pytree_node=False, default=False)  # The module wants channels in reverse order.
-  resize: tuple[int, int] | None = struct.field(pytree_node=False, default=None)  # (H, W) that the module wants.
+  bgr: bool = struct.field(pytree_node=False, default=False)
+  resize: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
+  logits: int | str | None = struct.field(pytree_node=False, default=None)
 
   def __call__(self, images: Array) -> Outputs:
-    """Evaluation mode: batch norms use running moments.
-
-    Args:
-      images: [B, H, W, C] in [0, 1]; resized, normalised and put in order here.
-    """
+    """Evaluates images [B, H, W, C] in [0, 1]; batch norms use their running moments."""
     return self.forward(images)[0]
 
   def forward(
       self, images: Array, *, train: bool = False, axis: str | None = None
   ) -> tuple[Outputs, PyTree]:
-    """Outputs, and the running moments after this batch (moved if `train`).
+    """Returns the outputs and the running moments, which this batch updates if `train`.
 
     Args:
       images: [B, H, W, C] in [0, 1].
-      train: Normalise by the moments of this batch, and move the running ones.
-      axis: A mapped axis over which the batch is spread; None on one device.
+      train: Normalize by the moments of this batch, and update the running moments.
+      axis: Mapped axis over which the batch is spread; None on one device.
+
+    Raises:
+      ValueError: The module returns a tuple or dict, and `logits` names no entry of it.
     """
-    inputs = self.preprocess(images)
     mutable = ['intermediates', 'batch_stats'] if train else ['intermediates']
     with layers.capture_moments(axis):
-      logits, new = self.module.apply(
-          {'params': self.params, 'batch_stats': self.batch_stats}, inputs,
+      results, new = self.module.apply(
+          {'params': self.params, 'batch_stats': self.batch_stats}, self.preprocess(images),
           mutable=mutable, **_mode(self.module, train))
     sown = new.get('intermediates', {})
+    stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
     outputs = Outputs(
-        logits=logits,
-        features=_sown(sown, 'features'),
-        maps=tuple(_sown(sown, f'stage_{i}') for i in range(1, len(sown) + 1) if f'stage_{i}' in sown),
-        moments=layers.moments_by_path(sown),
-        pooled=layers.pooled_by_path(sown))
+        logits=self._select_logits(results),
+        features=sown['features'][0] if 'features' in sown else None,
+        maps=tuple(sown[stage][0] for stage in stages if stage in sown),
+        moments=layers.moments_by_path(sown), pooled=layers.pooled_by_path(sown))
     return outputs, new.get('batch_stats', self.batch_stats)
 
   def preprocess(self, images: Array) -> Array:
-    """What the module is given: images [B, H, W, C] in [0, 1], resized, normalised, and in its order of channels."""
+    """Resizes and normalizes images [B, H, W, C] in [0, 1], and puts their channels in order."""
     if self.resize is not None and images.shape[1:3] != self.resize:
-      # Bilinear; where it shrinks, each pixel is an average over those that it stands for.
+      # Bilinear. Shrinking averages over the pixels that each new pixel covers.
       shape = (images.shape[0], *self.resize, images.shape[3])
       images = jax.image.resize(images, shape, 'linear', antialias=True)
-    images = (images - jnp.asarray(self.mean, images.dtype)) / jnp.asarray(self.std, images.dtype)
+    mean, std = (jnp.asarray(values, images.dtype) for values in (self.mean, self.std))
+    images = (images - mean) / std
     return images[..., ::-1] if self.bgr else images
 
   def running(self) -> dict[str, Moments]:
     """Running moments by path of the batch norm, as in `Outputs.moments`."""
-    flat = traverse_util.flatten_dict(dict(self.batch_stats), sep='/')
-    paths = sorted(path.removesuffix('/mean') for path in flat if path.endswith('/mean'))
-    return {path: Moments(flat[f'{path}/mean'], flat[f'{path}/var']) for path in paths}
+    return layers.running_by_path(self.batch_stats)
+
+  def check_moments(self, captured: dict[str, Moments]) -> None:
+    """Checks that running moments and captured ones belong to the same layers.
+
+    Args:
+      captured: `Outputs.moments`; shapes suffice.
+
+    Raises:
+      ValueError: Names a normalization that was not captured, or was called more than once.
+    """
+    running = self.running()
+    for path, moments in running.items():
+      if path not in captured or captured[path].mean.shape != moments.mean.shape:
+        raise ValueError(
+            f'Cannot capture the input of normalization {path!r}: within nn.scan or nn.vmap it '
+            "needs variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0}; otherwise it "
+            'must be an nn.BatchNorm.')
+    for path in captured:
+      if path not in running:
+        raise ValueError(
+            f'The batch norm of {path!r} is called more than once, on inputs that share its '
+            'running moments: each call needs an nn.BatchNorm of its own.')
 
   def num_params(self) -> int:
-    """How many trainable numbers there are."""
+    """Number of trainable values."""
     return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+  def _select_logits(self, results: Any) -> Array:
+    if not isinstance(results, (tuple, list, Mapping)):
+      return results
+    entries = list(results) if isinstance(results, Mapping) else list(range(len(results)))
+    if self.logits not in entries:
+      raise ValueError(
+          f'The module returns a {type(results).__name__} with entries {entries}: the option '
+          f'logits of models.bind must be one of these, not {self.logits!r}.')
+    return results[self.logits]
 
 
 def create(
-    module: nn.Module,
-    key: jax.Array,
-    image_shape: tuple[int, int, int],
-    **preprocessing: Any,
+    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any
 ) -> Network:
-  """A network with fresh variables for images [H, W, C]; `preprocessing` is that of `bind`."""
+  """Makes a network with fresh variables for images [H, W, C]; see `bind` for `preprocessing`."""
   shape = (*(preprocessing.get('resize') or image_shape[:2]), image_shape[2])
-  variables = jax.jit(lambda k: module.init(k, jnp.zeros((1, *shape)), **_mode(module, False)))(key)
-  return bind(module, variables, **preprocessing)
+  init = jax.jit(lambda key: module.init(key, jnp.zeros((1, *shape)), **_mode(module, False)))
+  return bind(module, init(key), **preprocessing)
 
 
 def bind(
@@ -112,30 +141,35 @@ def bind(
     std: tuple[float, ...] = (1.0,),
     bgr: bool = False,
     resize: tuple[int, int] | None = None,
+    logits: int | str | None = None,
 ) -> Network:
-  """A network from a module and the variables that its `init` gave, or training left.
+  """Makes a network from a module and its fresh or trained variables.
 
   Args:
     module: Maps preprocessed images to logits.
     variables: {'params': ..., 'batch_stats': ...}; the latter may be missing.
-    mean: Subtracted from images in [0, 1], one number or one a channel, in the order of the image.
-    std: What they are divided by then.
-    bgr: Whether the module wants the channels in reverse order.
-    resize: (H, W) that the module wants of images of any size; None: it takes them as they are.
+    mean: Subtracted from images in [0, 1]; one number, or one per channel in image order.
+    std: Divides the difference; one number, or one per channel.
+    bgr: Whether the module expects channels in reverse order.
+    resize: Size (H, W) that the module expects. None passes images of any size on.
+    logits: Index or key of the logits, for a module that returns a tuple or a dict.
+
+  Raises:
+    ValueError: There are variables of another collection.
   """
+  if others := sorted(set(variables) - set(_COLLECTIONS)):
+    raise ValueError(
+        f'variables has the collections {others}; a module may have params and batch_stats only.')
   return Network(
-      params=variables['params'], batch_stats=variables.get('batch_stats', {}), module=module, mean=tuple(mean),
-      std=tuple(std), bgr=bgr, resize=None if resize is None else tuple(resize))
+      params=variables['params'], batch_stats=variables.get('batch_stats', {}), module=module,
+      mean=tuple(mean), std=tuple(std), bgr=bgr, resize=None if resize is None else tuple(resize),
+      logits=logits)
 
 
 def _mode(module: nn.Module, train: bool) -> dict[str, bool]:
   """The flag by which this module is told to train, if it has one."""
-  known = inspect.signature(type(module).__call__).parameters
+  parameters = inspect.signature(type(module).__call__).parameters
   for name in _TRAINING:
-    if name in known:
+    if name in parameters:
       return {name: train}
-  return {name: not train for name in _EVALUATING if name in known}
-
-
-def _sown(intermediates: Mapping[str, Any], name: str) -> Array | None:
-  return intermediates[name][0] if name in intermediates else None
+  return {name: not train for name in _EVALUATING if name in parameters}

@@ -1,6 +1,7 @@
-"""Collectives between processes: who writes, which rows are whose, errors that all raise together."""
+"""Collectives between processes: shares of rows, gathering, and errors that all processes raise."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_LONGEST = 1000  # Bytes of an error that processes tell each other.
+_MAX_ERROR = 1000  # Bytes of an error that processes send each other.
 
 
 def is_first() -> bool:
@@ -18,81 +19,82 @@ def is_first() -> bool:
 
 
 def process_shard() -> tuple[int, int]:
-  """Which process this is, and of how many: the `shard` of `data.load`."""
+  """Index of this process and number of processes, for `shard` of `data.load`."""
   return jax.process_index(), jax.process_count()
 
 
 def process_rows(total: int, process: int | None = None) -> slice:
-  """The share of `total` rows that a process (None: this one) takes: none twice, and none is left."""
-  process, processes = jax.process_index() if process is None else process, jax.process_count()
-  return slice(total * process // processes, total * (process + 1) // processes)
+  """Share of `total` rows of a process (None: this one). The shares partition the rows."""
+  index, count = jax.process_index() if process is None else process, jax.process_count()
+  return slice(total * index // count, total * (index + 1) // count)
 
 
 def gather_rows(rows: np.ndarray, total: int) -> np.ndarray:
-  """All `total` rows from the share of each process, in order. All must call it."""
+  """Gathers the share of each process into all `total` rows, in order. All must call it."""
   shares = [process_rows(total, process) for process in range(jax.process_count())]
-  longest = max(share.stop - share.start for share in shares)
-  padded = gather_processes(np.pad(rows, [(0, longest - len(rows))] + [(0, 0)] * (rows.ndim - 1)))
-  return np.concatenate([found[:share.stop - share.start] for found, share in zip(padded, shares, strict=True)])
+  sizes = [share.stop - share.start for share in shares]
+  gathered = gather_processes(
+      np.pad(rows, [(0, max(sizes) - len(rows))] + [(0, 0)] * (rows.ndim - 1)))
+  return np.concatenate([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
 def gather_processes(array: np.ndarray) -> np.ndarray:
-  """What each process gives, [P, ...], on all; of the same shape everywhere. All must call it."""
+  """Gathers an array of the same shape from each process to [P, ...]. All must call it."""
   array = np.asarray(array)
   if jax.process_count() == 1:
     return array[None]
-  # As bytes, since JAX would make 32 bits of 64.
-  found = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
-  return np.ascontiguousarray(found).view(array.dtype).reshape(-1, *array.shape)
-
-
-def _gather_texts(text: str) -> list[str]:
-  """What each process says, on all."""
-  padded = text.encode()[:_LONGEST].ljust(_LONGEST, b'\0')
-  return [row.tobytes().rstrip(b'\0').decode(errors='ignore') for row in gather_processes(np.frombuffer(padded, np.uint8))]
+  # As bytes, since JAX would turn 64 bits into 32.
+  gathered = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
+  return np.ascontiguousarray(gathered).view(array.dtype).reshape(-1, *array.shape)
 
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-  """At its end all processes wait for each other, and an error on one is one on all.
+  """Waits for all processes at the end of this context, and raises on all if one failed.
 
-  Without, the others would wait for the one that failed. Nothing within may wait for other processes.
+  Otherwise, the other processes would wait for the one that failed. Code within this context must
+  not wait for other processes.
 
   Raises:
-    ValueError: Names the first process that failed, on those that did not.
+    ValueError: Names the first process that failed, on processes that did not.
   """
-  error = None
+  if jax.process_count() == 1:
+    yield
+    return
+  failure = None
   try:
     yield
-  except Exception as found:
-    if jax.process_count() == 1:
-      raise
-    error = found
-  if jax.process_count() == 1:
-    return
-  kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
-  texts = _gather_texts('' if error is None else f'{kind}{error}')
-  if error is not None:
-    raise error
-  failed = [(process, text) for process, text in enumerate(texts) if text]
-  if failed:
-    raise ValueError(f'Process {failed[0][0]} of {len(texts)}: {failed[0][1]}')
+  except Exception as error:
+    failure = error
+  kind = '' if isinstance(failure, ValueError) else f'{type(failure).__name__}: '
+  text = '' if failure is None else f'{kind}{failure}'
+  padded = text.encode()[:_MAX_ERROR].ljust(_MAX_ERROR, b'\0')
+  rows = gather_processes(np.frombuffer(padded, np.uint8))
+  if failure is not None:
+    raise failure
+  for process, row in enumerate(rows):
+    if row.any():
+      message = row.tobytes().rstrip(b'\0').decode(errors='ignore')
+      raise ValueError(f'Process {process} of {len(rows)}: {message}')
 
 
-def check_same_on_all(text: str, what: str) -> None:
-  """Raises a ValueError on all processes if `text` differs between them; `what` says what it stands for."""
-  texts = _gather_texts(text) if jax.process_count() > 1 else [text]
-  other = next((process for process, found in enumerate(texts) if found != texts[0]), None)
-  if other is not None:
-    raise ValueError(f'{what} must be the same in all {len(texts)} processes, but differs between 0 and {other}.')
+def check_same_on_all(text: str, name: str) -> None:
+  """Raises a ValueError on all processes if `text`, called `name`, differs between them."""
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  try:
+    multihost_utils.assert_equal(digest)
+  except AssertionError as error:
+    count = jax.process_count()
+    raise ValueError(f'{name} must be the same in all {count} processes, but differs.') from error
 
 
 def check_shared_folder(directory: str) -> None:
-  """Raises a ValueError on all processes if one does not see what the first writes to a folder."""
+  """Raises a ValueError on all processes if one does not see a file that the first one writes."""
   if jax.process_count() == 1:
     return
-  # A name that no file system has been asked for before, and could remember as missing.
-  path = os.path.join(directory, f'.shared-{gather_processes(np.int64(secrets.randbits(60)))[0]}')
+  # A new name, since a file system may remember that an earlier one was missing.
+  name = gather_processes(np.int64(secrets.randbits(60)))[0]
+  path = os.path.join(directory, f'.shared-{name}')
   with raise_on_all_processes():
     if is_first():
       open(path, 'x').close()

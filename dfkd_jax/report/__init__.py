@@ -1,6 +1,6 @@
-"""What a run tells: time by part, metrics, the summary, a picture of its images, a progress bar.
+"""Reports of a run: time by part, metrics, summary, pictures, progress.
 
-Nothing here knows a method or a config. Errors are ValueErrors of one line.
+Knows no method and no config. Errors are ValueErrors of one line.
 """
 
 from dfkd_jax.report.environment import device, versions
@@ -9,23 +9,9 @@ from dfkd_jax.report.image_grid import image_grid
 from dfkd_jax.report.ledger import COUNTS, PARTS, Ledger
 from dfkd_jax.report.metrics import METRICS, MetricsWriter
 from dfkd_jax.report.progress import Progress, note, say
-from dfkd_jax.report.summary import PRIVACY, format_summary, write_summary
+from dfkd_jax.report.summary import PRIVACY, Summary, check_summary, format_summary, write_summary
 
 __all__ = [
-  'COUNTS',
-  'METRICS',
-  'PARTS',
-  'PRIVACY',
-  'Ledger',
-  'MetricsWriter',
-  'Progress',
-  'device',
-  'format_summary',
-  'image_grid',
-  'note',
-  'replace_file',
-  'say',
-  'versions',
-  'write_summary',
-  'reporting_disk_errors',
-]
+    'COUNTS', 'METRICS', 'PARTS', 'PRIVACY', 'Ledger', 'MetricsWriter', 'Progress', 'Summary',
+    'check_summary', 'device', 'format_summary', 'image_grid', 'note', 'replace_file',
+    'reporting_disk_errors', 'say', 'versions', 'write_summary']

@@ -1,4 +1,4 @@
-"""On what a run ran."""
+"""Versions and devices that a run uses."""
 
 import importlib.metadata
 import os
@@ -8,34 +8,26 @@ import jax
 
 import dfkd_jax
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-def versions() -> dict[str, str | None]:
-  """Versions of Python, of this library and of what it stands on; None for what is not installed."""
+def versions() -> dict[str, str]:
+  """Returns the versions of Python, of this library and of the packages it computes with."""
   return {'python': platform.python_version(), 'dfkd_jax': dfkd_jax.__version__} | {
-    name: _version(name) for name in PACKAGES
-  }
+      name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def device() -> dict[str, str | int]:
-  """Accelerator and host: platform, kind, count, processes, cpu (model), cores (those this process may use)."""
+  """Describes accelerator and host: platform, kind, count, processes, cpu (model), usable cores."""
   devices = jax.devices()
+  has_affinity = hasattr(os, 'sched_getaffinity')
   return {
-    'platform': devices[0].platform,
-    'kind': devices[0].device_kind,
-    'count': len(devices),
-    'processes': jax.process_count(),
-    'cpu': _cpu_model(),
-    'cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
-  }
-
-
-def _version(name: str) -> str | None:
-  try:
-    return importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return None
+      'platform': devices[0].platform,
+      'kind': devices[0].device_kind,
+      'count': len(devices),
+      'processes': jax.process_count(),
+      'cpu': _cpu_model(),
+      'cores': len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1}
 
 
 def _cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""Files that are replaced in one go, and errors of the disk in one line."""
+"""JSON values, atomic replacement of files, and one-line errors of the disk."""
 
 import contextlib
 import math
@@ -9,32 +9,32 @@ from typing import IO, Any
 import numpy as np
 
 
-def plain(value: Any, name: str) -> Any:
-  """JSON values of what a run reports: arrays become numbers or lists, tuples lists, NaN and infinity None.
+def to_json(value: Any, name: str) -> Any:
+  """Converts arrays to numbers or lists, tuples to lists, NaN and infinity to None.
 
   Raises:
-    ValueError: A value has no counterpart in JSON; `name` says which.
+    ValueError: JSON has no such value; the message has `name` and the keys that lead to it.
   """
   if isinstance(value, dict):
-    return {str(key): plain(item, f'{name}.{key}') for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [plain(item, f'{name}.{index}') for index, item in enumerate(value)]
+    return {str(key): to_json(item, f'{name}.{key}') for key, item in value.items()}
   if value is None or type(value) in (bool, int, str):
     return value
+  if isinstance(value, list | tuple):
+    return [to_json(item, f'{name}.{index}') for index, item in enumerate(value)]
   array = np.asarray(value)
   if array.dtype.kind in 'OSUMmc':
-    raise ValueError(f'{name!r} is {value!r}, which JSON has no word for.')
+    raise ValueError(f'{name!r} is {value!r}, which cannot be written as JSON.')
   if array.ndim:
-    return [plain(item, f'{name}.{index}') for index, item in enumerate(array)]
+    return to_json(list(array), name)
   if array.dtype.kind in 'biu':
     return array.item()
-  number = float(str(array[()]))  # As short as its own precision allows: 0.1, not the 0.10000000149 of float32.
+  number = float(str(array[()]))  # The shortest form: 0.1 rather than float32's 0.10000000149.
   return number if math.isfinite(number) else None
 
 
 @contextlib.contextmanager
 def reporting_disk_errors(path: str | os.PathLike) -> Iterator[None]:
-  """Turns what the file system refuses into one clear line."""
+  """Turns an OSError of the block into a ValueError of one line that names `path`."""
   try:
     yield
   except OSError as error:
@@ -43,7 +43,7 @@ def reporting_disk_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-  """A new file that takes the place of `path` when the block ends well; otherwise nothing has changed."""
+  """Opens a new file that replaces `path` when the block ends without error, and only then."""
   temporary = f'{os.fspath(path)}.{os.getpid()}.tmp'
   try:
     with open(temporary, 'wb') as file:
@@ -51,18 +51,11 @@ def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_folder(path)
   except BaseException:
     with contextlib.suppress(OSError):
       os.remove(temporary)
     raise
-
-
-def _sync_folder(path: str | os.PathLike) -> None:
-  """Makes the new name of a file outlast the machine, where the file system can."""
   folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):
-      os.fsync(folder)
-  finally:
-    os.close(folder)
+  with contextlib.suppress(OSError):
+    os.fsync(folder)  # Keeps the new name after a power failure, where the file system can.
+  os.close(folder)

@@ -1,4 +1,4 @@
-"""A picture of images with their labels."""
+"""Writes a picture of images with their labels."""
 
 import os
 from collections.abc import Sequence
@@ -16,61 +16,65 @@ FONT_SIZES = (15, 14, 13, 12, 11, 10)
 
 
 def image_grid(
-  path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10, scale: int | None = None
+    path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10,
+    scale: int | None = None,
 ) -> None:
-  """Writes a PNG of images in rows, each with its label underneath. Of several processes the first alone writes.
+  """Writes a PNG of images in rows, with labels underneath. Only the first process writes.
 
   Args:
-    path: Of the file, which is replaced in one go.
-    images: [N, H, W, C] float in [0, 1] (clipped) or uint8; C is 1 or 3.
-    labels: N texts, such as the teacher's classes; what does not fit under an image is shortened.
+    path: File, replaced atomically.
+    images: [N, H, W, C] float in [0, 1] (clipped) or uint8, with C of 1 or 3.
+    labels: N texts, such as the teacher's classes. Labels wider than an image are shortened.
     columns: Images in a row.
-    scale: Pixels on the paper along one pixel of an image; None makes images of about 96 pixels.
+    scale: Size of a pixel in the picture; None makes images of about 96 pixels.
 
   Raises:
-    ValueError: Shapes or numbers do not fit, or the disk refuses the file.
+    ValueError: A shape, dtype or number is wrong, or the file cannot be written.
   """
-  tiles = _pixels(np.asarray(images))
+  tiles = _to_pixels(np.asarray(images))
   count, height, width, _ = tiles.shape
   if len(labels) != count:
     raise ValueError(f'There are {len(labels)} labels for {count} images.')
   scale = max(1, round(96 / max(height, width))) if scale is None else scale
   if columns < 1 or scale < 1:
-    raise ValueError(f'columns is {columns} and scale is {scale}; both must be at least 1.')
-  if not parallel.is_first():
-    return
-  sheet = _sheet(tiles.repeat(scale, axis=1).repeat(scale, axis=2), labels, min(columns, count))
-  with reporting_disk_errors(path), replace_file(path) as file:
-    sheet.save(file, format='PNG', optimize=True)
+    raise ValueError(f'columns is {columns} and scale is {scale}, both must be at least 1.')
+  if parallel.is_first():
+    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
+    sheet = _draw_sheet(tiles, labels, min(columns, count))
+    with reporting_disk_errors(path), replace_file(path) as file:
+      sheet.save(file, format='PNG', optimize=True)
 
 
-def _pixels(images: np.ndarray) -> np.ndarray:
-  """[N, H, W, 3] uint8."""
+def _to_pixels(images: np.ndarray) -> np.ndarray:
+  """Converts images to [N, H, W, 3] uint8."""
   if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-    raise ValueError(f'Images have shape {list(images.shape)}; they must be [N, H, W, C], C 1 or 3, none empty.')
+    raise ValueError(f'Images have shape {images.shape}, must be non-empty [N, H, W, 1 or 3].')
   if images.dtype != np.uint8:
     if images.dtype.kind in 'biu':
-      raise ValueError(f'Images are {images.dtype}; they must be float in [0, 1] or uint8.')
-    images = np.rint(np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1) * 255).astype(np.uint8)
+      raise ValueError(f'Images are {images.dtype}, must be float in [0, 1] or uint8.')
+    images = np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)
+    images = np.rint(images * 255).astype(np.uint8)
   return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 
-def _sheet(tiles: np.ndarray, labels: Sequence[str], columns: int) -> Image.Image:
+def _draw_sheet(tiles: np.ndarray, labels: Sequence[str], columns: int) -> Image.Image:
   count, height, width, _ = tiles.shape
-  font = _font(labels, width)
-  right, down = width + MARGIN, height + sum(font.getmetrics()) + MARGIN
-  sheet = Image.new('RGB', (MARGIN + columns * right, MARGIN + -(-count // columns) * down), PAPER)
+  font = _choose_font(labels, width)
+  step_x, step_y = width + MARGIN, height + sum(font.getmetrics()) + MARGIN
+  rows = -(-count // columns)
+  sheet = Image.new('RGB', (MARGIN + columns * step_x, MARGIN + rows * step_y), PAPER)
   draw = ImageDraw.Draw(sheet)
   for index, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
-    x, y = MARGIN + index % columns * right, MARGIN + index // columns * down
+    x, y = MARGIN + index % columns * step_x, MARGIN + index // columns * step_y
     draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
     sheet.paste(Image.fromarray(tile), (x, y))
-    draw.text((x + width / 2, y + height + 3), _shorten(label, font, width), fill=INK, font=font, anchor='ma')
+    position = (x + width / 2, y + height + 3)
+    draw.text(position, _shorten(label, font, width), fill=INK, font=font, anchor='ma')
   return sheet
 
 
-def _font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
-  """The largest that all labels fit in, else the smallest."""
+def _choose_font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
+  """Returns the largest font in which all labels fit, or the smallest font."""
   for size in FONT_SIZES:
     font = ImageFont.load_default(size)
     if all(font.getlength(label) <= width for label in labels):
@@ -81,5 +85,5 @@ def _font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
 def _shorten(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
   if font.getlength(label) <= width:
     return label
-  fitting = [label[:end] for end in range(len(label)) if font.getlength(label[:end] + '…') <= width]
-  return fitting[-1].rstrip() + '…' if fitting else ''
+  ends = [end for end in range(len(label)) if font.getlength(label[:end] + '…') <= width]
+  return label[:ends[-1]].rstrip() + '…' if ends else ''

@@ -1,4 +1,4 @@
-"""Numbers of a run as lines of JSON, and files that are replaced in one go."""
+"""Writes the metrics of a run as lines of JSON."""
 
 import json
 import math
@@ -6,18 +6,18 @@ import os
 from typing import Any
 
 from dfkd_jax import parallel
-from dfkd_jax.report.files import plain, replace_file, reporting_disk_errors
+from dfkd_jax.report.files import replace_file, reporting_disk_errors, to_json
 
 METRICS = 'metrics.jsonl'
 
 
 class MetricsWriter:
-  """Appends one JSON object a line to `metrics.jsonl`; a context manager. Of several processes the first alone writes.
+  """Appends lines to `metrics.jsonl`; a context manager. Only the first process writes.
 
   Args:
-    workdir: Made if missing.
-    resume_step: Lines of later steps are dropped, for these steps are done again; -1 drops all, None keeps all. A line
-      that was cut off is dropped in any case.
+    workdir: Folder, created if missing.
+    resume_step: Drops lines of later steps, which will be repeated. -1 drops all lines, None
+      keeps all. Damaged lines are always dropped.
 
   Raises:
     ValueError: `workdir` cannot be written.
@@ -30,7 +30,7 @@ class MetricsWriter:
         os.makedirs(workdir, exist_ok=True)
         if os.path.exists(self.path):
           _trim(self.path, math.inf if resume_step is None else resume_step)
-      # Without a buffer, which would hold what the disk had refused, and be written once more at the end.
+      # Unbuffered: a buffer would write bytes again that the disk has refused.
       self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
 
   def __enter__(self) -> 'MetricsWriter':
@@ -40,51 +40,48 @@ class MetricsWriter:
     self.close()
 
   def write(self, step: int, **numbers: Any) -> None:
-    """Writes a line `{"step": ..., ...}`, which a process that is killed leaves behind.
+    """Writes a line `{"step": ..., ...}`, which survives the end of this process.
 
     Args:
       step: Round or step of the run.
-      **numbers: Python, NumPy or JAX scalars, or None. JSON has no NaN and no infinity: both become null.
+      **numbers: Python, NumPy or JAX scalars, or None. NaN and infinity become null.
 
     Raises:
-      ValueError: A value is not a number, or the disk refuses the line.
+      ValueError: A value is not a number, or the line cannot be written.
     """
     entry = {'step': int(step)}
     for name, value in numbers.items():
-      entry[name] = plain(value, name)
+      entry[name] = to_json(value, name)
       if isinstance(entry[name], str | list | dict):
-        raise ValueError(f'Metric {name!r} is {value!r}; it must be a number.')
-    left = json.dumps(entry).encode() + b'\n'
+        raise ValueError(f'Metric {name!r} is {value!r}, must be a number.')
+    line = json.dumps(entry).encode() + b'\n'
     with reporting_disk_errors(self.path):
-      while left:
-        left = left[self._file.write(left):]
+      while line:
+        line = line[self._file.write(line):]
 
   def sync(self) -> None:
-    """Returns when the lines are on the disk, and outlast the machine.
-
-    Raises:
-      ValueError: The disk refuses them.
-    """
+    """Waits until the lines are on the disk; raises ValueError if they cannot be written."""
     if parallel.is_first():
       with reporting_disk_errors(self.path):
         os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    """Closes the file; harmless a second time."""
+    """Closes the file; may be called twice."""
     self._file.close()
 
 
 def _trim(path: str, last: float) -> None:
+  """Drops damaged lines, and lines of steps after `last`."""
   with open(path, 'rb') as file:
     lines = file.readlines()
-  kept = [line for line in lines if _step(line) <= last]
+  kept = [line for line in lines if _parse_step(line) <= last]
   if kept != lines:
     with replace_file(path) as file:
       file.writelines(kept)
 
 
-def _step(line: bytes) -> float:
-  """Step of a line; NaN, which is below and above nothing, if the line is damaged."""
+def _parse_step(line: bytes) -> float:
+  """Returns the step of a line, or NaN if the line is damaged."""
   try:
     return float(json.loads(line)['step']) if line.endswith(b'\n') else math.nan
   except (ValueError, TypeError, KeyError):

@@ -1,15 +1,14 @@
-"""Saving and resuming a run: a thin layer over Orbax, and the only file that knows Orbax.
+"""Saving and restoring pytrees of arrays: a thin layer over Orbax, and its only user.
 
-A checkpoint is a folder `<directory>/<step>` with two parts: `state`, all leaves of a pytree under their paths
-('student/params/stem/kernel'), and `meta`, one JSON object with what is not an array. Beside the caller's meta data the
-JSON holds the format and each leaf's shape and dtype, so that what does not fit is named before an array is read, and
-checksums, since TensorStore does not notice a flipped bit.
+A checkpoint is a folder `<directory>/<step>` with two parts: `state` holds the arrays by path
+('student/params/stem/kernel'), `meta` one JSON object (see checkpoint_format.py).
 """
 
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,275 +16,230 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dfkd_jax import parallel
-from dfkd_jax.runs import checkpoint_format, orbax_errors
+from dfkd_jax.runs import checkpoint_format
+from dfkd_jax.runs.orbax_errors import DamagedError, storage_errors
 from dfkd_jax.types import PyTree
 
-FORMAT = 1  # Of the meta data; another one is refused.
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+  """Returns the steps with a checkpoint in ascending order, damaged ones included."""
+  if not os.path.isdir(directory):
+    return []
+  return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
 
 
-class DamagedError(ValueError):
-  """A checkpoint cannot be read, or is not what was saved."""
+def read_meta(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
+  """Returns the meta data of a checkpoint, and changes nothing. Each process reads by itself.
+
+  Args:
+    directory: The folder of the `Checkpoints`.
+    step: None: the latest that can be read.
+
+  Raises:
+    ValueError: There is no such checkpoint, it is damaged, or it has another format.
+  """
+  read = lambda step: checkpoint_format.read_entry(directory, step)['meta']
+  if step is not None:
+    return read(step)
+  return _read_latest(directory, saved_steps(directory), read)[0]
 
 
 class Checkpoints:
-  """The checkpoints of one run, written in the background; a context manager.
+  """The checkpoints in one folder, written in the background; a context manager.
 
-  The arrays given to `save` may be donated or overwritten as soon as it returns: device arrays are copied to the host
-  first (on CPU the runtime refuses to reuse a buffer that is still being written), NumPy arrays are copied. A save that
-  was cut off leaves a folder with another name, which is ignored and removed by the next run.
+  Arrays given to `save` may be donated or overwritten once it returns. A save that was cut off
+  leaves a folder with another name, which the next `Checkpoints` removes.
 
-  Where the latest checkpoint is damaged, the one before it is taken, and so on; `damaged` says which were passed over,
-  and why. Every error is a ValueError of one line.
+  All processes must call the same methods in the same order; each writes and reads its part of
+  the arrays.
 
-  Of several processes each writes and reads its part of the arrays, and all must call the same methods in the same
-  order, but for reading only, which each does by itself.
+  Attributes:
+    damaged: Steps that the last `restore` passed over, with the reason.
 
   Args:
-    directory: Made if missing; on a file system that all processes see.
-    max_to_keep: The latest so many stay; None keeps all.
-    read_only: Make, change and remove nothing; `save` is refused.
+    directory: Made if missing; all processes must see it.
+    max_to_keep: Number of checkpoints to keep, the latest ones; None keeps all.
 
   Raises:
-    ValueError: `directory` cannot be written, is not the same for all processes, or does not exist and is to be read
-      only.
+    ValueError: `directory` cannot be written, or differs between processes.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, max_to_keep: int | None = 2, read_only: bool = False):
+  def __init__(self, directory: str | os.PathLike, *, max_to_keep: int | None = 2):
     self.directory = os.path.abspath(directory)
+    self.damaged: dict[int, str] = {}
     if max_to_keep is not None and max_to_keep < 1:
       raise ValueError(f'max_to_keep is {max_to_keep}; it must be at least 1, or None to keep all.')
-    orbax_errors.check_directory(self.directory, read_only)
-    orbax_errors.silence_orbax()
-    self._read_only = read_only
-    self.damaged: dict[int, str] = {}  # Steps that could not be read, with the reason.
+    with parallel.raise_on_all_processes(), storage_errors(f'write to {self.directory}'):
+      os.makedirs(self.directory, exist_ok=True)
+      with tempfile.TemporaryFile(dir=self.directory):
+        pass
+    parallel.check_shared_folder(self.directory)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=not read_only, read_only=read_only,
-      multiprocessing_options=_alone() if read_only else ocp.options.MultiprocessingOptions()
-    )
-    with self._storage_errors('look'):
+        max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=True)
+    with storage_errors(f'open {self.directory}'):
       self._manager = ocp.CheckpointManager(self.directory, options=options)
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, kind, error, traceback) -> None:
+  def __exit__(self, error_type, error, traceback) -> None:
     try:
       self.close()
     except ValueError:
-      if error is None:  # Else it would hide what went wrong first.
+      if error is None:  # Otherwise it would hide the first error.
         raise
 
   def save(self, step: int, state: PyTree, meta: dict) -> None:
-    """Starts writing a checkpoint, after the one before has been written.
+    """Starts to write a checkpoint, once the one before is written.
 
     Args:
-      step: Above every step that is there already.
-      state: JAX or NumPy arrays in any pytree; NumPy scalars become arrays of no axes.
-      meta: JSON values: config and its hash, counters, the best so far.
+      step: Above every saved step.
+      state: JAX or NumPy arrays in any pytree. NumPy scalars become arrays.
+      meta: JSON values.
 
     Raises:
-      ValueError: `step` is not above the latest, a leaf is not an array, `meta` is not JSON, or the disk refuses this
-        checkpoint or refused the one before.
+      ValueError: `step` is not above the latest, a leaf is not an array, `meta` is not JSON, or
+        the disk refuses this checkpoint or refused the one before.
     """
-    if self._read_only:
-      raise ValueError(f'{self.directory} was opened to be read only; step {step} is not saved.')
     leaves, _ = checkpoint_format.flatten(state)
-    entry = {
-        'format': FORMAT, 'leaves': checkpoint_format.specs(leaves), 'checksums': checkpoint_format.checksums(leaves), 'meta': meta}
-    entry['checksum'] = checkpoint_format.checksum_of(entry)
-    arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements.
+    entry = checkpoint_format.make_entry(leaves, meta)
+    arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty ones.
     self.wait()
-    with self._storage_errors(f'save step {step}', kept=True):
-      saved = self._manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(entry))
-      )
-    if not saved:
-      raise ValueError(f'Step {step} is not saved: {self.directory} has step {self._manager.latest_step()} already.')
+    with self._save_errors(f'save step {step}'):
+      os.listdir(self.directory)  # If the folder is gone, Orbax would wait for five minutes.
+      is_saved = self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(entry)))
+    if not is_saved:
+      raise ValueError(f'Step {step} is not saved: {self.directory} has step '
+                       f'{self._manager.latest_step()} already.')
+
+  def all_steps(self) -> list[int]:
+    """Returns the steps with a checkpoint in ascending order, damaged ones included."""
+    self.wait()
+    return sorted(self._manager.all_steps())
 
   def steps(self) -> list[int]:
-    """Steps with a complete checkpoint, in ascending order."""
-    self.wait()
-    return [step for step in self._all_steps() if self._is_complete(step)]
-
-  def any(self) -> bool:
-    """Whether there is a checkpoint, in whatever state."""
-    return bool(self._all_steps())
+    """Returns the steps with a complete checkpoint in ascending order."""
+    return [step for step in self.all_steps()
+            if checkpoint_format.is_complete(self.directory, step)]
 
   def latest(self) -> int | None:
-    """The latest step with a complete checkpoint; None if there is none."""
+    """Returns the latest step with a complete checkpoint; None if there is none."""
     return max(self.steps(), default=None)
 
-  def meta(self, step: int | None = None) -> dict:
-    """The `meta` given to `save`, from the JSON alone; tuples come back as lists.
-
-    Args:
-      step: None: the latest that can be read.
-
-    Raises:
-      ValueError: There is no such checkpoint, or it is damaged or of another format.
-    """
-    if step is not None:
-      return self._entry(self._existing(step))['meta']
-    return self._latest_readable(lambda step: self._entry(step)['meta'])
-
   def restore(
-      self, template: PyTree | Callable[[set[str]], PyTree], step: int | None = None) -> tuple[PyTree, dict]:
+      self, template: PyTree, step: int | None = None, *, optional: dict[str, PyTree] | None = None
+  ) -> tuple[PyTree, dict]:
     """Reads a checkpoint into the structure of `template`.
 
+    If the latest checkpoint is damaged, reads the one before, and so on. Renames the damaged
+    ones to 'damaged-<step>'; `damaged` has the reasons.
+
     Args:
-      template: As the state saved, or a function of the first parts of its paths, such as {'student', 'best'}, that
-        gives it: arrays or `jax.ShapeDtypeStruct`s. A JAX array takes the place (sharding) of its
-        counterpart here, whatever it was saved from, or the first device where that has none; a NumPy array stays one.
-      step: None: the latest that can be read. Those passed over are kept, under names such as 'damaged-8'.
+      template: The structure of the saved state, with arrays or `jax.ShapeDtypeStruct`s. A JAX
+        array is placed as in the template, or on the first device if that has no sharding. A
+        NumPy array stays one.
+      step: None: the latest that can be read.
+      optional: Parts that are added to the dict `template` if the checkpoint has them.
 
     Returns:
       State and meta data.
 
     Raises:
-      ValueError: There is no such checkpoint, it is damaged, or it is of another architecture: the first leaf that is
-        missing, is left over, or has another shape or dtype is named with both.
+      ValueError: There is no such checkpoint, all are damaged, or it is of another architecture.
+        The first leaf that is missing, left over, or of another shape or dtype is named.
     """
+    read = lambda step: self._read(step, template, optional or {})
     if step is not None:
-      return self._restore(template, self._existing(step))
-    found = self._latest_readable(lambda step: self._restore(template, step))
-    self._set_aside()
-    return found
-
-  def _restore(self, template: PyTree | Callable[[set[str]], PyTree], step: int) -> tuple[PyTree, dict]:
-    entry = self._entry(step)
-    if callable(template):
-      template = template({path.split('/')[0] for path, _, _ in entry['leaves']})
-    leaves, structure = checkpoint_format.flatten(template)
-    self._check_fit(step, {path: (tuple(shape), dtype) for path, shape, dtype in entry['leaves']}, leaves)
-    targets = {path: checkpoint_format.target(leaf) for path, leaf in leaves.items()}
-    wanted = ocp.args.StandardRestore({path: target for path, target in targets.items() if leaves[path].size})
-    with self._storage_errors(f'read step {step}', DamagedError):
-      arrays = self._manager.restore(step, args=ocp.args.Composite(state=wanted))['state']
-    restored = [arrays[path] if path in arrays else checkpoint_format.empty(target) for path, target in targets.items()]
-    for (path, leaf), array in zip(leaves.items(), restored, strict=True):
-      if array.dtype != leaf.dtype:
-        raise ValueError(f'{path!r} is {leaf.dtype}, which JAX keeps only where jax_enable_x64 is set.')
-      wanted = entry.get('checksums', {}).get(path)
-      if wanted is not None and checkpoint_format.checksum(array) not in (None, wanted):
-        raise DamagedError(f'Cannot read step {step} in {self.directory}: {path!r} has other bytes than were saved.')
-    return jax.tree.unflatten(structure, restored), entry['meta']
+      if step not in (steps := self.steps()):
+        raise ValueError(
+            f'There is no checkpoint of step {step} in {self.directory}, only of {steps}.')
+      return read(step)
+    result, self.damaged = _read_latest(
+        self.directory, self.all_steps(), read,
+        lambda status: int(parallel.gather_processes(np.int64(status)).max()))
+    if self.damaged:
+      self._rename_damaged()
+    return result
 
   def wait(self) -> None:
-    """Returns when the background write is done.
-
-    Raises:
-      ValueError: The write failed.
-    """
-    with self._storage_errors('save', kept=True):
+    """Waits for the background write. Raises ValueError if it failed."""
+    with self._save_errors('save'):
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the background write, and ends it; harmless a second time.
-
-    Raises:
-      ValueError: The write failed.
-    """
-    with self._storage_errors('save', kept=True):
+    """Waits for the background write, as `wait` does. A second call does nothing."""
+    with self._save_errors('save'):
       self._manager.close()
 
-  def _all_steps(self) -> list[int]:
-    self.wait()
-    return sorted(self._manager.all_steps())
+  def _read(self, step: int, template: PyTree, optional: dict[str, PyTree]) -> tuple[PyTree, dict]:
+    where = f'step {step} in {self.directory}'
+    entry = checkpoint_format.read_entry(self.directory, step)
+    saved = {path: (tuple(shape), dtype) for path, shape, dtype in entry['leaves']}
+    parts = {path.split('/')[0] for path in saved}
+    if optional:
+      template = template | {name: part for name, part in optional.items() if name in parts}
+    leaves, structure = checkpoint_format.flatten(template)
+    checkpoint_format.check_architecture(where, saved, checkpoint_format.leaf_specs(leaves))
+    targets = {path: checkpoint_format.restore_target(leaf) for path, leaf in leaves.items()}
+    full = {path: target for path, target in targets.items() if leaves[path].size}
+    with storage_errors(f'read {where}', DamagedError):
+      arrays = self._manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(full)))['state']
+    arrays = {path: arrays[path] if path in full else checkpoint_format.empty_array(target)
+              for path, target in targets.items()}
+    checkpoint_format.check_arrays(where, arrays, saved, entry.get('checksums', {}))
+    return jax.tree.unflatten(structure, list(arrays.values())), entry['meta']
 
-  def _is_complete(self, step: int) -> bool:
-    return os.path.isfile(os.path.join(self.directory, str(step), 'meta', 'metadata'))
-
-  def _latest_readable(self, read: Callable[[int], Any]) -> Any:
-    """What is read of the latest checkpoint that lets itself be read, by all processes."""
-    steps = self._all_steps()
-    for step in reversed(steps):
-      error = found = None
-      try:
-        if not self._is_complete(step):
-          raise DamagedError(f'Cannot read step {step} in {self.directory}: it is incomplete.')
-        found = read(step)
-      except Exception as caught:
-        error = caught
-      worst = self._worst(0 if error is None else 1 if isinstance(error, DamagedError) else 2)
-      if worst == 0:
-        return found
-      if worst == 2:  # It may be whole, and read another time.
-        raise ValueError(f'Cannot read step {step} in {self.directory} on another process.') if error is None else error
-      self.damaged[step] = str(error or f'Cannot read step {step} in {self.directory} on another process.')
-    if not steps:
-      raise ValueError(f'There is no checkpoint in {self.directory}.')
-    raise DamagedError(f'No checkpoint of {steps} can be read, of which nothing was changed: {self.damaged[steps[-1]]}')
-
-  def _worst(self, own: int) -> int:
-    """The largest of what the processes have that read together; so that none waits for one that has failed."""
-    return own if self._read_only else int(parallel.gather_processes(np.int64(own)).max())
-
-  def _set_aside(self) -> None:
-    """Gives damaged steps other names, so that they can be saved again, and looked into."""
-    if self._read_only or not self.damaged:
-      return
-    with parallel.raise_on_all_processes(), self._storage_errors('set a damaged checkpoint aside'):
+  def _rename_damaged(self) -> None:
+    """Renames damaged steps, so that they can be saved again and looked into."""
+    with parallel.raise_on_all_processes(), storage_errors(
+        f'set a damaged checkpoint aside in {self.directory}'):
       for step in self.damaged if parallel.is_first() else ():
         source = os.path.join(self.directory, str(step))
         suffixes = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
         targets = (os.path.join(self.directory, f'damaged-{step}{suffix}') for suffix in suffixes)
         if os.path.isdir(source):
-          os.rename(source, next(target for target in targets if not os.path.exists(target)))
+          os.rename(source, next(path for path in targets if not os.path.exists(path)))
     self._manager.reload()
 
-  def _existing(self, step: int) -> int:
-    steps = self.steps()
+  def _save_errors(self, action: str) -> contextlib.AbstractContextManager[None]:
+    return storage_errors(f'{action} in {self.directory}', advice=self._kept_checkpoint)
+
+  def _kept_checkpoint(self) -> str:
+    steps = [step for step in saved_steps(self.directory)
+             if checkpoint_format.is_complete(self.directory, step)]
     if not steps:
-      raise ValueError(f'There is no checkpoint in {self.directory}.')
-    if step not in steps:
-      raise ValueError(f'There is no checkpoint of step {step} in {self.directory}, only of {steps}.')
-    return step
+      return 'There is no checkpoint yet.'
+    return f'The checkpoint of step {steps[-1]} is kept.'
 
-  def _entry(self, step: int) -> dict:
-    with self._storage_errors(f'read step {step}', DamagedError):
-      entry = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
-    if not isinstance(entry, dict) or not {'format', 'leaves', 'meta'} <= entry.keys():
-      raise DamagedError(f'Step {step} in {self.directory} is not a checkpoint of this program.')
-    if entry['format'] != FORMAT:
-      raise ValueError(f'Step {step} in {self.directory} has format {entry["format"]}; this version reads {FORMAT}.')
-    if entry.pop('checksum', None) not in (None, checkpoint_format.checksum_of(entry)):
-      raise DamagedError(f'Cannot read step {step} in {self.directory}: its meta data is not what was saved.')
-    return entry
 
-  def _check_fit(self, step: int, stored: dict[str, tuple], leaves: dict) -> None:
-    wanted = {path: (tuple(shape), dtype) for path, shape, dtype in checkpoint_format.specs(leaves)}
-    differing = [path for path in wanted | stored if wanted.get(path) != stored.get(path)]
-    if differing:
-      path = differing[0]
-      more = f' (and {len(differing) - 1} more)' if len(differing) > 1 else ''
-      raise ValueError(
-        f'Checkpoint of another architecture, step {step} in {self.directory}: {path!r} is '
-        f'{checkpoint_format.describe(stored.get(path))} there, {checkpoint_format.describe(wanted.get(path))} here{more}.'
-      )
+def _read_latest(
+    directory: str | os.PathLike, steps: list[int], read: Callable[[int], Any],
+    worst_status: Callable[[int], int] = int) -> tuple[Any, dict[int, str]]:
+  """Returns `read(step)` of the latest step that can be read, and why later ones cannot.
 
-  @contextlib.contextmanager
-  def _storage_errors(
-      self, action: str, kind: type[ValueError] = ValueError, kept: bool = False) -> Iterator[None]:
-    """Whatever Orbax or the disk has to say, in one line; and which checkpoint is `kept`, if that is asked for."""
+  Args:
+    directory: The folder, for errors.
+    steps: The steps in ascending order.
+    read: Raises DamagedError if a step is damaged.
+    worst_status: The largest status of all processes: 0 read, 1 damaged, 2 another error. All
+      processes then take the same step, and none waits for one that has failed.
+  """
+  damaged = {}
+  for step in reversed(steps):
+    result, error = None, ValueError(f'Cannot read step {step} in {directory} on another process.')
     try:
-      yield
-    except Exception as error:
-      kind = ValueError if orbax_errors.is_transient(error) else kind
-      text = f'Cannot {action} in {self.directory}: {orbax_errors.reason(error)}'
-      left = self._kept() if kept and not self._read_only else ''
-      raise kind(f'{text.rstrip(".")}. {left}' if left else text) from error
-
-  def _kept(self) -> str:
-    """What is left where a checkpoint could not be written, as the folder has it."""
-    try:
-      steps = [int(name) for name in os.listdir(self.directory) if name.isdecimal() and self._is_complete(int(name))]
-    except OSError:  # It is gone, or no folder any more.
-      return ''
-    return f'The checkpoint of step {max(steps)} is kept.' if steps else 'No checkpoint was written yet.'
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-  """One of several processes that waits for no other."""
-  process = jax.process_index()
-  return ocp.options.MultiprocessingOptions(
-      primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'alone{process}')
+      result, status = read(step), 0
+    except Exception as caught:
+      error, status = caught, 1 if isinstance(caught, DamagedError) else 2
+    status = worst_status(status)
+    if status == 0:
+      return result, damaged
+    if status == 2:  # The checkpoint may be whole, and readable later.
+      raise error
+    damaged[step] = str(error)
+  if not steps:
+    raise ValueError(f'There is no checkpoint in {directory}.')
+  raise DamagedError(
+      f'No checkpoint of {steps} can be read. Nothing was changed. {damaged[steps[-1]]}')

@@ -1,101 +1,157 @@
-"""A pytree as a checkpoint has it: arrays by path, what is said of them, and where they go when they are read."""
+"""Format of a checkpoint: arrays by path, and the JSON object beside them.
+
+The JSON object of format 1:
+
+  format: 1
+  leaves: [path, shape, dtype] of every array
+  checksums: CRC-32 of arrays by path; TensorStore does not notice a flipped bit
+  meta: the caller's JSON values
+  checksum: CRC-32 of all this
+"""
 
 import hashlib
 import json
+import os
+import pathlib
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
 
 from dfkd_jax import parallel
+from dfkd_jax.runs.orbax_errors import DamagedError, storage_errors
 from dfkd_jax.types import PyTree
 
-LARGEST = 2**30  # Bytes of a leaf that has a checksum: a second and less. Larger ones are buffers of images.
+FORMAT = 1
+LARGEST = 2**30  # Bytes of a leaf with a checksum: a second of work. Image buffers are larger.
 
 
-def flatten(tree: PyTree) -> tuple[dict, jax.tree_util.PyTreeDef]:
-  """Leaves by path; NumPy scalars as arrays, anything else that is not an array refused."""
-  leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  named = {}
-  for keys, leaf in leaves:
-    path = jax.tree_util.keystr(keys, simple=True, separator='/')
-    if path in named:
-      raise ValueError(f'Two leaves of the state have the path {path!r}.')
-    named[path] = _array(path, leaf)
-  if not any(leaf.size for leaf in named.values()):
-    raise ValueError('The state has no arrays.')
-  return named, structure
+def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+  """Returns the leaves by path, such as 'student/params/stem/kernel', and the tree's structure.
+
+  Raises ValueError if there are no arrays, or a leaf is not an array of numbers or booleans.
+  """
+  paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+  leaves = {jax.tree_util.keystr(keys, simple=True, separator='/'): leaf
+            for keys, leaf in paths_and_leaves}
+  leaves = {path: _check_leaf(path, leaf) for path, leaf in leaves.items()}
+  if len(leaves) < len(paths_and_leaves) or not any(leaf.size for leaf in leaves.values()):
+    raise ValueError('The state has no arrays, or two leaves of it have the same path.')
+  return leaves, structure
 
 
-def _array(path: str, leaf):
+def _check_leaf(path: str, leaf: Any) -> Any:
+  """Returns the leaf; a NumPy scalar as an array, since Orbax cannot read scalars back."""
   if isinstance(leaf, np.generic):
-    leaf = np.asarray(leaf)  # Orbax saves a NumPy scalar and cannot read it back.
-  if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-    raise ValueError(f'Leaf {path!r} of the state is of type {type(leaf).__name__}; it must be a JAX or NumPy array.')
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.dtype.kind in 'OSUMm':
-    raise ValueError(f'Leaf {path!r} of the state has dtype {leaf.dtype}; only numbers and booleans are kept.')
+    leaf = np.asarray(leaf)
+  dtype = getattr(leaf, 'dtype', None)
+  if (not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+      or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype.kind in 'OSUMm'):
+    raise ValueError(f'Leaf {path!r} of the state is of type {type(leaf).__name__} and dtype '
+                     f'{dtype}; it must be an array of numbers or booleans.')
   return leaf
 
 
-def specs(leaves: dict) -> list:
-  """[path, shape, dtype] of each, as JSON."""
-  return [[path, list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()]
+def leaf_specs(leaves: dict[str, Any]) -> dict[str, tuple]:
+  """Returns (shape, dtype) of every leaf."""
+  return {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in leaves.items()}
 
 
-def checksums(leaves: dict) -> dict[str, int]:
-  """CRC-32 of each that has one, by path."""
-  found = {path: checksum(leaf) for path, leaf in leaves.items()}
-  return {path: value for path, value in found.items() if value is not None}
+def check_architecture(where: str, saved: dict[str, tuple], expected: dict[str, tuple]) -> None:
+  """Raises ValueError unless all leaves have the same (shape, dtype); names the first other one."""
+  paths = [path for path in expected | saved if expected.get(path) != saved.get(path)]
+  if not paths:
+    return
+  there, here = (
+      f'{specs[paths[0]][1]}{list(specs[paths[0]][0])}' if paths[0] in specs else 'missing'
+      for specs in (saved, expected))
+  more = f' (and {len(paths) - 1} more)' if len(paths) > 1 else ''
+  raise ValueError(f'Checkpoint of another architecture, {where}: '
+                   f'{paths[0]!r} is {there} there, {here} here{more}.')
 
 
-def checksum(leaf) -> int | None:
-  """CRC-32 of the bytes of an array; None of one that is empty, too large, or not whole on this process."""
+def check_arrays(
+    where: str, arrays: dict[str, Any], saved: dict[str, tuple], checksums: dict[str, int]) -> None:
+  """Raises DamagedError for other bytes than were saved, ValueError for a narrowed dtype."""
+  for path, array in arrays.items():
+    dtype = saved[path][1]
+    if array.dtype.name != dtype:
+      raise ValueError(f'{path!r} is {dtype}, which JAX keeps only where jax_enable_x64 is set.')
+    if path in checksums and checksum(array) not in (None, checksums[path]):
+      raise DamagedError(f'Cannot read {where}: {path!r} has other bytes than were saved.')
+
+
+def checksum(leaf: Any) -> int | None:
+  """Returns the CRC-32 of an array; None if it is empty, too large, or partly elsewhere."""
   leaf = parallel.local_copy(leaf)
   if not 0 < leaf.nbytes <= LARGEST or not getattr(leaf, 'is_fully_addressable', True):
     return None
   return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
 
 
-def describe(spec: tuple | None) -> str:
-  """(shape, dtype) in words; None: it is missing."""
-  return f'{spec[1]}{list(spec[0])}' if spec else 'missing'
-
-
-def target(leaf):
-  """What Orbax is to make of a leaf: a NumPy array, or a JAX array in a definite place."""
+def restore_target(leaf: Any) -> Any:
+  """Returns the target that Orbax reads a leaf into, with a sharding unless it is NumPy."""
   if isinstance(leaf, np.ndarray):
     return leaf
   sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def empty(target):
-  """Of an array without elements, which Orbax does not keep."""
-  zeros = np.zeros(target.shape, target.dtype)
+def empty_array(target: Any) -> Any:
+  """Returns an array without elements; Orbax does not save these."""
   if isinstance(target, np.ndarray):
-    return zeros
-  return jax.make_array_from_callback(target.shape, target.sharding, lambda index: zeros[index])
+    return target
+  return jax.device_put(np.zeros(target.shape, target.dtype), target.sharding)
 
 
-def config_hash(config: dict) -> str:
-  """First 16 hexadecimal digits of the SHA-256 of a config, whatever the order of its keys.
+def make_entry(leaves: dict[str, Any], meta: dict) -> dict[str, Any]:
+  """Returns the JSON object of a checkpoint."""
+  checksums = {path: checksum(leaf) for path, leaf in leaves.items()}
+  entry = {
+      'format': FORMAT,
+      'leaves': [[path, list(shape), dtype] for path, (shape, dtype) in leaf_specs(leaves).items()],
+      'checksums': {path: crc for path, crc in checksums.items() if crc is not None}, 'meta': meta}
+  return entry | {'checksum': zlib.crc32(_canonical(entry))}
 
-  Args:
-    config: Nested dict of JSON values; tuples count as lists.
+
+def is_complete(directory: str | os.PathLike, step: int) -> bool:
+  """Returns whether a checkpoint has its JSON object."""
+  return _entry_path(directory, step).is_file()
+
+
+def read_entry(directory: str | os.PathLike, step: int) -> dict[str, Any]:
+  """Returns the JSON object of a checkpoint.
 
   Raises:
-    ValueError: A value is not JSON.
+    DamagedError: It is missing, or differs from the saved one.
+    ValueError: It has another format, or cannot be read now.
   """
-  return hashlib.sha256(_canonical(config, 'config').encode()).hexdigest()[:16]
+  if not is_complete(directory, step):
+    raise DamagedError(f'Cannot read step {step} in {directory}: it is incomplete.')
+  with storage_errors(f'read step {step} in {directory}', DamagedError):
+    entry = json.loads(_entry_path(directory, step).read_text(encoding='utf-8'))
+  if not isinstance(entry, dict) or not {'format', 'leaves', 'meta'} <= entry.keys():
+    raise DamagedError(f'Cannot read step {step} in {directory}: it has no meta data of a run.')
+  if entry['format'] != FORMAT:
+    raise ValueError(
+        f'Step {step} in {directory} has format {entry["format"]}; this version reads {FORMAT}.')
+  if entry.pop('checksum', None) not in (None, zlib.crc32(_canonical(entry))):
+    raise DamagedError(f'Cannot read step {step} in {directory}: its meta data has changed.')
+  return entry
 
 
-def checksum_of(entry: dict) -> int:
-  """CRC-32 of the meta data of a checkpoint."""
-  return zlib.crc32(_canonical(entry, 'meta data of a checkpoint').encode())
+def hash_json(value: dict) -> str:
+  """Returns 16 hexadecimal digits of the SHA-256 of JSON values; the order of keys is ignored."""
+  return hashlib.sha256(_canonical(value)).hexdigest()[:16]
 
 
-def _canonical(value: dict, name: str) -> str:
+def _entry_path(directory: str | os.PathLike, step: int) -> pathlib.Path:
+  return pathlib.Path(directory, str(step), 'meta', 'metadata')
+
+
+def _canonical(value: dict) -> bytes:
   try:
-    return json.dumps(value, sort_keys=True, separators=(',', ':'))
+    return json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
   except (TypeError, ValueError) as error:
-    raise ValueError(f'The {name} must be JSON values: {error}.') from error
+    raise ValueError(f'Meta data and configs must be JSON values: {error}.') from error

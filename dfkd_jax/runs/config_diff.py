@@ -1,4 +1,4 @@
-"""How the config of a run differs from the one in its folder."""
+"""Differences between a run and the one in its folder, and whether it may continue with them."""
 
 import pathlib
 from collections.abc import Callable
@@ -6,111 +6,128 @@ from typing import Any
 
 import jax
 
-from dfkd_jax.messages import check_choice
-from dfkd_jax.runs.checkpoint import Checkpoints
+from dfkd_jax.messages import check_choice, short_repr
+from dfkd_jax.runs.checkpoint import saved_steps
+from dfkd_jax.runs.checkpoint_format import hash_json
 
-# Where things lie and run, and what may be spent, is no part of what a run computes: it may go on with them changed.
+# Fields that do not change a run's numbers: paths, devices, budgets. They may change on resume.
 FREE = (
-    'budget.images', 'budget.minutes', 'buffer', 'compilation_cache', 'dataset.data_dir', 'device_memory_gb',
-    'distributed.coordinator', 'distributed.num_processes', 'distributed.process_id', 'distributed.timeout',
-    'faults.reseed', 'num_devices')
+    'budget.images', 'budget.minutes', 'buffer', 'compilation_cache', 'dataset.data_dir',
+    'device_memory_gb', 'distributed.coordinator', 'distributed.num_processes',
+    'distributed.process_id', 'distributed.timeout', 'faults.reseed', 'num_devices')
 FORCE = 'force'
-_SOURCES = ('teacher.source', 'judge.source')  # Wherever they lie: their weights are compared.
-_SHOWN = 4  # Differences that an error lists.
+_SOURCES = ('teacher.source', 'judge.source')  # The digests of their weights are compared instead.
+_MAX_SHOWN = 4  # Differences that an error lists.
+
+
+def run_identity(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns {'config': JSON config, 'jax': settings of JAX that change a run's numbers}."""
+  settings = {'default_prng_impl': jax.config.jax_default_prng_impl,
+              'enable_x64': jax.config.jax_enable_x64}
+  precision = None if config.get('precision') else jax.config.jax_default_matmul_precision
+  return {'config': config, 'jax': settings | {'default_matmul_precision': precision}}
 
 
 def config_changes(
-    there: dict[str, Any], here: dict, workdir: pathlib.Path, resume: str | None = None,
-    passed_over: Callable[[str], bool] = lambda field: False) -> dict[str, Any]:
-  """In what a run that is there may go on otherwise than it began: {field: {'there': value, 'here': value}}.
+    stored: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path,
+    resume: str | None = None, is_skipped: Callable[[str], bool] = lambda field: False,
+) -> dict[str, Any]:
+  """Returns the differences between a run and the one in its folder, if `resume` allows them.
 
   Args:
-    there: What is known of the run in the folder, by `stored`.
-    here: The config that is wanted, as JSON has it.
-    workdir: The folder, for the error.
-    resume: None: in nothing; 'force': in whatever differs; 'force:FIELD,SECTION,...': in these alone.
-    passed_over: Whether no word is to be lost on a field, since it is wrong by itself.
+    stored: The record of the run in the folder, from `folder.read_stored`; empty if there is none.
+    current: The identity of the new run, from `run_identity`, perhaps with 'weights'.
+    workdir: The folder.
+    resume: The fields that may differ. None: no field; 'force': all; 'force:FIELD,SECTION,...':
+      these.
+    is_skipped: Whether to ignore a field, because it is wrong by itself.
+
+  Returns:
+    As `differing_fields`.
 
   Raises:
-    ValueError: It differs in something else, or `resume` is none of these; or it has ended and left no checkpoint to go
-      on from.
+    ValueError: Another field differs, `resume` is not as above, or the run in the folder has
+      ended and left no checkpoint.
   """
-  before = there.get('config', here)
-  _check_resume(resume, flatten(before).keys() | flatten(here).keys())
-  differ = differing_fields({'config': before}, {'config': here}) if there else {}
-  refused = [name for name in differ if not is_forced(resume, name) and not passed_over(name)]
+  _check_resume(resume, {_config_field(name) for name in _fields(stored) | _fields(current)})
+  changes = differing_fields(stored, current) if stored else {}
+  refused = {name: change for name, change in changes.items()
+             if not is_forced(resume, name) and not is_skipped(name)}
   if refused:
-    shown = '; '.join(f'{name} is {differ[name]["there"]!r} there, {differ[name]["here"]!r} here'
-                      for name in refused[:_SHOWN])
-    more = f'; and {len(refused) - _SHOWN} more' if len(refused) > _SHOWN else ''
+    shown = [f'{name} is {short_repr(change["there"], 40)} there, {short_repr(change["here"], 40)} '
+             'here' for name, change in refused.items()]
+    more = [f'and {len(shown) - _MAX_SHOWN} more'] if len(shown) > _MAX_SHOWN else []
+    field = f':{_config_field(*refused)}' if len(refused) == 1 else ''
     raise ValueError(
-        f'{workdir} holds a run with another config: {shown}{more}. Name another --workdir, or go on with '
-        f'--resume=force{f":{refused[0]}" if len(refused) == 1 else ""}.')
-  if differ:
-    check_goes_on(workdir)
-  return differ
+        f'{workdir} holds a run with another config: {"; ".join(shown[:_MAX_SHOWN] + more)}. '
+        f'Name another --workdir, or continue with --resume={FORCE}{field}.')
+  if changes and not saved_steps(workdir / 'checkpoints'):
+    raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to continue from. '
+                     'Name another --workdir.')
+  return changes
 
 
-def differing_fields(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-  """In which fields of the config, and in which weights, two runs differ: {name: {'there': value, 'here': value}}."""
-  one, other = (flatten(of['config']) | {f'weights.{name}': digest for name, digest in of.get('weights', {}).items()}
-                for of in (there, here))
-  compared = _compared(one), _compared(other)
-  return {name: {'there': one.get(name), 'here': other.get(name)} for name in sorted(one.keys() | other.keys())
-          if compared[0].get(name) != compared[1].get(name)}
+def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of 'config', 'jax' and 'weights' in which two runs differ.
+
+  'jax' and 'weights' are compared only if both runs have them: older runs have no 'jax'.
+
+  Returns:
+    {name: {'there': value in `stored`, 'here': value in `current`}}, such as 'distill.rounds',
+    'jax.enable_x64' or 'weights.teacher'.
+  """
+  parts = {'config', *(stored.keys() & current.keys())}
+  there, here = (_fields({part: record.get(part, {}) for part in parts})
+                 for record in (stored, current))
+  return {name: {'there': there.get(name), 'here': here.get(name)}
+          for name in sorted(there.keys() | here.keys())
+          if _compared(name, there.get(name)) != _compared(name, here.get(name))}
 
 
-def _compared(fields: dict[str, Any]) -> dict[str, Any]:
-  """Of sources whether there is one, and its '#ENTRY': wherever it lies, its weights are compared by themselves."""
-  return {name: value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
-          for name, value in fields.items()}
+def _fields(record: dict[str, Any]) -> dict[str, Any]:
+  return flatten_config(record.get('config', {})) | {
+      f'{part}.{name}': value for part in ('jax', 'weights')
+      for name, value in record.get(part, {}).items()}
 
 
-def identity(config: dict) -> dict[str, Any]:
-  """What of a config, as JSON has it, two runs have in common that compute the same from the same weights."""
-  return _compared(flatten(config))
+def _compared(name: str, value: Any) -> Any:
+  """Returns the value to compare: of a source only its '#ENTRY', since the file may move."""
+  return value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
+
+
+def _config_field(name: str) -> str:
+  """Maps 'weights.teacher' to 'teacher.source', and 'weights.init_from.student' likewise."""
+  weights = name.removeprefix('weights.')
+  return weights if weights == name or '.' in weights else f'{weights}.source'
 
 
 def is_forced(resume: str | None, field: str) -> bool:
-  """Whether a run may go on with a field of the config changed, by the `resume` of `changed`."""
+  """Returns whether `resume` allows a field to differ."""
   kind, _, names = (resume or '').partition(':')
-  return kind == FORCE and (not names or any(f'{field}.'.startswith(f'{name}.') for name in names.split(',')))
+  return kind == FORCE and (not names or any(
+      f'{_config_field(field)}.'.startswith(f'{name}.') for name in names.split(',')))
 
 
-def check_goes_on(workdir: pathlib.Path) -> None:
-  """Raises ValueError if a run that is there, and is to go on otherwise, has left no checkpoint to go on from."""
-  folder = workdir / 'checkpoints'
-  if folder.is_dir():
-    with Checkpoints(folder, read_only=True) as checkpoints:
-      if checkpoints.any():
-        return
-  raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to go on from. Name another --workdir.')
+def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a JSON config by dotted name, without those that are FREE."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+      config, is_leaf=lambda tree: not isinstance(tree, dict))
+  fields = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+  return {name: value for name, value in fields.items() if name not in FREE}
 
 
-def jsonable(config: Any) -> dict:
-  """A config (`ConfigDict`) as JSON has it: tuples as lists."""
-  plain = lambda value: (
-      {k: plain(v) for k, v in value.items()} if isinstance(value, dict)
-      else [plain(v) for v in value] if isinstance(value, (list, tuple)) else value)
-  return plain(config.to_dict())
-
-
-def flatten(config: dict) -> dict[str, Any]:
-  """Fields by dotted name, without those that are FREE."""
-  leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda tree: not isinstance(tree, dict))
-  found = {jax.tree_util.keystr(path, simple=True, separator='.'): value for path, value in leaves}
-  return {name: value for name, value in found.items() if name not in FREE}
+def fingerprint(config: dict[str, Any]) -> str:
+  """Returns a hash of a JSON config that FREE fields do not change."""
+  return hash_json(flatten_config(config))
 
 
 def _check_resume(resume: str | None, fields: set[str]) -> None:
-  """Raises ValueError unless `resume` is as `changed` takes it."""
-  if resume is None:
-    return
-  kind, colon, names = resume.partition(':')
+  kind, colon, names = (FORCE if resume is None else resume).partition(':')
   if kind != FORCE or (colon and not names):
-    raise ValueError(f"resume is {resume!r}, must be 'force', or 'force:FIELD,...' for chosen fields of the config.")
-  sections = {name.rsplit('.', depth)[0] for name in fields for depth in range(1, name.count('.') + 1)}
+    raise ValueError(f"resume is {resume!r}, must be 'force', or 'force:FIELD,...' for chosen "
+                     'fields of the config.')
+  sections = {name.rsplit('.', depth)[0] for name in fields for depth in range(name.count('.') + 1)}
   for name in names.split(',') if colon else ():
     if name in FREE:
       raise ValueError(f'resume is {resume!r}, but {name} may change without it.')
-    check_choice(name, sorted(fields | sections), 'field')
+    check_choice(name, sorted(sections), 'field')

@@ -1,133 +1,126 @@
-"""The folder of a run: whether it may be written, what of an earlier run is there, and whether that may go on."""
+"""The folder of a run: whether it may be written, which run it holds, and its lock."""
 
 import contextlib
-import errno
-import fcntl
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from dfkd_jax import parallel, paths, report
-from dfkd_jax.runs.checkpoint import Checkpoints
+import filelock
 
+from dfkd_jax import parallel, paths, report
+from dfkd_jax.runs.checkpoint import read_meta, saved_steps
+
+CHECKPOINTS = 'checkpoints'
+CONTROL = 'control'  # Checkpoints of the noise control, deleted when the run ends.
+SUMMARY = 'summary.json'
 _FILES = (
-    'metrics.jsonl', 'summary.json', 'images.png', 'fault.json', 'student.safetensors', 'student_best.safetensors',
-    'weights.safetensors', 'weights_best.safetensors')
-CONTROL = 'control'  # Its checkpoints, which go when a run comes to its end.
-_FOLDERS = ('checkpoints', CONTROL)
+    'metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
+    'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
+_UNFINISHED = (  # Left by a process that was killed.
+    '*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 _LOCK = '.lock'
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # Of a file system that has none.
-_KEPT = {'weights': dict, 'changed': list, 'student': dict}  # Of a summary, to go on from.
-_OURS = ('*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
+_REQUIRED = {'weights': dict, 'changed': list, 'student': dict}  # Entries of a summary.
 
 
 def check_place(workdir: pathlib.Path) -> None:
-  """Raises ValueError if the folder could not be made or written, without trying to."""
-  what, nearest = f'workdir is {str(workdir)!r}', paths.expanded(workdir, 'workdir').absolute()
+  """Raises ValueError if the folder or a file in it could not be written. Writes nothing."""
+  text, nearest = f'workdir is {str(workdir)!r}', paths.expand_path(workdir, 'workdir').absolute()
   while not os.path.lexists(nearest):
     nearest = nearest.parent
   if not nearest.is_dir():
-    kind = 'file' if nearest.exists() else 'link that leads nowhere'
-    raise ValueError(f'{what}, must be a folder: {nearest} is a {kind}.')
+    kind = 'file' if nearest.exists() else 'broken link'
+    raise ValueError(f'{text}, must be a folder: {nearest} is a {kind}.')
   if not os.access(nearest, os.W_OK | os.X_OK):
-    raise ValueError(f'{what}, must be writable: {nearest} is not.')
-  for name in _FILES:  # Else a run would come to its end, and fail there.
-    if (workdir / name).is_dir() or paths.special(workdir / name):
-      raise ValueError(f'{what}, must be a folder for a run: {name} in it is no file.')
-  for name in _FOLDERS:
+    raise ValueError(f'{text}, must be writable: {nearest} is not.')
+  for name in _FILES:  # Otherwise a run would fail at its end.
+    if (workdir / name).is_dir() or paths.special_kind(workdir / name):
+      raise ValueError(f'{text}, must be the folder of a run: {name} in it is not a file.')
+  for name in (CHECKPOINTS, CONTROL):
     if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
-      raise ValueError(f'{what}, must be a folder for a run: {name} in it is no folder.')
+      raise ValueError(f'{text}, must be the folder of a run: {name} in it is not a folder.')
 
 
 def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
-  """What is known of the run in a folder: the summary if it has ended, else its latest checkpoint's meta data."""
+  """Returns the record of the run in a folder; empty if there is none.
+
+  The record is the summary if the run has ended, otherwise the meta data of its latest checkpoint.
+
+  Raises:
+    ValueError: The record cannot be read, or the summary lacks an entry.
+  """
   if (summary := read_summary(workdir)) is not None:
-    _check_whole(summary, workdir)
+    missing = [name for name, kind in _REQUIRED.items() if not isinstance(summary.get(name), kind)]
+    if missing:
+      raise ValueError(f'{workdir / SUMMARY} is no whole summary of a run: it lacks '
+                       f'{missing[0]}. Remove it, or name another --workdir.')
     return summary
-  if not (workdir / 'checkpoints').is_dir():
-    return {}
-  with Checkpoints(workdir / 'checkpoints', read_only=True) as checkpoints:
-    return checkpoints.meta() if checkpoints.any() else {}
+  checkpoints = workdir / CHECKPOINTS
+  return read_meta(checkpoints) if saved_steps(checkpoints) else {}
 
 
-def read_summary(workdir: pathlib.Path) -> dict | None:
-  """What a run that has ended left; None if there is none."""
+def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the summary of a run that has ended; None if there is none, or it is damaged."""
   try:
-    found = json.loads((workdir / 'summary.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):  # A damaged one is written anew.
+    summary = json.loads((workdir / SUMMARY).read_text(encoding='utf-8'))
+  except (OSError, ValueError, RecursionError):
     return None
-  return found if isinstance(found, dict) and isinstance(found.get('config'), dict) else None
+  is_summary = isinstance(summary, dict) and isinstance(summary.get('config'), dict)
+  return summary if is_summary else None
 
 
-def _check_whole(summary: dict, workdir: pathlib.Path) -> None:
-  """Raises ValueError unless a summary has what a run needs that goes on from it."""
-  try:
-    report.format_summary(summary)
-    lacking = [name for name, kind in _KEPT.items() if not isinstance(summary.get(name), kind)]
-  except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-    lacking = [str(error)]
-  if lacking:
-    raise ValueError(f"{workdir / 'summary.json'} is no whole summary of a run: it lacks {lacking[0]}. Remove it, or "
-                     'name another --workdir.')
+def rename_summary(workdir: pathlib.Path, done: int) -> None:
+  """Renames the summary of an ended run that continues to `summary_after_<done>.json`."""
+  path = workdir / SUMMARY
+  with parallel.raise_on_all_processes():
+    if parallel.is_first() and path.exists():
+      suffixes = itertools.chain([''], (f'_{number}' for number in itertools.count(2)))
+      names = (workdir / f'summary_after_{done}{suffix}.json' for suffix in suffixes)
+      with report.reporting_disk_errors(path):
+        os.replace(path, next(name for name in names if not name.exists()))
 
 
 @contextlib.contextmanager
-def lock(workdir: pathlib.Path, seen: dict[str, Any] | None = None) -> Iterator[None]:
-  """Makes the folder, and keeps it from other runs until the block, or the process, ends; removes what was cut off.
+def lock(workdir: pathlib.Path, stored: dict[str, Any] | None = None) -> Iterator[None]:
+  """Makes and locks the folder until the block or the process ends; removes unfinished files.
 
-  Args:
-    workdir: The folder.
-    seen: What was there when this run was prepared, by `stored`; None: it is not looked at again.
-
-  Raises:
-    ValueError: It cannot be made, another process runs in it, or one has since `seen`.
+  Raises ValueError if it cannot be written, if another process runs in it, or if one has run
+  since `stored` was read by `read_stored`.
   """
   with contextlib.ExitStack() as stack:
     with parallel.raise_on_all_processes():
       if parallel.is_first():
-        stack.enter_context(_locked(workdir))
-        if seen is not None and read_stored(workdir) != seen:
-          raise ValueError(f'Another process has run in {workdir} since this one began. Start again, to go on with it.')
-        _sweep(workdir)
+        with report.reporting_disk_errors(workdir):
+          workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_lock(workdir))
+        if stored is not None and read_stored(workdir) != stored:
+          raise ValueError(f'Another process has run in {workdir} since this one began. '
+                           'Start again to continue from there.')
+        for path in [path for pattern in _UNFINISHED for path in workdir.glob(pattern)]:
+          with report.reporting_disk_errors(path):
+            path.unlink()
     yield
 
 
-def check_free(workdir: pathlib.Path) -> None:
-  """Raises ValueError if another process runs in the folder, as far as can be told without writing."""
+def check_not_running(workdir: pathlib.Path) -> None:
+  """Raises ValueError if another process runs in the folder. Makes no file."""
   if parallel.is_first() and (workdir / _LOCK).is_file():
-    with _locked(workdir):
+    with _lock(workdir):
       pass
 
 
-def _sweep(workdir: pathlib.Path) -> None:
-  """Removes what a process that was killed had not finished."""
-  for path in [path for pattern in _OURS for path in workdir.glob(pattern)]:
-    try:
-      path.unlink()
-    except OSError as error:
-      raise ValueError(f'Cannot remove {path}, which an earlier run left unfinished: {error.strerror}.') from error
-
-
 @contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
-  """By a file that stays: to remove it would let two processes hold one each."""
+def _lock(workdir: pathlib.Path) -> Iterator[None]:
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # Of NFS only what may be written can be locked.
-  except OSError as error:
-    raise ValueError(f'Cannot write to {workdir}: {error.strerror}.') from error
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError as error:
-    if error.errno not in _NO_LOCKS:
-      os.close(file)
-      if isinstance(error, BlockingIOError):
-        raise ValueError(
-            f'Another process is running in {workdir}. Name another --workdir, or wait for it.') from None
-      raise ValueError(f'Cannot lock {workdir / _LOCK}: {error.strerror}.') from error
-  try:
+    lock = filelock.FileLock(workdir / _LOCK, timeout=0).acquire()
+  except filelock.Timeout:
+    raise ValueError(f'Another process is running in {workdir}. '
+                     'Name another --workdir, or wait for it.') from None
+  except PermissionError as error:
+    raise ValueError(f'Cannot write {workdir / _LOCK}: {error.strerror}.') from error
+  except (OSError, NotImplementedError):  # The file system has no locks.
+    lock = contextlib.nullcontext()
+  with lock:
     yield
-  finally:
-    os.close(file)

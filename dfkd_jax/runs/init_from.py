@@ -1,4 +1,4 @@
-"""What a new run takes over from an old one: its student, its generator; all else begins anew."""
+"""Weights that a new run takes over from an old one: its student, its generator."""
 
 import pathlib
 from collections.abc import Mapping
@@ -11,151 +11,147 @@ from jax.sharding import Mesh
 
 from dfkd_jax import parallel, paths, weights
 from dfkd_jax.config import build
+from dfkd_jax.config.records import InitFrom
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generator_training
-from dfkd_jax.synth import inversion as inversions
+from dfkd_jax.runs.folder import CHECKPOINTS
+from dfkd_jax.synth import Synthesizer
 from dfkd_jax.types import PyTree
 
-_STATES = (inversions.State, generator_training.State)
-_FIELDS = ('meta_params', 'params', 'batch_stats')  # Of a generator in either.
+# Where the methods keep their generator in the part 'synthesis' of a checkpoint, as paths of
+# format 1, and the collection of variables that lies there.
+_GENERATOR_PATHS = {
+    'meta_params': 'params',  # FastDFKD, SSD-KD, NAYER
+    'inversion/meta_params': 'params',  # CMI
+    'params': 'params', 'batch_stats': 'batch_stats',  # methods that train one generator
+    'online/params': 'params', 'online/batch_stats': 'batch_stats'}  # CuDFKD
 
 
-def already_loaded(config: build.Config, there: Mapping[str, Any]) -> set[str]:
-  """Of 'student' and 'generator' those that a run which goes on has taken over long since, and needs no more.
+def unread_sources(sources: InitFrom, stored: Mapping[str, Any], with_control: bool) -> InitFrom:
+  """Returns the sources that a run must read, without the ones that it has read before.
 
-  A control begins as the student did, which then is needed again.
+  A resumed run has those in its checkpoints, and the files may be gone.
 
   Args:
-    config: Of the run.
-    there: What is known of the run in the folder, see `run_folder.stored`.
+    sources: From the config.
+    stored: The record of the run in the folder, from `folder.read_stored`.
+    with_control: Whether the run has a noise control, which needs the first student again.
   """
-  before = there.get('config', {}).get('init_from')
+  before = stored.get('config', {}).get('init_from')
   before = before if isinstance(before, dict) else {}
-  return {which for which, source in config.init_from.items()
-          if source is not None and before.get(which) == source and f'init_from.{which}' in there.get('weights', {})
-          and not (which == 'student' and config.control)}
+  is_read = lambda name, source: (
+      before.get(name) == source and f'init_from.{name}' in stored.get('weights', {})
+      and not (name == 'student' and with_control))
+  return InitFrom(**{name: None if is_read(name, source) else source
+                     for name, source in sources._asdict().items()})
 
 
-def digests(config: build.Config, there: Mapping[str, Any]) -> dict[str, str]:
-  """SHA-256 of what is taken over, by its name in the config; of a run's folder, of these arrays alone.
+def source_digests(
+    sources: InitFrom, unread: InitFrom, stored: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the SHA-256 of the weights of every source, as {'init_from.student': ...}.
 
-  Arguments are those of `has`, and what that gives is not looked at: it may be gone, or another by now.
-
-  Raises:
-    ValueError: It cannot be read.
+  Reads the `unread` sources, and takes the others from the `stored` record. Raises ValueError if
+  a source cannot be read.
   """
-  known = already_loaded(config, there)
-  return {name: there['weights'][name] if which in known else _digest(config, which)
-          for which, source in sorted(config.init_from.items()) if source is not None
-          for name in [f'init_from.{which}']}
+  digests = {}
+  for name, source in sources._asdict().items():
+    if getattr(unread, name) is not None:
+      digests[f'init_from.{name}'] = _digest(name, source)
+    elif source is not None:
+      digests[f'init_from.{name}'] = stored['weights'][f'init_from.{name}']
+  return digests
 
 
-def _digest(config: build.Config, which: str) -> str:
-  source, path = config.init_from[which], source_path(config, which)
+def _digest(name: str, source: str) -> str:
+  path = source_path(name, source)
   try:
-    if _checkpoint(source) is None:
-      return weights.digest(path)
-    arrays = _generator_of(path) if which == 'generator' else weights.read(path)
+    if _latest_checkpoint(source) is None:
+      return weights.digest_files(path)
+    arrays = _read_generator(path) if name == 'generator' else weights.read(path)
   except (OSError, ValueError) as error:
-    raise ValueError(f'init_from.{which} is {source!r}: {error}') from None
-  return weights.digest_of(dict(sorted(arrays.items())))
+    raise ValueError(f'init_from.{name} is {source!r}: {error}') from None
+  return weights.digest_arrays(dict(sorted(arrays.items())))
 
 
-def _generator_of(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of the generator in a checkpoint, and no others: the images beside them may be many."""
-  return weights.read_under(path, 'synthesis', _name)
+def source_path(name: str, source: str) -> pathlib.Path:
+  """Returns the file or checkpoint of a 'student' or 'generator'.
 
-
-def source_path(config: build.Config, which: str) -> pathlib.Path | None:
-  """Where the 'student' or the 'generator' is taken from; None: it is not.
-
-  Raises:
-    ValueError: There is no such place, or it has no generator.
+  Raises ValueError if there is none, or if a generator's source is not the folder of a run.
   """
-  source = config.init_from[which]
+  checkpoint = _latest_checkpoint(source)
+  if checkpoint is None and name == 'generator':
+    raise ValueError(
+        f'init_from.generator is {source!r}, must be the folder of a run with a checkpoint.')
+  return checkpoint or build.weights_path(source, f'init_from.{name}')
+
+
+def load_student(
+    network: Network, source: str | None, image_shape: tuple[int, int, int]) -> Network:
+  """Returns the network with the variables of a source; unchanged if that is None.
+
+  Raises ValueError if the source cannot be read, or does not fit the network.
+  """
   if source is None:
-    return None
-  found = _checkpoint(source)
-  if found is None and which == 'generator':
-    raise ValueError(f'init_from.generator is {source!r}, must be the folder of a run with a checkpoint.')
-  return found or build.weights_path(source, f'init_from.{which}')
-
-
-def student(config: build.Config, network: Network, there: Mapping[str, Any], which: str = 'student') -> Network:
-  """A network that is to be trained, with the variables of `init_from.student`, if that is set and needed (`has`).
-
-  Raises:
-    ValueError: There are none, or they do not fit.
-  """
-  source = config.init_from.student
-  if source is None or 'student' in already_loaded(config, there):
     return network
-  height, width, channels = config.dataset.image_shape
-  path, shape = source_path(config, 'student'), (*(config[which].resize or (height, width)), channels)
+  path = source_path('student', source)
+  shape = (*(network.resize or image_shape[:2]), image_shape[2])
   try:
-    found = weights.load(path, network.module, shape)
+    variables = weights.load(path, network.module, shape)
   except (OSError, ValueError) as error:
     raise ValueError(f'init_from.student is {source!r}: {error}') from None
-  return network.replace(params=found['params'], batch_stats=found.get('batch_stats', network.batch_stats))
+  batch_stats = variables.get('batch_stats', network.batch_stats)
+  return network.replace(params=variables['params'], batch_stats=batch_stats)
 
 
-def generator(config: build.Config, mesh: Mesh, synthesis: PyTree, there: Mapping[str, Any]) -> PyTree:
-  """A method's state with the generator of `init_from.generator`, if that is set and needed (`has`).
+def load_generator(
+    synthesizer: Synthesizer, state: PyTree, source: str | None, mesh: Mesh) -> PyTree:
+  """Returns a method's state with the generator of a source; unchanged if that is None.
+
+  Args:
+    synthesizer: The method.
+    state: Its state, on the devices of `mesh`.
+    source: The folder of a run, of this method or another.
+    mesh: The devices.
 
   Raises:
-    ValueError: It is no run's folder, its run or this one has no generator, or they differ in shape.
+    ValueError: The run or this method has no generator that lasts, or the shapes differ.
   """
-  source = config.init_from.generator
-  if source is None or 'generator' in already_loaded(config, there):
-    return synthesis
-  if not any(_is_generator(node) for node in jax.tree.leaves(synthesis, is_leaf=_is_generator)):
-    raise ValueError(f'init_from.generator is {source!r}, must be None: this method has no generator that lasts.')
+  if source is None:
+    return state
+  text, variables = f'init_from.generator is {source!r}', synthesizer.generator(state)
+  if variables is None:
+    raise ValueError(f'{text}, must be None: this method has no generator that lasts.')
   try:
-    arrays = _generator_of(source_path(config, 'generator'))
+    arrays = _read_generator(source_path('generator', source))
   except ValueError as error:
-    raise ValueError(f'init_from.generator is {source!r}, whose run has no generator that lasts: {error}') from None
-  found = {_name(path): array for path, array in arrays.items()}
+    raise ValueError(f'{text}, a run without a generator that lasts: {error}') from None
+  arrays = {_variable_name(path): array for path, array in arrays.items()}
 
-  def taken(node):
-    if not _is_generator(node):
-      return node
-    fields = {name: getattr(node, name) for name in _FIELDS if hasattr(node, name)}
-    return node.replace(**parallel.place(mesh, {name: _filled(source, name, of, found) for name, of in fields.items()}))
+  def load_leaf(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name not in arrays and name.startswith('batch_stats/'):
+      return np.asarray(leaf)  # The old generator has no running moments.
+    shape = arrays[name].shape if name in arrays else 'missing'
+    if shape != leaf.shape:
+      raise ValueError(f'{text}, whose {name!r} is {shape}, must be {leaf.shape}.')
+    return jnp.asarray(arrays[name], leaf.dtype)
 
-  return jax.tree.map(taken, synthesis, is_leaf=_is_generator)
-
-
-def _filled(source: str, field: str, tree: PyTree, there: Mapping[str, np.ndarray]) -> PyTree:
-  """A generator's parameters, or running moments, from those that are there; moments may be lacking."""
-
-  def leaf(path, own):
-    kind = 'batch_stats' if field == 'batch_stats' else 'params'
-    name = f'{kind}/{jax.tree_util.keystr(path, simple=True, separator="/")}'
-    if name not in there and kind == 'batch_stats':
-      return np.asarray(own)
-    found = there.get(name)
-    if found is None or found.shape != own.shape:
-      has = 'none' if found is None else f'{found.shape}'
-      raise ValueError(f'init_from.generator is {source!r}, whose {name!r} is {has}, must be {own.shape}.')
-    return jnp.asarray(found, own.dtype)
-
-  return jax.tree_util.tree_map_with_path(leaf, tree)
+  variables = jax.tree_util.tree_map_with_path(load_leaf, variables)
+  return synthesizer.with_generator(state, parallel.place(mesh, variables))
 
 
-def _name(path: str) -> str | None:
-  """'inversion/meta_params/linear/kernel' -> 'params/linear/kernel'; None of what is no generator."""
-  parts = path.split('/')
-  depth = next((depth for depth, part in enumerate(parts[:2]) if part in _FIELDS), None)
-  if depth is None:
-    return None
-  return '/'.join(['batch_stats' if parts[depth] == 'batch_stats' else 'params', *parts[depth + 1:]])
+def _read_generator(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the arrays of a generator, and not the images beside them."""
+  return weights.read_subtree(checkpoint, 'synthesis', _variable_name)
 
 
-def _is_generator(node: PyTree) -> bool:
-  return isinstance(node, _STATES)
+def _variable_name(path: str) -> str | None:
+  """Maps 'inversion/meta_params/linear/kernel' to 'params/linear/kernel', other arrays to None."""
+  return next((f'{collection}/{path.removeprefix(f"{prefix}/")}'
+               for prefix, collection in _GENERATOR_PATHS.items() if path.startswith(f'{prefix}/')),
+              None)
 
 
-def _checkpoint(source: str) -> pathlib.Path | None:
-  """The latest checkpoint in the folder of a run; None if it is none."""
-  folder = paths.expanded(source, 'init_from') / 'checkpoints'
-  return weights.found_in(folder) if folder.is_dir() else None
+def _latest_checkpoint(source: str) -> pathlib.Path | None:
+  """Returns the latest checkpoint if `source` is the folder of a run."""
+  folder = paths.expand_path(source, 'init_from') / CHECKPOINTS
+  return weights.find_checkpoint(folder) if folder.is_dir() else None

@@ -1,7 +1,6 @@
 """What every run of a config has: a test set, a ledger, a store, a loop over rounds."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from dfkd_jax import data, evaluate, parallel, paths, report
-from dfkd_jax.config import build
+from dfkd_jax.config import build, records
 from dfkd_jax.models.network import Network
-from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import non_finite
 from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
@@ -32,7 +30,7 @@ class Experiment:
     workdir: Made if missing.
     unit: What the loop counts, 'round' or 'epoch'.
     command: That started the run, for the record.
-    resume: In what a run that is there may go on with another config, see `run_folder.changed`.
+    resume: In what a run that is there may go on with another config, see `config_diff.config_changes`.
     asked: Says whether the run is to end early.
 
   Raises:
@@ -44,10 +42,10 @@ class Experiment:
       asked: run_signals.StopRequest | None = None):
     self._began = time.perf_counter()
     self.config, self.unit, self.command = config, unit, command
-    self.workdir = paths.expanded(workdir, 'workdir')
+    self.workdir = paths.expand_path(workdir, 'workdir')
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
-      self.store = RunState(config, self.workdir, self.ledger, resume)
+      self.store = RunState(records.run_settings(config), self.workdir, self.ledger, resume)
       self.task = build.task(config)
       self.test = self.load(config.dataset.test_split, parallel.process_shard()) if config.dataset.name is not None else None
     self._asked = asked or run_signals.StopRequest()
@@ -75,7 +73,7 @@ class Experiment:
     return found
 
   def __enter__(self) -> 'Experiment':
-    self._asked.at_once = False  # From now on there is something to save.
+    self._asked.defer()  # From now on there is something to save.
     self.store.__enter__()
     return self
 
@@ -144,7 +142,7 @@ class Experiment:
         state, numbers = advance(state, self._at, self.store.reseeded.get(self._at, 0))
         done = self._at + 1
         if done % every == 0 or done == total:
-          self.store.judge(evaluate(state, done), done, state, self.selection)
+          self.store.record_metrics(evaluate(state, done), done, state, self.selection)
           numbers = numbers | {name: value for name, value in self.store.last.items() if name != 'round'}
         with parallel.raise_on_all_processes():
           writer.write(done, **numbers, **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
@@ -164,7 +162,7 @@ class Experiment:
       minutes: Whether the budget of time counts. A start that has done nothing yet goes on, or none ever would.
       images: Whether that of images does.
     """
-    budget, reasons = self.config.budget, {self._asked()}
+    budget, reasons = self.config.budget, {self._asked.signal}
     if minutes and budget.minutes is not None and time.perf_counter() - self._began >= 60 * budget.minutes:
       reasons.add('budget.minutes')
     if images and budget.images is not None and self.ledger.counts()['synthesised'] >= budget.images:
@@ -199,7 +197,7 @@ class Experiment:
         saved = self.store.latest()
     # That of a round which is done again stays beside what becomes of it.
     path = self.workdir / (non_finite.REPORT if times >= most else f'fault_{index + 1}_{times + 1}.json')
-    non_finite.write(path, fault.about | {
+    non_finite.write_report(path, fault.about | {
         self.unit: index + 1, 'reseeded': times, 'seed': self.config.seed, 'checkpoint': saved,
         'config_hash': self.store.meta['hash'], 'command': self.command})
     if times >= most:
@@ -210,7 +208,7 @@ class Experiment:
     self.store.reseeded[index] = times + 1
     self.ledger.count('reseeded')
     report.note(f'In {where}. It is done again with other keys, from {self.unit} {saved} on.')
-    return self.store.again(state)
+    return self.store.restore_latest(state)
 
   def summary(self, *, num_devices: int, files: tuple[str, ...], **results: Any) -> dict[str, Any]:
     """Writes summary.json, prints it for a reader, and returns it.
@@ -227,13 +225,12 @@ class Experiment:
         'note': _BEST if self.test is not None else _BEST_WITHOUT,
         'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(), 'wall_seconds': self.store.wall_seconds(),
         'seed': self.config.seed, 'config_hash': meta['hash'], 'versions': report.versions(),
-        **{name: meta[name] for name in ('config', 'changed', 'weights')},
+        **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
         'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),
         'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *self._faults()]}
     with parallel.raise_on_all_processes():  # So that no process reads what the first has not written yet.
       report.write_summary(self.workdir, found)
-    if parallel.is_first():
-      shutil.rmtree(self.workdir / run_folder.CONTROL, ignore_errors=True)
+    self.store.remove_control()
     report.say(report.format_summary(found))
     return found
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dfkd_jax import distill, parallel, synth
 from dfkd_jax.config import build
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import host_replay, replay
+from dfkd_jax.synth import buffer_memory, host_replay, replay
 from dfkd_jax.types import PRNGKey, PyTree
 
 Make = Callable[[str | None], synth.Synthesizer]  # From the name of the mapped axis.
@@ -63,13 +63,13 @@ def placed(config, mesh, make, tx, state: State, teacher: Network, *others: PyTr
 
   `others` are what else stays on the devices.
   """
-  programs, note = host_replay.choose_place(
+  programs, note = buffer_memory.choose_place(
       config.buffer, parallel.memory_limit(config.device_memory_gb), (state, teacher, others), state.synthesis,
       lambda: compiled(config, mesh, make, tx, state, teacher))
   if note and parallel.is_first():
     print(note, file=sys.stderr)
   if programs is None:
-    state = state.replace(synthesis=host_replay.allocate_on_host(state.synthesis))
+    state = state.replace(synthesis=buffer_memory.allocate_on_host(state.synthesis))
     programs = _compiled_for_host(config, mesh, make, tx, state, teacher)
   return programs, state
 

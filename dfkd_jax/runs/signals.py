@@ -1,4 +1,4 @@
-"""How a run is asked to end early: by a signal, or by what it may spend."""
+"""Requests to end a run early, by SIGTERM or SIGINT."""
 
 import contextlib
 import signal
@@ -9,11 +9,11 @@ from typing import Any
 NAMES = ('SIGTERM', 'SIGINT')
 
 
-class Stopped(Exception):  # noqa: N818 (no error: the run is in order, and goes on another time)
-  """A run has ended before its last round, saved.
+class Stopped(Exception):  # noqa: N818 (not an error: the run is saved and can be resumed)
+  """A run has ended early, and is saved.
 
   Args:
-    summary: What `train.run` returns instead of a whole run's: 'stopped' by what, 'done' and 'total' rounds, and so on.
+    summary: The result of `train.run`: 'stopped' (the reason), 'done' and 'total' rounds, ...
   """
 
   def __init__(self, summary: dict[str, Any]):
@@ -22,11 +22,7 @@ class Stopped(Exception):  # noqa: N818 (no error: the run is in order, and goes
 
 
 class Interrupted(KeyboardInterrupt):
-  """A signal came while there was nothing to save yet.
-
-  Args:
-    name: Of the signal, one of NAMES.
-  """
+  """The signal `name`, one of NAMES, came before there was anything to save."""
 
   def __init__(self, name: str):
     self.name = name
@@ -34,57 +30,57 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-  """Which signal came; called, its name, None if none did.
+  """The first signal that came.
+
+  A signal raises `Interrupted`. After `defer` it is only recorded: the run ends after its round.
 
   Attributes:
-    at_once: Whether a signal raises `Interrupted` where it comes; else it is only noted. A process that others wait
-      for must note it, and so must one that has something to save.
+    signal: The name of the signal, one of NAMES; None if none came.
   """
 
   def __init__(self):
-    self.at_once = True
-    self._came: str | None = None
-    self._before: dict[str, Any] = {}  # Handlers.
+    self.signal: str | None = None
+    self._is_deferred = False
+    self._handlers: dict[str, Any] = {}  # The former handlers, by signal.
 
-  def __call__(self) -> str | None:
-    """Its name, None if none came."""
-    return self._came
+  def defer(self) -> None:
+    """Only records signals from now on: there is something to save, or other processes wait."""
+    self._is_deferred = True
 
-  def again(self) -> None:
-    """Listens, if it does, also where a library has begun to listen itself, as JAX does in one of several processes."""
-    for name in self._before:
-      signal.signal(getattr(signal, name), self._note)
+  def install_handlers(self) -> None:
+    """Installs the handlers again, after a library such as JAX has installed its own."""
+    for name in self._handlers:
+      signal.signal(getattr(signal, name), self._handle)
 
-  def _begin(self) -> None:
-    before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
-    self._before = {name: handler for name, handler in before.items() if handler != signal.SIG_IGN}
-    self.again()
+  def _start(self) -> None:
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    # Shells start background jobs with signals ignored. These stay ignored.
+    self._handlers = {name: old for name, old in handlers.items() if old != signal.SIG_IGN}
+    self.install_handlers()
 
   def _end(self) -> None:
-    for name, handler in self._before.items():
-      signal.signal(getattr(signal, name), signal.SIG_DFL if handler is None else handler)
-    self._before = {}
+    for name, old in self._handlers.items():
+      signal.signal(getattr(signal, name), signal.SIG_DFL if old is None else old)
+    self._handlers = {}
 
-  def _note(self, number: int, frame: Any) -> None:
-    self._came = signal.Signals(number).name
+  def _handle(self, number: int, frame: Any) -> None:
+    self.signal = signal.Signals(number).name
     self._end()
-    if self.at_once:
-      raise Interrupted(self._came)
+    if not self._is_deferred:
+      raise Interrupted(self.signal)
 
 
 @contextlib.contextmanager
 def signals(listen: bool = True) -> Iterator[StopRequest]:
-  """Within, the first SIGTERM or SIGINT is as `Asked` has it; a second one does what it did before.
-
-  One that is ignored stays so: shells start what goes to the background like that.
+  """Handles the first SIGTERM or SIGINT within. A second one has its former effect.
 
   Args:
-    listen: Whether to; also not where Python would not allow it, on threads other than the main one.
+    listen: Whether to handle signals. Python allows it on the main thread only.
   """
-  asked = StopRequest()
+  request = StopRequest()
   if listen and threading.current_thread() is threading.main_thread():
-    asked._begin()
+    request._start()
   try:
-    yield asked
+    yield request
   finally:
-    asked._end()
+    request._end()

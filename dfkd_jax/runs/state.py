@@ -1,10 +1,9 @@
-"""What a run keeps in its folder: the state of its checkpoints, the best student, and what it must know to go on."""
+"""The state of a run in its folder: what is saved, and how a run resumes from it."""
 
 import contextlib
 import dataclasses
-import itertools
-import os
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -12,222 +11,237 @@ import jax
 import numpy as np
 
 from dfkd_jax import parallel, report
-from dfkd_jax.config import build
+from dfkd_jax.config.records import RunSettings
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import config_diff
 from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs.checkpoint import Checkpoints
-from dfkd_jax.runs.checkpoint_format import config_hash
 from dfkd_jax.types import PyTree
 
 
 class RunState:
-  """The keeping of one run; a context manager, and nothing is written before it is entered.
+  """The saved state of one run; a context manager that writes nothing before it is entered.
+
+  `checkpoints/` holds the state after a round, with the best student so far; `control/` holds the
+  state of the noise control, which follows the last round. Every checkpoint has the identity of
+  its run (config, weights, settings of JAX) and the time and counts spent so far.
 
   Args:
-    config: Of the run; kept beside the checkpoints, and compared when the run goes on.
-    workdir: Made if missing.
-    ledger: Of the run, kept too.
-    resume: In what a run that is there may go on with another config, see `run_folder.changed`.
+    settings: The settings of the run.
+    workdir: The folder; made if missing.
+    ledger: Time and counts of the run.
+    resume: The fields that may differ from the run in the folder, see `config_diff`.
 
-  Raises:
-    ValueError: The folder cannot be written, or holds a run of another config.
+  Attributes:
+    meta: JSON values that are saved with every checkpoint.
+    stored: The record of the run in the folder, from `folder.read_stored`.
+    best, last: Metrics of the best and last evaluation, with their 'round'; at first empty.
+    best_network: The student of `best`; None if it is not kept.
+    reseeded: How often a round was repeated with other keys, by round.
   """
 
-  def __init__(self, config: build.Config, workdir: pathlib.Path, ledger: report.Ledger, resume: str | None = None):
+  def __init__(
+      self, settings: RunSettings, workdir: pathlib.Path, ledger: report.Ledger,
+      resume: str | None = None):
     self._began = time.perf_counter()
-    self.workdir, self.ledger, self._resume = workdir, ledger, resume
-    self._section = config.checkpoint
-    self.meta: dict[str, Any] = {
-        'config': config_diff.jsonable(config), 'hash': fingerprint(config), 'changed': []}
-    run_folder.check_place(workdir)
-    self.stored = run_folder.read_stored(workdir)  # Of the run that is there.
-    self._changed = config_diff.config_changes(self.stored, self.meta['config'], workdir, resume)
+    self.workdir, self.ledger, self._settings, self._resume = workdir, ledger, settings, resume
+    self.meta: dict[str, Any] = config_diff.run_identity(settings.config) | {
+        'hash': config_diff.fingerprint(settings.config), 'changed': []}
+    self.stored = run_folder.read_stored(workdir)
     self.best: dict[str, Any] = {}
     self.last: dict[str, Any] = {}
     self.best_network: Network | None = None
-    self.reseeded: dict[int, int] = {}  # Rounds that were done again, and how often.
-    self._saved: int | None = None  # Rounds in the latest checkpoint.
-    self._wall = 0.0  # Seconds of the processes that this one goes on from.
-    self._taken: dict[str, Any] | None = None  # What was spent by these.
-    self._template: PyTree = None
+    self.reseeded: dict[int, int] = {}
+    self._changes: dict[str, Any] = {}  # Fields that differ from the run in the folder.
+    self._saved_round: int | None = None  # The round of the latest checkpoint.
+    self._earlier_seconds = 0.0  # Wall time of earlier processes of this run.
+    self._added: dict[str, Any] = {}  # The record that `_add_time_spent` added last.
+    self._templates: tuple[PyTree, PyTree] | None = None  # Of the state, of the best student.
     self._checkpoints: Checkpoints | None = None
+    self._control: Checkpoints | None = None
     self._stack = contextlib.ExitStack()
 
-  def stands_on(self, **weights: str | None) -> None:
-    """Notes which weights the run stands on, by their SHA-256; None: there are none.
+  def check_identity(self, **weights: str | None) -> None:
+    """Raises ValueError if the folder holds another run, see `config_diff.config_changes`.
 
-    Raises:
-      ValueError: The folder holds a run that stands on others.
+    Args:
+      **weights: SHA-256 of the weights that this run depends on; None: there are none.
     """
-    there = self.stored.get('weights', weights)
-    for which, digest in weights.items():
-      field = which if '.' in which else f'{which}.source'
-      if there.get(which) == digest:
-        continue
-      if not config_diff.is_forced(self._resume, field):
-        before, now = (f'of SHA-256 {of[:16]}' if of else 'none' for of in (there.get(which), digest))
-        raise ValueError(f'{self.workdir} holds a run with another {which}, {before} there, {now} here. '
-                         f'Name another --workdir, or go on with --resume={config_diff.FORCE}:{field}.')
-      self._changed[f'weights.{which}'] = {'there': there.get(which), 'here': digest}
-      config_diff.check_goes_on(self.workdir)
     self.meta['weights'] = weights
+    self._changes = config_diff.config_changes(
+        self.stored, self.meta, self.workdir, self._resume)
 
-  def finished(self) -> dict[str, Any] | None:
-    """The summary, printed again, if this run has come to its end before."""
-    found = None if self._changed else run_folder.read_summary(self.workdir)
-    if found is not None:
-      report.note(f'This run has finished before. To run it anew, name another workdir than {self.workdir}.')
-      report.say(report.format_summary(found))
-    return found
+  def finished_summary(self) -> dict[str, Any] | None:
+    """Returns and prints the summary if this run has ended before."""
+    summary = None if self._changes else run_folder.read_summary(self.workdir)
+    if summary is not None:
+      report.note('This run has finished before. To run it anew, name another workdir than '
+                  f'{self.workdir}.')
+      report.say(report.format_summary(summary))
+    return summary
 
   def __enter__(self) -> 'RunState':
     with contextlib.ExitStack() as stack:
       stack.enter_context(run_folder.lock(self.workdir, self.stored))
-      self._checkpoints = stack.enter_context(
-          Checkpoints(self.workdir / 'checkpoints', max_to_keep=self._section.max_to_keep))
+      self._checkpoints = stack.enter_context(Checkpoints(
+          self.workdir / run_folder.CHECKPOINTS, max_to_keep=self._settings.max_to_keep))
       self._stack = stack.pop_all()
     return self
 
   def __exit__(self, *error) -> None:
     self._stack.__exit__(*error)
 
-  def begin(self, state: PyTree, unit: str, total: int) -> tuple[PyTree, int]:
-    """The state where the run stopped, and how many rounds are done; else the state given, and 0.
+  def resume(self, state: PyTree, unit: str, total: int) -> tuple[PyTree, int]:
+    """Returns the saved state and its number of rounds; of a new run `state` and 0.
 
     Args:
-      state: To begin with.
-      unit: What is counted, 'round' or 'epoch'.
-      total: So many are wanted in all.
+      state: The state that a new run begins with.
+      unit: The name of a round, 'round' or 'epoch'.
+      total: Number of rounds of the whole run.
 
     Raises:
-      ValueError: More are done than are wanted, or no checkpoint can be read.
+      ValueError: More than `total` rounds are done, or no checkpoint can be read.
     """
     self.ledger.count('starts')
-    self._template = shapes_of(fields_of(state)), shapes_of(network_of(state))
-    if not self._checkpoints.any():
+    self._templates = shapes_of((fields_of(state), {'best': student_network(state)}))
+    if not self._checkpoints.all_steps():
       if (self.workdir / report.METRICS).exists():
-        report.note(f'A run in {self.workdir} had saved nothing; its {report.METRICS} is begun anew.')
+        report.note(f'A run in {self.workdir} had saved nothing; its {report.METRICS} starts anew.')
       report.note(f'Results go to {self.workdir}')
       return state, 0
-    state, meta = self._restored(state)
-    if meta['done'] > total:
-      raise ValueError(f'{self.workdir} holds {meta["done"]} {unit}s, more than the {total} that are wanted.')
+    state, meta = self._restore(state)
+    done = meta['done']
+    if done > total:
+      raise ValueError(f'{self.workdir} holds {done} {unit}s, more than the requested {total}.')
     for reason in self._checkpoints.damaged.values():
-      report.note(f'{reason.rstrip(".")}. It is set aside, and the checkpoint before it taken.')
-    self.reseeded = {int(of): times for of, times in meta['reseeded'].items()}
-    self._take(meta)
-    report.note(f'Going on in {self.workdir} after {unit} {meta["done"]}')
+      report.note(f'{reason.rstrip(".")}. It is set aside. The checkpoint before it is used.')
+    report.note(f'Resuming in {self.workdir} after {unit} {done}')
+    self.reseeded = {int(index): times for index, times in meta['reseeded'].items()}
+    self._add_time_spent(meta)
     self.meta['changed'] = meta['changed']
-    # Of the checkpoint that was read, which may be older than what the folder had been judged by.
+    # This checkpoint may be older than `stored`, so that more fields differ.
     if fields := config_diff.differing_fields(meta, self.meta):
-      self.meta['changed'] = [*meta['changed'], {'after': meta['done'], 'fields': fields}]
-    if self._changed:
-      self._set_aside(meta['done'])
+      self.meta['changed'] = [*meta['changed'], {'after': done, 'fields': fields}]
+    if self._changes:
+      run_folder.rename_summary(self.workdir, done)
+    return state, done
+
+  def restore_latest(self, state: PyTree) -> tuple[PyTree, int]:
+    """Returns the latest saved state and its rounds. The arrays of `state` may be deleted."""
+    state, meta = self._restore(state)
     return state, meta['done']
 
-  def _take(self, record: dict[str, Any], but: dict[str, Any] | None = None) -> None:
-    """Adds the time and counts of the processes that this one goes on from, `but` those that were added before."""
-    self.ledger.load(record['ledger'], but and but['ledger'])
-    self._wall += record['wall_seconds'] - (but['wall_seconds'] if but else 0.0)
-    self._taken = {name: record[name] for name in ('ledger', 'wall_seconds')}
-
-  def again(self, state: PyTree) -> tuple[PyTree, int]:
-    """The state of the latest checkpoint, in the form of this one, whose arrays may be gone; and its rounds."""
-    state, meta = self._restored(state)
-    return state, meta['done']
-
-  def _restored(self, state: PyTree) -> tuple[PyTree, dict]:
-    fields, network = self._template
+  def _restore(self, state: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    template, best = self._templates
     with self.ledger.part('checkpoint'):
-      tree, meta = self._checkpoints.restore(
-          lambda parts: fields | ({'best': network} if 'best' in parts else {}))
-    best = tree.pop('best', None)
-    self.best_network = best if self._section.keep_best else None
-    self.best, self.last, self._saved = meta['best'], meta['last'], meta['done']
-    return state.replace(**tree), meta
+      parts, meta = self._checkpoints.restore(template, optional=best)
+    best_network = parts.pop('best', None)
+    self.best_network = best_network if self._settings.keep_best else None
+    self.best, self.last, self._saved_round = meta['best'], meta['last'], meta['done']
+    return state.replace(**parts), meta
 
-  def _tree(self, state: PyTree) -> dict[str, PyTree]:
-    """What is saved; the best student once there is one."""
-    return fields_of(state) | ({} if self.best_network is None else {'best': self.best_network})
-
-  def _set_aside(self, done: int) -> None:
-    """The summary of a run that had ended stays, under another name: else it would speak for the one that goes on."""
-    with parallel.raise_on_all_processes():
-      path = self.workdir / 'summary.json'
-      if parallel.is_first() and path.exists():
-        numbers = itertools.chain([''], (f'_{number}' for number in itertools.count(2)))
-        names = (path.with_name(f'summary_after_{done}{number}.json') for number in numbers)
-        with report.writing(path):
-          os.replace(path, next(name for name in names if not name.exists()))
-
-  def judge(self, metrics: dict[str, float], done: int, state: PyTree, selection: str) -> None:
-    """Notes what the student came to after `done` rounds, and keeps it if it is the best so far."""
+  def record_metrics(
+      self, metrics: dict[str, float], done: int, state: PyTree, selection: str) -> None:
+    """Records the metrics after `done` rounds, and the student if it has the best `selection`."""
     self.last = metrics | {'round': done}
     if self.last[selection] > self.best.get(selection, -1.0):
       self.best = self.last
-      if self._section.keep_best:
-        self.best_network = copied(network_of(state))
+      if self._settings.keep_best:  # A copy, since the state will be donated.
+        self.best_network = jax.tree.map(
+            lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False),
+            student_network(state))
 
   def save(self, done: int, state: PyTree) -> None:
-    """Begins to write a checkpoint after `done` rounds, unless it is there."""
-    if done == self._saved:
-      return
+    """Starts to write a checkpoint after `done` rounds, unless there is one."""
+    if done != self._saved_round:
+      best = {} if self.best_network is None else {'best': self.best_network}
+      self._save(self._checkpoints, done, fields_of(state) | best, {
+          'best': self.best, 'last': self.last,
+          'reseeded': {str(index): times for index, times in self.reseeded.items()}})
+      self._saved_round = done
+
+  def _save(self, checkpoints: Checkpoints, done: int, parts: PyTree, more: dict[str, Any]) -> None:
     with self.ledger.part('checkpoint'):
-      self._checkpoints.save(done, self._tree(state), self.meta | self.spent() | {
-          'done': done, 'best': self.best, 'last': self.last,
-          'reseeded': {str(of): times for of, times in self.reseeded.items()}})
-    self._saved = done
-
-  def spent(self) -> dict[str, Any]:
-    """Time and counts so far, as JSON has them."""
-    return {'ledger': self.ledger.state(), 'wall_seconds': self.wall_seconds()}
-
-  def take_beside(self, record: dict[str, Any]) -> None:
-    """Adds what was spent after the last round, as `spent` told it."""
-    self._take(record, self._taken)
+      spent = {'ledger': self.ledger.state(), 'wall_seconds': self.wall_seconds()}
+      checkpoints.save(done, parts, self.meta | spent | {'done': done} | more)
 
   def wait(self) -> None:
-    """Returns when all that was saved is written."""
+    """Waits until everything is written."""
     with self.ledger.part('checkpoint'):
-      self._checkpoints.wait()
+      for checkpoints in filter(None, (self._checkpoints, self._control)):
+        checkpoints.wait()
 
   def latest(self) -> int | None:
-    """Rounds in the latest checkpoint; None if there is none."""
+    """Returns the rounds of the latest checkpoint; None if there is none."""
     return self._checkpoints.latest()
 
   def wall_seconds(self) -> float:
-    """Since the run began, without the time between one process and the next."""
-    return self._wall + time.perf_counter() - self._began
+    """Returns the wall time of the run, without the time between its processes."""
+    return self._earlier_seconds + time.perf_counter() - self._began
+
+  def _add_time_spent(self, meta: dict[str, Any]) -> None:
+    """Adds the time and counts of a restored checkpoint, except for those added before."""
+    self.ledger.load(meta['ledger'], self._added.get('ledger'))
+    self._earlier_seconds += meta['wall_seconds'] - self._added.get('wall_seconds', 0.0)
+    self._added = meta
+
+  def resume_control(self, state: PyTree) -> tuple[PyTree, int]:
+    """Returns the saved state of the noise control and its number of steps, or `state` and 0.
+
+    Deletes checkpoints of another run's control and those that cannot be read: to start the
+    control anew costs only time.
+    """
+    folder = self.workdir / run_folder.CONTROL
+    self._open_control(folder)
+    if not self._control.all_steps():
+      return state, 0
+    try:
+      with self.ledger.part('checkpoint'):
+        parts, meta = self._control.restore(fields_of(state))
+      if not config_diff.differing_fields(meta, self.meta):
+        self._add_time_spent(meta)
+        return state.replace(**parts), meta['done']
+      problem = f'{folder} is of another run.'
+    except ValueError as error:
+      problem = f'{str(error).rstrip(".")}.'
+    report.note(f'{problem} The control starts anew.')
+    self.remove_control()
+    self._open_control(folder)
+    if self._control.all_steps():
+      raise ValueError(f'Cannot remove {folder}, which this run cannot use.')
+    return state, 0
+
+  def _open_control(self, folder: pathlib.Path) -> None:
+    self._control = self._stack.enter_context(Checkpoints(folder, max_to_keep=1))
+
+  def save_control(self, done: int, state: PyTree) -> None:
+    """Starts to write a checkpoint of the noise control after `done` steps."""
+    self._save(self._control, done, fields_of(state), {})
+
+  def remove_control(self) -> None:
+    """Deletes the checkpoints of the noise control, if there are any."""
+    if self._control is not None:
+      self._control.close()
+    with parallel.raise_on_all_processes():
+      if parallel.is_first():
+        shutil.rmtree(self.workdir / run_folder.CONTROL, ignore_errors=True)
 
 
-def fingerprint(config: build.Config) -> str:
-  """Alike of configs that compute the same."""
-  return config_hash(config_diff.flatten(config_diff.jsonable(config)))
-
-
-def network_of(state: PyTree) -> Network:
-  """The student in the state of a distillation, or of a training."""
+def student_network(state: PyTree) -> Network:
+  """Returns the student in the state of a distillation or of a training."""
   return getattr(state, 'student', state).network
 
 
-def copied(tree: PyTree) -> PyTree:
-  """Arrays in the same places that outlive those given, which programs will take over."""
-  return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), tree)
-
-
 def fields_of(state: PyTree) -> dict[str, PyTree]:
-  """Those of a state, by name."""
+  """Returns the fields of a dataclass by name."""
   return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def shapes_of(tree: PyTree) -> PyTree:
-  """What a checkpoint of a tree is read into."""
-  return jax.tree.map(_shape_of, tree)
+  """Returns a template for `Checkpoints.restore` that keeps no array of the tree alive.
 
-
-def _shape_of(leaf: Any) -> Any:
-  """What a checkpoint is read into; arrays on the host are new ones, that take no memory until they are written."""
-  if isinstance(leaf, np.ndarray):
-    return np.zeros(leaf.shape, leaf.dtype)
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+  NumPy arrays become zeros, which take no memory until they are written.
+  """
+  return jax.tree.map(
+      lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray)
+      else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)

@@ -1,89 +1,106 @@
-"""What methods with a generator share: drawing its variables, rendering, the one-time reset, its moving average."""
+"""Generators of images: drawing their variables, rendering, checks of shapes, redrawing."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth.objective import Factors
 from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
 
 
-def variables(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
-  """Of a generator for latents of this shape [B, ...], in the default float type."""
-  found = jax.jit(lambda k: generator.init(k, jnp.zeros(latent_shape)))(key)
+def init_variables(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
+  """Draws the variables of a generator for latents [B, ...], in the default float type."""
+  variables = jax.jit(lambda k: generator.init(k, jnp.zeros(latent_shape)))(key)
   # Linen gives float32 under `jax_enable_x64` too; optimizer states would inherit it.
-  return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), found)
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), variables)
 
 
 def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
-  """Parameters of a generator, see `variables`."""
-  return variables(generator, key, latent_shape)['params']
+  """Draws the parameters of a generator; see `init_variables`."""
+  return init_variables(generator, key, latent_shape)['params']
 
 
 def render(generator: nn.Module, params: PyTree, latents: Array) -> Array:
-  """Images [B, H, W, C] in (0, 1), normalised by this batch; running moments are neither read nor kept.
+  """Renders images [B, H, W, C] in (0, 1), normalised by this batch.
 
-  A generator of the user's takes `train=` beside the latents, and for a reset names its `first_layers`.
+  Running moments are neither read nor kept. A generator of your own takes `train=` beside the
+  latents, and names its `first_layers` if they are to be reset.
   """
-  return generator.apply({'params': params}, latents, train=True, mutable=['batch_stats'])[0]
+  images, _ = generator.apply({'params': params}, latents, train=True, mutable=['batch_stats'])
+  return images
 
 
-def check_shapes(
-    generator: nn.Module, params: PyTree, latent_shape: tuple[int, ...], image_shape: tuple[int, ...],
-    teacher: Network, num_classes: int,
+def check(
+    generator: nn.Module, params: PyTree, latent_shape: tuple[int, ...],
+    image_shape: tuple[int, ...], teacher: Network, num_classes: int, factors: Factors,
 ) -> Outputs:
-  """Shapes of what the teacher says of the generator's images, if all fit together.
+  """Checks that generator, images, teacher and factors fit together; computes nothing.
+
+  Returns:
+    Shapes of the teacher's outputs for the generator's images.
 
   Raises:
-    ValueError: The images are not `image_shape`, or the teacher has another number of classes.
+    ValueError: The images are not `image_shape`, the teacher has another number of classes, or
+      a term has nothing to match.
   """
-  images = jax.eval_shape(lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
+  images = jax.eval_shape(
+      lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
   if images.shape[1:] != tuple(image_shape):
-    raise ValueError(f'image_shape is {tuple(image_shape)}, must be {images.shape[1:]}, as the generator makes.')
-  return check_classes(teacher, images, num_classes)
+    raise FieldError('image_shape', f'image_shape is {tuple(image_shape)}, must be '
+                     f'{images.shape[1:]}, the shape of the images that the generator makes.')
+  return check_teacher(teacher, images, num_classes, factors)
 
 
-def check_classes(teacher: Network, images: Array, num_classes: int) -> Outputs:
-  """Shapes of what the teacher says of images like these; a ValueError if it has another number of classes."""
+def check_teacher(
+    teacher: Network, images: Array, num_classes: int, factors: Factors
+) -> Outputs:
+  """Returns the shapes of the teacher's outputs.
+
+  Raises:
+    ValueError: The teacher has another number of classes than the task, or a term matches moments
+      that the teacher lacks or that cannot be captured.
+  """
   outputs = jax.eval_shape(lambda network, x: network(x), teacher, images)
   if outputs.logits.shape[-1] != num_classes:
-    raise ValueError(f'The task has {num_classes} classes, must have {outputs.logits.shape[-1]}, as the teacher.')
-  return outputs
-
-
-def check_batch_norm(factors: Factors, teacher: Network) -> None:
-  """Raises a ValueError if a term of moments is wanted and the teacher has none to match."""
+    raise ValueError(f'The task has {num_classes} classes, must have {outputs.logits.shape[-1]} '
+                     'like the teacher.')
   for term in ('batch_norm', 'relative_batch_norm'):
     if factors.active(term) and not teacher.running():
-      raise ValueError(f'The teacher has no BatchNorm: the term {term} has nothing to match, its factor must be 0.')
+      raise FieldError(f'factors.{term}', f'The teacher has no BatchNorm: the term {term} has '
+                       'nothing to match, its factor must be 0.')
+    if factors.active(term):
+      teacher.check_moments(outputs.moments)
+  return outputs
 
 
 def redraw(key: PRNGKey, params: PyTree, std: float = 0.02) -> PyTree:
   """Draws a whole generator anew: kernels from N(0, std^2), scales from N(1, std^2), biases 0.
 
-  What CMI does before each batch (arXiv:2105.08584, its code).
+  CMI does this before each batch (arXiv:2105.08584, its code).
   """
   flat = traverse_util.flatten_dict(params)
-  drawn = {}
-  for (path, leaf), path_key in zip(sorted(flat.items()), jax.random.split(key, len(flat)), strict=True):
+  keys = jax.random.split(key, len(flat))
+  for (path, leaf), path_key in zip(sorted(flat.items()), keys, strict=True):
     centre = 1 if path[-1] == 'scale' else 0
     noise = std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
-    drawn[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else centre + noise
-  return traverse_util.unflatten_dict(drawn)
+    flat[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else centre + noise
+  return traverse_util.unflatten_dict(flat)
 
 
 def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.02) -> PyTree:
   """Draws the named layers anew: weights from N(0, std^2), biases 0.
 
-  A batch norm's scale is drawn around 0 as well, not around 1, as in the
-  published code (which does this once, late in a run, for diversity).
+  A batch norm's scale is drawn around 0 as well, not around 1, as in the published code (which
+  does this once, late in a run, for diversity).
   """
   flat = traverse_util.flatten_dict(params)
-  missing = [name for name in layers if not any(path[0] == name for path in flat)]
-  if missing:
-    raise ValueError(f'The generator has no layer {missing[0]!r} to reset, only {sorted({p[0] for p in flat})}.')
+  for name in layers:
+    if not any(path[0] == name for path in flat):
+      raise ValueError(f'The generator has no layer {name!r} to reset, '
+                       f'only {sorted({path[0] for path in flat})}.')
   chosen = sorted(path for path in flat if path[0] in layers)
   for path, path_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
     leaf = flat[path]

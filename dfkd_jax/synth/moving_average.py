@@ -1,44 +1,111 @@
-"""Moving average of a generator (momentum adversarial distillation)."""
+"""Moving average of a generator: half of the student's images come from it.
 
+The student learns from the images of the generator and of its average, so that it does not
+forget earlier images. In the paper each has a batch of its own; here they share one batch, so
+that the student's step costs the same.
+
+References:
+  Do et al., Momentum Adversarial Distillation, NeurIPS 2022, https://arxiv.org/abs/2209.10359.
+  Its decay of 0.95 is quoted second hand.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
+import optax
 
-from dfkd_jax.types import Array, Batch
+from dfkd_jax.messages import FieldError
+from dfkd_jax.synth.layout import Layout
+from dfkd_jax.types import Array, Batch, PRNGKey, PyTree
 
 
-def num_averaged(ema_decay: float | None, ema_share: float, number: int) -> int:
-  """How many of the student's `number` images the moving average of a generator makes; 0 if there is none.
+@dataclasses.dataclass(frozen=True)
+class MovingAverage:
+  """A moving average of the generator: ema <- ema_decay * ema + (1 - ema_decay) * params.
 
-  The average follows the generator as theta' <- ema_decay theta' + (1 - ema_decay) theta, and the student learns from
-  the images of both, so that it does not forget what the generator made before (MAD: Do et al., Momentum Adversarial
-  Distillation, NeurIPS 2022, https://arxiv.org/abs/2209.10359, with a decay of 0.95, second hand). There each has a
-  batch of its own; here they share one, so that the student's step costs what it did.
-
-  Raises:
-    ValueError: The decay is not in [0, 1), or the share leaves no image to one of the two.
+  Attributes:
+    ema_decay: In [0, 1); None: there is no average.
+    ema_share: Fraction of the student's images that the average renders.
   """
-  if ema_decay is None:
-    return 0
-  if not 0 <= ema_decay < 1:
-    raise ValueError(f'ema_decay is {ema_decay}, must be in [0, 1), or None for no moving average.')
-  found = round(ema_share * number)
-  if not 1 <= found < number:
-    raise ValueError(
-        f'ema_share is {ema_share}, must leave of the {number} images of a task in one student step at least one to '
-        'the generator and one to its moving average.')
-  return found
+
+  ema_decay: float | None = None
+  ema_share: float = 0.5
+
+  def num_images(self, layout: Layout, is_new_every_call: bool = False) -> int:
+    """Returns how many images of a task's share in one student step the average renders.
+
+    Args:
+      layout: Of the student's batch.
+      is_new_every_call: Whether each call has a generator of its own, which has no average.
+
+    Raises:
+      FieldError: The decay is not in [0, 1), or the share leaves no image to one of the two.
+    """
+    if self.ema_decay is None:
+      return 0
+    if is_new_every_call:
+      raise FieldError('ema_decay', f'ema_decay is {self.ema_decay}, must be None where each call '
+                       'has a generator of its own.')
+    if not 0 <= self.ema_decay < 1:
+      raise FieldError('ema_decay', f'ema_decay is {self.ema_decay}, must be in [0, 1), '
+                       'or None for no moving average.')
+    total = layout.share(layout.sample_batch_size, 'sample_batch_size')
+    number = round(self.ema_share * total)
+    if not 1 <= number < total:
+      raise FieldError('ema_share', f'ema_share is {self.ema_share}, must leave at least one of '
+                       f'the {total} images of a task in one student step to the generator, and '
+                       'one to its moving average.')
+    return number
+
+  def init(self, variables: PyTree) -> PyTree | None:
+    """Returns the average of a new generator; None if there is none."""
+    # A copy, since states are donated.
+    return None if self.ema_decay is None else jax.tree.map(jnp.copy, variables)
+
+  def update(self, ema: PyTree | None, variables: PyTree, is_new: Array | bool) -> PyTree | None:
+    """Moves the average towards `variables`, or sets it to them if the generator is new."""
+    if self.ema_decay is None:
+      return None
+    return optax.incremental_update(variables, ema, jnp.where(is_new, 1, 1 - self.ema_decay))
+
+
+def sample(
+    key: PRNGKey, layout: Layout, num_averaged: int, sample_own: Callable[[PRNGKey, int], Batch],
+    render_average: Callable[[PRNGKey, PRNGKey, int], Array],
+) -> Batch:
+  """Draws a batch for the student, `num_averaged` images of each task from the average.
+
+  Args:
+    key: PRNG key.
+    layout: Of the batch.
+    num_averaged: From `MovingAverage.num_images`.
+    sample_own: (key, number) -> Batch of `number` images that do not come from the average.
+    render_average: (key of latents, key of labels, number) -> images [M, number, H, W, C].
+  """
+  if not num_averaged:
+    return sample_own(key, layout.sample_batch_size)
+  key_own, key_latents, key_labels = jax.random.split(key, 3)
+  images = render_average(key_latents, key_labels, num_averaged)
+  return append_images(
+      sample_own(key_own, layout.sample_batch_size - layout.num_tasks * num_averaged), images)
 
 
 def append_images(batch: Batch, images: Array) -> Batch:
-  """A batch of M tasks with further images [M, n, H, W, C], each task's behind its own; they are from nowhere, -1.
+  """Appends images to each task's part of a batch, with labels and slots of -1.
 
-  A batch whose images are elsewhere gets none, but their slots.
+  Args:
+    batch: Of M tasks; its images may be None, if they are on the host.
+    images: [M, n, H, W, C].
   """
   num_tasks, number = images.shape[:2]
 
-  def joined(own: Array, further: Array) -> Array:
-    by_task = own.reshape(num_tasks, -1, *own.shape[1:])
-    return jnp.concatenate([by_task, further.astype(own.dtype)], axis=1).reshape(-1, *own.shape[1:])
+  def append(part: Array, new: Array) -> Array:
+    by_task = part.reshape(num_tasks, -1, *part.shape[1:])
+    joined = jnp.concatenate([by_task, new.astype(part.dtype)], axis=1)
+    return joined.reshape(-1, *part.shape[1:])
 
-  nowhere = jnp.full((num_tasks, number), -1, jnp.int32)
-  images = None if batch.images is None else joined(batch.images, images)
-  return Batch(images, joined(batch.labels, nowhere), joined(batch.slots, nowhere))
+  unknown = jnp.full((num_tasks, number), -1, jnp.int32)
+  images = None if batch.images is None else append(batch.images, images)
+  return Batch(images, append(batch.labels, unknown), append(batch.slots, unknown))

@@ -1,6 +1,5 @@
-"""What a method of data-free distillation is: four pure functions."""
+"""The interface of a method of data-free distillation: a few pure functions."""
 
-import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,47 +9,60 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.types import Array, Batch, Metrics, PRNGKey, PyTree
 
 
-def no_weights(state: PyTree, batch: Batch, losses: Array) -> tuple[PyTree, Array]:
-  """Every sample counts alike: the state as it is, and ones [B]."""
+def equal_weights(state: PyTree, batch: Batch, losses: Array) -> tuple[PyTree, Array]:
+  """Returns the state, and weights of one [B]."""
   del batch
   return state, jnp.ones_like(losses)
 
 
-class Synthesizer(NamedTuple):
-  """A method: where images come from, and how the student's samples are weighed.
+def no_generator(state: PyTree) -> None:
+  """Returns None: the method has no generator that lasts from call to call."""
+  del state
 
-  The state is a pytree that holds neither the teacher, which never changes, nor
-  PRNG keys. All functions can be jitted, and mapped over devices if the method
-  was made with `axis`.
+
+def same_state(state: PyTree, variables: PyTree) -> PyTree:
+  """Returns the state, which holds no generator."""
+  del variables
+  return state
+
+
+class Synthesizer(NamedTuple):
+  """A method: how images are synthesised, and how the student's samples are weighed.
+
+  The state is a pytree that holds neither the teacher, which never changes, nor PRNG keys. All
+  functions can be jitted, and mapped over devices if the method was made with `axis`. A method
+  needs only the first three functions.
   """
 
   init: Callable[[PRNGKey, Network], PyTree]
   """(key, teacher) -> state."""
 
   synthesize: Callable[[PyTree, PRNGKey, Network, Network | None], tuple[PyTree, Metrics]]
-  """(state, key, teacher, student) -> (state, metrics); each metric [num_steps], one value per inner step."""
+  """(state, key, teacher, student) -> (state, metrics). Each metric is [num_steps], one value an
+  inner step; metrics may be empty."""
 
   sample: Callable[[PyTree, PRNGKey], Batch]
   """(state, key) -> Batch for one step of the student."""
 
-  weigh: Callable[[PyTree, Batch, Array], tuple[PyTree, Array]] = no_weights
+  weigh: Callable[[PyTree, Batch, Array], tuple[PyTree, Array]] = equal_weights
   """(state, batch, the student's losses [B]) -> (state, weights [B])."""
 
+  fresh: Callable[..., Batch] | None = None
+  """(state, key, teacher, student=None) -> Batch of new images that no student has seen, with
+  slots of -1. Without a student, terms that need one are left out. None: every `sample` is
+  fresh."""
 
-def passes_on(inner: Callable, without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-  """Declares that `**numbers` of a constructor go to `inner`: its signature shows them, each with its default.
+  generator: Callable[[PyTree], PyTree | None] = no_generator
+  """(state) -> the variables of a generator that lasts from call to call, {'params': ...} and
+  perhaps 'batch_stats'; None if there is none."""
 
-  Args:
-    inner: Takes what the constructor does not name itself.
-    without: Arguments of `inner` that the constructor sets, and nobody else may.
-  """
+  with_generator: Callable[[PyTree, PyTree], PyTree] = same_state
+  """(state, variables) -> the state with these variables in its generator."""
 
-  def declare(constructor: Callable) -> Callable:
-    own = {name: found for name, found in inspect.signature(constructor).parameters.items()
-           if found.kind is not inspect.Parameter.VAR_KEYWORD}
-    further = {name: found for name, found in inspect.signature(inner).parameters.items()
-               if name not in own and name not in without}
-    constructor.__signature__ = inspect.signature(constructor).replace(parameters=[*own.values(), *further.values()])
-    return constructor
-
-  return declare
+  def fresh_images(
+      self, state: PyTree, key: PRNGKey, teacher: Network, student: Network | None = None
+  ) -> Batch:
+    """Returns new images, by `fresh` or, where the method leaves it out, by `sample`."""
+    if self.fresh is None:
+      return self.sample(state, key)
+    return self.fresh(state, key, teacher, student)

@@ -1,4 +1,4 @@
-"""What a teacher was trained for: labels to ask for, reduction, metrics."""
+"""Tasks that teachers are trained for: labels to request, reduction, metrics."""
 
 from dfkd_jax.tasks.classification import classification, shortfall
 from dfkd_jax.tasks.segmentation import segmentation

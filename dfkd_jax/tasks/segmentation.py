@@ -1,4 +1,4 @@
-"""Segmentation: one class a pixel."""
+"""Segmentation: one class per pixel."""
 
 import functools
 
@@ -12,23 +12,23 @@ from dfkd_jax.types import Array, Metrics, PRNGKey
 
 
 def segmentation(num_classes: int, ignore: int = 255) -> Task:
-  """One class a pixel.
+  """Makes the task of one class per pixel.
 
-  Nobody can ask for a map of classes without real ones at hand, so the targets
-  are the teacher's own answer at each pixel: `sample_labels` returns zeros, and
-  `labels_from` passes over them.
+  A map of classes cannot be requested without real maps at hand. The targets are therefore the
+  teacher's own predictions at each pixel: `sample_labels` returns zeros, and `labels_from`
+  ignores them.
 
   Args:
     num_classes: K.
-    ignore: Label of pixels that are not labelled; metrics pass over them.
+    ignore: Label of unlabelled pixels; metrics skip them.
   """
 
   def sample_labels(key: PRNGKey, batch_size: int, histogram: Array | None = None) -> Array:
     del key, histogram
     return jnp.zeros(batch_size, jnp.int32)
 
-  def labels_from(logits: Array, asked: Array | None = None) -> Array:
-    del asked
+  def labels_from(logits: Array, requested: Array | None = None) -> Array:
+    del requested
     return argmax(logits)
 
   def predicted(logits: Array) -> Array:
@@ -37,25 +37,25 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
 
   return Task(
       num_classes, sample_labels, labels_from, predicted,
-      metrics=functools.partial(_confusion, num_classes=num_classes, ignore=ignore),
-      summarize=_summarize_confusion, asks=False)
+      metrics=functools.partial(_count_pixels, num_classes=num_classes, ignore=ignore),
+      summarize=_summarize_pixels, asks=False)
 
 
-def _confusion(logits: Array, labels: Array, num_classes: int, ignore: int) -> Metrics:
-  """Counts of pixels by true class (rows) and answer (columns), and the summed cross-entropy."""
+def _count_pixels(logits: Array, labels: Array, num_classes: int, ignore: int) -> Metrics:
+  """Confusion matrix by true class (rows) and prediction (columns), and summed cross-entropy."""
   labels = labels.astype(jnp.int32)
-  known = labels != ignore
-  cells = jnp.where(known, labels * num_classes + argmax(logits), num_classes**2)
+  is_known = labels != ignore
+  cells = jnp.where(is_known, labels * num_classes + argmax(logits), num_classes**2)
   counts = jnp.zeros(num_classes**2, jnp.int32).at[cells].add(1, mode='drop')
   return {
       'confusion': counts.reshape(num_classes, num_classes),
       'cross_entropy': divergence.cross_entropy(logits, labels, ignore).sum(),
-      'count': known.sum(),
+      'count': is_known.sum(),
   }
 
 
-def _summarize_confusion(sums: Metrics) -> dict[str, float]:
-  """Mean over the classes that occur, in truth or answer, of intersection over union."""
+def _summarize_pixels(sums: Metrics) -> dict[str, float]:
+  """Mean intersection over union of the classes that occur, in truth or prediction."""
   count = count_of(sums)
   confusion = np.asarray(sums['confusion'], np.float64)
   both = np.diagonal(confusion)

@@ -1,7 +1,7 @@
-"""What images are for: one class an image, or one a pixel.
+"""A task: one class per image, or one class per pixel.
 
-The library asks a task for whatever depends on that, and else does not know which
-it serves; losses take either without change, since they keep leading axes.
+The library asks a task for everything that depends on this. Losses keep leading axes, and need no
+task.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,30 @@ from dfkd_jax.types import Array, Metrics
 
 
 class Task(NamedTuple):
-  """Logits are [B, K] in classification, [B, H, W, K] in segmentation; labels lack the K."""
+  """A task, as a tuple of functions.
+
+  Logits are [B, K] in classification and [B, H, W, K] in segmentation. Labels have no class axis.
+
+  Attributes:
+    num_classes: K.
+    sample_labels: (key, batch_size, histogram [K] | None) -> [B] int32, classes to request.
+    labels_from: (logits, requested [B] | None) -> int32 targets of the one_hot term.
+    predicted: (logits) -> [B] int32, one class per image, for the replay buffer.
+    metrics: (logits, labels) -> sums over this batch, to be added up over batches.
+    summarize: (sums) -> metrics to report. Higher is better, except for the loss.
+    asks: Whether a class can be requested; if not, `sample_labels` is not used.
+  """
 
   num_classes: int
-  sample_labels: Callable[..., Array]  # (key, batch_size, histogram [K] | None) -> [B] int32, classes to ask for
-  labels_from: Callable[..., Array]  # (logits, asked [B] | None) -> int32 targets of the one_hot term
-  predicted: Callable[[Array], Array]  # (logits) -> [B] int32, one class an image, for the replay buffer
-  metrics: Callable[[Array, Array], Metrics]  # (logits, labels) -> sums over this batch; add them up
-  summarize: Callable[[Metrics], dict[str, float]]  # (sums) -> what to report; higher is better, but for the loss
-  asks: bool = True  # whether there is a class to ask an image for; else `sample_labels` is passed over
+  sample_labels: Callable[..., Array]
+  labels_from: Callable[..., Array]
+  predicted: Callable[[Array], Array]
+  metrics: Callable[[Array, Array], Metrics]
+  summarize: Callable[[Metrics], dict[str, float]]
+  asks: bool = True
 
   def reduce(self, per_element: Array) -> Array:
-    """Mean over all but the batch: [B, ...] -> [B]."""
+    """Mean over all axes but the batch: [B, ...] -> [B]."""
     return per_element.reshape(per_element.shape[0], -1).mean(axis=1)
 
 

@@ -1,133 +1,102 @@
 """Where weights come from: a path, or a repository of the Hugging Face hub."""
 
-import functools
+import glob
 import os
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 from dfkd_jax import paths
-from dfkd_jax.messages import RefusedError, first_line, safe_names
+from dfkd_jax.messages import RefusedError, one_line, safe_names
 from dfkd_jax.weights.formats import tfjs
-from dfkd_jax.weights.reading import IN_FOLDERS, split_entry
+from dfkd_jax.weights.reading import HUB_FILES, split_entry
 
-_HUB = re.compile(r'hf:(?P<repo>[^/@#]+/[^/@#]+)(?:@(?P<revision>[^/#]+))?(?:/(?P<file>[^#]+))?(?:#(?P<entry>.+))?')
-_ENDINGS = ('.safetensors', '.bin', '.pth', '.pt', '.ckpt', '.tar', '.h5', '.keras', '.npz')
+_SOURCE = re.compile(r'hf:([^/@#]+/[^/@#]+)(?:@([^/#]+))?(?:/([^#]+))?(?:#(.+))?')
+_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pt', '.ckpt', '.tar', '.h5', '.keras', '.npz')
+_SHARD = re.compile(r'-shard\d+of\d+\.bin$')  # Of TensorFlow.js. Its model.json names them.
 
 
 def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
-  """The file or folder on this machine that a source names, for `read` and `load`.
+  """Finds the file or folder that a source names, for `read` and `load`. Downloads it if needed.
 
   Args:
-    source: A path, of a folder too, with '#ENTRY' to choose within a checkpoint (see `read`); or
-      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', which is fetched once and kept in the hub's cache. Without FILE it is
-      model.safetensors, else pytorch_model.bin, else the only file of weights. A model.json of TensorFlow.js is fetched
-      with the shards that it names.
+    source: A path of a file or folder, with '#ENTRY' for an entry of a checkpoint (see `read`). Or
+      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', kept in the hub's cache. Without FILE it is
+      model.safetensors, or pytorch_model.bin, or the only file of weights. A model.json of
+      TensorFlow.js comes with its shards.
 
   Raises:
-    ValueError: There is no such file, or it cannot be fetched; in one line.
+    ValueError: There is no such file, or it cannot be fetched.
   """
   source = os.fspath(source)
   if source.startswith('hf:'):
-    return _from_hub(source)
-  if '://' in source:
+    path, entry = _fetch(source)
+  elif '://' in source:
     raise ValueError(f'{source!r}, an address: download the file, and name its path.')
-  path, entry = split_entry(paths.expanded(source, 'source'))
-  if not path.exists():
-    raise ValueError(f'{source!r}: there is no such file or folder.')
-  return _with_entry(path, entry)
-
-
-def check_hub(source: str) -> None:
-  """Raises ValueError unless a source is spelt as one of the hub; without asking the hub."""
-  if not _HUB.fullmatch(source):
-    raise ValueError(f'{source!r}, must be hf:OWNER/REPO[@REVISION][/FILE].')
-
-
-def _with_entry(path: pathlib.Path, entry: str | None) -> pathlib.Path:
+  else:
+    path, entry = split_entry(paths.expand_path(source, 'source'))
+    if not path.exists():
+      raise ValueError(f'{source!r}: there is no such file or folder.')
   return path.with_name(f'{path.name}#{entry}') if entry else path
 
 
-def _from_hub(source: str) -> pathlib.Path:
-  check_hub(source)
-  match = _HUB.fullmatch(source)
+def check_hub_source(source: str) -> None:
+  """Raises ValueError if a source in the hub is misspelt. Needs no connection."""
+  if not _SOURCE.fullmatch(source):
+    raise ValueError(f'{source!r}, must be hf:OWNER/REPO[@REVISION][/FILE].')
+
+
+def _fetch(source: str) -> tuple[pathlib.Path, str | None]:
+  """Downloads a file, unless it is in the cache. Returns its path and the entry."""
+  check_hub_source(source)
+  repo, revision, file, entry = _SOURCE.fullmatch(source).groups()
   try:
-    import huggingface_hub as hub  # An extra, which no other source needs.
+    import huggingface_hub as hub  # An extra: only these sources need it.
   except ImportError:
     raise ValueError(f"{source!r} needs huggingface_hub: pip install 'dfkd_jax[hf]'.") from None
-  fetch = functools.partial(_fetched, hub, match['repo'], match['revision'])
+
+  def download(names: list[str]) -> pathlib.Path:
+    folder = pathlib.Path(hub.snapshot_download(
+        repo, revision=revision, allow_patterns=list(map(glob.escape, names))))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+      raise RefusedError(f'has no file {missing[0]!r}')
+    return folder
+
   try:
-    path = fetch(match['file']) if match['file'] else _best(hub, match['repo'], match['revision'], source)
+    file = file or _choose_file(_list_files(hub, repo, revision))
+    path = download([file]) / file
+    if path.suffix == '.json':
+      shards = tfjs.list_shards(path.read_bytes())
+      download([(pathlib.PurePosixPath(file).parent / name).as_posix() for name in shards])
   except RefusedError as error:
-    raise ValueError(f'{source!r} {first_line(error)}.') from None
-  except _NoWeightsError as error:
-    raise ValueError(str(error)) from None
-  except Exception as error:  # Of the hub's own kinds, of its HTTP library, or of the disk.
-    reason = next((each for each in str(error).splitlines() if each.strip()), type(error).__name__)
-    raise ValueError(f'{source!r} cannot be fetched: {first_line(reason)}') from error
-  return _with_entry(pathlib.Path(path), match['entry'])
+    raise ValueError(f'{source!r} {one_line(error)}.') from None
+  except Exception as error:  # Of the hub, its HTTP library, or the disk.
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    raise ValueError(f'{source!r} cannot be fetched: {one_line(lines[0])}') from error
+  return path, entry
 
 
-class _NoWeightsError(Exception):
-  """The hub answered, and has no file that could be meant."""
-
-
-def _fetched(hub: Any, repo: str, revision: str | None, name: str) -> str:
-  """Where a file lies; with the shards that it names beside it, if it is a model.json."""
-  path = hub.hf_hub_download(repo, name, revision=revision)
-  if name.endswith('.json'):
-    for shard in tfjs.shards(pathlib.Path(path).read_bytes()):
-      hub.hf_hub_download(repo, _beside(name, shard), revision=revision)
-  return path
-
-
-def _beside(name: str, shard: str) -> str:
-  return (pathlib.PurePosixPath(name).parent / shard).as_posix()
-
-
-def _best(hub: Any, repo: str, revision: str | None, source: str) -> str:
-  """Of a repository's files, that of the weights, fetched; without a connection, the one that was fetched before."""
+def _list_files(hub: Any, repo: str, revision: str | None) -> list[str]:
+  """Lists the files of a repository; without a connection, the usual ones that are in the cache."""
   try:
-    names = hub.list_repo_files(repo, revision=revision)
+    return hub.list_repo_files(repo, revision=revision)
   except Exception:
-    if path := _kept(hub, repo, revision):
-      return path
-    raise
-  shards = lambda name: _shards(hub.hf_hub_download(repo, name, revision=revision), name)
-  return _fetched(hub, repo, revision, _chosen(names, shards, source))
+    names = [name for name in (*HUB_FILES, 'model.json')
+             if isinstance(hub.try_to_load_from_cache(repo, name, revision=revision), str)]
+    if not names:
+      raise
+    return names
 
 
-def _chosen(names: list[str], shards: Callable[[str], list[str]], source: str) -> str:
-  """The name of the weights; `shards` are those of a model.json, which end as files of PyTorch do."""
-  for name in IN_FOLDERS:
+def _choose_file(names: list[str]) -> str:
+  """Chooses the file of weights of a repository."""
+  for name in HUB_FILES:
     if name in names:
       return name
-  found = {name for name in names if name.endswith(_ENDINGS)}
-  for model in (name for name in names if pathlib.PurePosixPath(name).name == 'model.json'):
-    if parts := shards(model):
-      found = {*found, model}.difference(parts)
-  found = sorted(found)
-  if len(found) != 1:
-    raise _NoWeightsError(f'{source!r} has {len(found) or "no"} files of weights{": " if found else ""}'
-                          f'{", ".join(safe_names(found))}; name one as hf:OWNER/REPO/FILE.')
-  return found[0]
-
-
-def _shards(path: str, name: str) -> list[str]:
-  """As the repository calls them; empty where a model.json describes anything else."""
-  try:
-    return [_beside(name, shard) for shard in tfjs.shards(pathlib.Path(path).read_bytes())]
-  except RefusedError:
-    return []
-
-
-def _kept(hub: Any, repo: str, revision: str | None) -> str | None:
-  """Of the files that `_best` would choose by their names, the one in the hub's cache, with all that belongs to it."""
-  for name in (*IN_FOLDERS, 'model.json'):
-    path = hub.try_to_load_from_cache(repo, name, revision=revision)
-    parts = _shards(path, name) if isinstance(path, str) and name == 'model.json' else []
-    whole = all(isinstance(hub.try_to_load_from_cache(repo, part, revision=revision), str) for part in parts)
-    if isinstance(path, str) and whole and (parts or name != 'model.json'):
-      return path
-  return None
+  names = sorted(name for name in names if pathlib.PurePosixPath(name).name == 'model.json'
+                 or (name.endswith(_SUFFIXES) and not _SHARD.search(name)))
+  if len(names) != 1:
+    listed = f': {", ".join(safe_names(names))}' if names else ''
+    raise RefusedError(f'has {len(names) or "no"} files of weights{listed}; name one as '
+                       'hf:OWNER/REPO/FILE')
+  return names[0]

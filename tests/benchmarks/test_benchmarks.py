@@ -1,4 +1,4 @@
-"""The benchmark of methods: each row is a config, rounds fill the time, and schedules keep their height."""
+"""The benchmark of methods: rows are configs, rounds fill the time, schedules keep their height."""
 
 import importlib.util
 
@@ -8,10 +8,12 @@ import toy_runs
 from dfkd_jax import synth
 from dfkd_jax.synth import schedules
 
-spec = importlib.util.spec_from_file_location('benchmark_of_methods', toy_runs.ROOT / 'benchmarks' / 'methods.py')
+spec = importlib.util.spec_from_file_location(
+    'benchmark_of_methods', toy_runs.ROOT / 'benchmarks' / 'methods.py')
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
-SHORT = {'seconds': {'synthesis': 5.0, 'student': 4.0}}  # Of ten rounds, of which eight have a student: 0.5 s each.
+# Ten rounds, and eight of them with student steps: 0.5 s each.
+SHORT = {'seconds': {'synthesis': 5.0, 'student': 4.0}}
 
 
 def test_every_method_has_a_row():
@@ -29,19 +31,21 @@ def test_each_row_is_a_config(name):
 
 
 def test_rounds_fill_the_time():
-  """A round takes a second, but for the first ten, which have no student, half a second."""
-  assert set(benchmark.fields_for(100, 'fast_dfkd', (), SHORT)) == {'distill.rounds=105', 'evaluate.every=10'}
+  """A round takes a second, but the first ten rounds, without a student, half a second."""
+  fields = benchmark.fields_for(100, 'fast_dfkd', (), SHORT)
+  assert set(fields) == {'distill.rounds=105', 'evaluate.every=10'}
 
 
-def test_the_dials_of_cu_dfkd_end_where_the_config_has_them():
+def test_the_schedules_of_cu_dfkd_end_at_the_values_of_the_config():
   fields = benchmark.fields_for(600, 'cu_dfkd', (), SHORT)
-  planned, own = benchmark.config_of('cu_dfkd', fields), benchmark.config_of('cu_dfkd', ())
+  planned, original = benchmark.config_of('cu_dfkd', fields), benchmark.config_of('cu_dfkd', ())
 
   def ends(config):
     section, method = config.distill, config.method
     factor = schedules.ramp(**method.adversarial.to_dict())
-    steps, calls = (section.rounds * of for of in (section.steps_per_round, section.calls_per_round))
+    steps = section.rounds * section.steps_per_round
+    calls = section.rounds * section.calls_per_round
     return method.threshold_start + method.threshold_growth * steps, float(factor(calls))
 
-  assert (planned.distill.rounds, own.distill.rounds) == (600, 250)
-  assert ends(planned) == pytest.approx(ends(own), rel=0.01)
+  assert (planned.distill.rounds, original.distill.rounds) == (600, 250)
+  assert ends(planned) == pytest.approx(ends(original), rel=0.01)

@@ -1,4 +1,4 @@
-"""What a teacher leaves for the backward pass: maps [B, h, w, C] by their number, and none but those it needs."""
+"""Maps [B, h, w, C] that a teacher keeps for the backward pass: as few as possible."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ BATCH, IMAGE, CLASSES = 11, (32, 48, 3), 5
 
 
 def kept(stage_sizes, remat, **factors):
-  """Shapes of all maps that lie between the passes, of floats and of booleans; nothing is computed.
+  """Returns the shapes of maps kept between the passes, floats and booleans; computes nothing.
 
-  In the form of accelerators: on CPU a convolution keeps its input, which the compiler then finds to be unused.
+  Traces for accelerators: on CPU a convolution keeps its input, until the compiler removes it.
   """
   module = models.ImageNetResNet(CLASSES, stage_sizes, bottleneck=True, width=4, remat=remat)
   teacher = jax.eval_shape(lambda key: models.create_network(module, key, IMAGE), jax.random.key(0))
@@ -23,23 +23,25 @@ def kept(stage_sizes, remat, **factors):
   def between(images, teacher):
     def loss(images):
       outputs = teacher(images)
-      found = objective.terms(
-          factors, outputs, images, labels, teacher=teacher, reduce=tasks.classification(CLASSES).reduce)
-      return objective.total(found, factors)[0]
+      terms = objective.terms(factors, outputs, images, labels, teacher=teacher,
+                              reduce=tasks.classification(CLASSES).reduce)
+      return objective.total(terms, factors)[0]
     return jax.vjp(loss, images)[1]
 
   with cpu_convolution.traced_for('gpu'):
-    leaves = jax.tree.leaves(jax.eval_shape(between, jax.ShapeDtypeStruct((BATCH, *IMAGE), jnp.float32), teacher))
+    images = jax.ShapeDtypeStruct((BATCH, *IMAGE), jnp.float32)
+    leaves = jax.tree.leaves(jax.eval_shape(between, images, teacher))
   maps = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] == BATCH]
   assert len(teacher.running()) == 1 + 3 * sum(stage_sizes) + len(stage_sizes)
-  return [[leaf.shape for leaf in maps if (leaf.dtype == bool) == boolean] for boolean in (False, True)]
+  return [[leaf.shape for leaf in maps if (leaf.dtype == bool) == boolean]
+          for boolean in (False, True)]
 
 
 @pytest.mark.parametrize('stage_sizes', [(2, 1), (3, 2)])
 def test_the_moments_term_keeps_one_map_for_each_batch_norm(stage_sizes):
-  """Beside those that any gradient needs: of each ReLU the signs, and zeros, which cost nothing; of the pool its input.
+  """Any gradient also keeps the signs of each ReLU, zeros, which are free, and the pool's input.
 
-  The last block's sum, its ReLU and what comes after have no part in the moments.
+  The moments do not depend on the last block's sum, its ReLU, and later layers.
   """
   blocks, stages = sum(stage_sizes), len(stage_sizes)
   norms, relus = 1 + 3 * blocks + stages, 1 + 3 * blocks
@@ -51,7 +53,7 @@ def test_the_moments_term_keeps_one_map_for_each_batch_norm(stage_sizes):
 
 @pytest.mark.parametrize('stage_sizes', [(2, 1), (3, 2)])
 def test_recomputation_keeps_the_inputs_of_blocks_alone(stage_sizes):
-  """And what the stem needs: of its batch norm, ReLU and pool."""
+  """And maps of the stem: of its batch norm, ReLU and pool."""
   maps, signs = kept(stage_sizes, remat=True, one_hot=1.0, batch_norm=1.0)
   first, second = stage_sizes
   stem, inputs = [(BATCH, 16, 24, 4)] * 3, [(BATCH, 8, 12, 4)]
@@ -62,9 +64,16 @@ def test_recomputation_keeps_the_inputs_of_blocks_alone(stage_sizes):
 
 def test_programs_may_be_traced_for_another_machine():
   """On CPU a convolution of few channels is a product of matrices, elsewhere a convolution."""
-  gradient = lambda: jax.jit(jax.grad(lambda maps, kernel: jnp.square(cpu_convolution.conv_general_dilated(
-      maps, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))).sum())).lower(
-          jnp.ones((2, 6, 7, 3)), jnp.ones((3, 3, 3, 5))).as_text()
+
+  def loss(maps, kernel):
+    return jnp.square(cpu_convolution.conv_general_dilated(
+        maps, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))).sum()
+
+  def gradient():
+    arguments = jnp.ones((2, 6, 7, 3)), jnp.ones((3, 3, 3, 5))
+    new_function = lambda *inputs: loss(*inputs)  # So that JAX traces again.
+    return jax.jit(jax.grad(new_function)).lower(*arguments).as_text()
+
   with cpu_convolution.traced_for('gpu'):
     stock = gradient()
     with cpu_convolution.traced_for('cpu'):

@@ -17,7 +17,7 @@ from dfkd_jax import data
 from dfkd_jax.data import images as data_images
 from dfkd_jax.data import prepare
 from dfkd_jax.data import tfds as data_tfds
-from dfkd_jax.data.prepare import image_files
+from dfkd_jax.data.prepare import image_files, records
 from dfkd_jax.data.prepare.__main__ import main
 
 
@@ -27,10 +27,10 @@ def arrays(size, shape, num_classes, seed=0):
 
 
 def run(*arguments, **environment):
-  """A Python of its own, as a user starts it."""
+  """Runs a new Python process, as a user does."""
   return subprocess.run(
-      [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120,
-      env={**os.environ, **environment})
+      [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False,
+      timeout=120, env={**os.environ, **environment})
 
 
 def fails_in_one_line(match):
@@ -56,15 +56,16 @@ def test_what_is_written_is_read_in_the_same_order(tmp_path, shape):
 def test_slices(tmp_path):
   images, labels = arrays(20, (4, 5, 3), 6)
   prepare.write('tiny', {'train': (images, labels), 'test': (images[:3], labels[:3])}, tmp_path)
-  rows = {'train[:90%]': range(18), 'train[18:]': (18, 19), 'train[:2]+test[1:]': (0, 1, 1, 2), 'train[-1:]': (19,)}
-  for split, wanted in rows.items():
+  expected = {'train[:90%]': range(18), 'train[18:]': (18, 19), 'train[:2]+test[1:]': (0, 1, 1, 2),
+              'train[-1:]': (19,)}
+  for split, rows in expected.items():
     read = data.load('tiny', split, tmp_path)
-    np.testing.assert_array_equal(read.images, images[list(wanted)])
-    np.testing.assert_array_equal(read.labels, labels[list(wanted)])
+    np.testing.assert_array_equal(read.images, images[list(rows)])
+    np.testing.assert_array_equal(read.labels, labels[list(rows)])
 
 
 def test_more_images_than_are_decoded_at_once(tmp_path, monkeypatch):
-  monkeypatch.setattr(data_images, 'DECODED_AT_ONCE', 4)
+  monkeypatch.setattr(data_images, 'BATCH_SIZE', 4)
   images, labels = arrays(11, (2, 3, 1), 5)
   prepare.write('tiny', {'test': (images, labels)}, tmp_path)
   read = data.load('tiny', 'test', tmp_path)
@@ -74,7 +75,8 @@ def test_more_images_than_are_decoded_at_once(tmp_path, monkeypatch):
 
 def test_the_highest_version_is_read_unless_one_is_named(tmp_path):
   for version, value in (('1.0.0', 1), ('9.0.0', 9), ('10.0.0', 10)):
-    folder = prepare.write('tiny', {'test': (np.full((2, 3, 3, 1), value, np.uint8), np.arange(2))}, tmp_path / version)
+    images = np.full((2, 3, 3, 1), value, np.uint8)
+    folder = prepare.write('tiny', {'test': (images, np.arange(2))}, tmp_path / version)
     (tmp_path / 'tiny').mkdir(exist_ok=True)
     folder.rename(tmp_path / 'tiny' / version)
   assert data.load('tiny', 'test', tmp_path).images.max() == 10
@@ -85,8 +87,10 @@ def test_the_highest_version_is_read_unless_one_is_named(tmp_path):
 
 def test_further_columns_count_over_all_splits(tmp_path):
   """The split written last has fewer classes and shorter texts."""
-  columns = {'train': {'coarse_label': [0, 7, 3], 'id': ['a', 'bcd', 'e']}, 'test': {'coarse_label': [1], 'id': ['f']}}
-  splits = {split: (*arrays(len(of['id']), (4, 5, 3), 2), of) for split, of in columns.items()}
+  columns = {'train': {'coarse_label': [0, 7, 3], 'id': ['a', 'bcd', 'e']},
+             'test': {'coarse_label': [1], 'id': ['f']}}
+  splits = {split: (*arrays(len(values['id']), (4, 5, 3), 2), values)
+            for split, values in columns.items()}
   folder = prepare.write('tiny', splits, tmp_path)
   import tensorflow_datasets as tfds
 
@@ -94,7 +98,8 @@ def test_further_columns_count_over_all_splits(tmp_path):
   assert builder.info.features['coarse_label'].num_classes == 8
   assert [record['coarse_label'] for record in builder.as_data_source(split='train')] == [0, 7, 3]
   splits['test'] = splits['test'][:2]
-  with fails_in_one_line(r"split 'test' of 'other' must be \['coarse_label', 'id', 'label'\].*got \['label'\]"):
+  with fails_in_one_line(
+      r"split 'test' of 'other' must be \['coarse_label', 'id', 'label'\].*got \['label'\]"):
     prepare.write('other', splits, tmp_path)
 
 
@@ -110,14 +115,17 @@ def test_cifar100_archive_reads_in_plain_tfds_as_tfds_defines_it(tmp_path):
   import tensorflow_datasets as tfds
   planes, _ = arrays(5, (3, 32, 32), 2)
   coarse, fine = np.array([19, 0, 3, 3, 8], np.uint8), np.array([99, 0, 42, 7, 7], np.uint8)
-  records = b''.join(bytes([c, f]) + p.tobytes() for c, f, p in zip(coarse, fine, planes, strict=True))
+  records = b''.join(
+      bytes([c, f]) + p.tobytes() for c, f, p in zip(coarse, fine, planes, strict=True))
   names = [f'kind_{i}' for i in range(100)]
   cifar_archive(tmp_path / 'c.tar.gz', 'cifar-100-binary', {
-      'train.bin': records, 'test.bin': records[:3074], 'fine_label_names.txt': '\n'.join(names).encode() + b'\n'})
-  done = main(['cifar100', '--source', str(tmp_path / 'c.tar.gz'), '--data_dir', str(tmp_path / 'd')])
-  assert done == 0
-  for source in (tfds.data_source('cifar100', split='train', data_dir=tmp_path / 'd', download=False),
-                 tfds.builder_from_directory(tmp_path / 'd/cifar100/3.0.2').as_data_source(split='train')):
+      'train.bin': records, 'test.bin': records[:3074],
+      'fine_label_names.txt': '\n'.join(names).encode() + b'\n'})
+  data_dir = tmp_path / 'd'
+  assert main(['cifar100', f'--source={tmp_path}/c.tar.gz', f'--data_dir={data_dir}']) == 0
+  builder = tfds.builder_from_directory(data_dir / 'cifar100/3.0.2')
+  for source in (tfds.data_source('cifar100', split='train', data_dir=data_dir, download=False),
+                 builder.as_data_source(split='train')):
     assert len(source) == 5
     assert [record['label'] for record in source] == fine.tolist()
     assert [record['coarse_label'] for record in source] == coarse.tolist()
@@ -132,7 +140,8 @@ def test_cifar10_archive(tmp_path):
   planes, labels = arrays(6, (3, 32, 32), 10)
   records = [bytes([label]) + plane.tobytes() for label, plane in zip(labels, planes, strict=True)]
   members = {f'data_batch_{i}.bin': records[i - 1] for i in (3, 1, 5, 2, 4)}
-  members |= {'test_batch.bin': records[5], 'batches.meta.txt': b'\n'.join(b'k%d' % i for i in range(10)) + b'\n\n'}
+  members |= {'test_batch.bin': records[5],
+              'batches.meta.txt': b'\n'.join(b'k%d' % i for i in range(10)) + b'\n\n'}
   cifar_archive(tmp_path / 'c.tar.gz', 'cifar-10-batches-bin', members)
   prepare.write('cifar10', *prepared(tmp_path / 'c.tar.gz', 'cifar10', tmp_path / 'd'))
   read = data.load('cifar10', 'train+test', tmp_path / 'd')
@@ -161,21 +170,23 @@ def test_idx_files_by_the_command_line(tmp_path):
 @pytest.mark.parametrize(('arrays_', 'message'), [
     ({'train_images': np.zeros((3, 4, 5, 3), np.uint8)}, "no 'train_labels'"),
     ({'train_images': np.zeros((3, 4, 5, 3)), 'train_labels': np.arange(3)}, 'must be uint8'),
-    ({'train_images': np.zeros((3, 4, 5, 3), np.uint8), 'train_labels': np.arange(2)}, 'must be 3 > 0 integers'),
+    ({'train_images': np.zeros((3, 4, 5, 3), np.uint8), 'train_labels': np.arange(2)},
+     'must be 3 > 0 integers'),
 ])
 def test_bad_input_exits_with_2_one_line_and_nothing_left(tmp_path, arrays_, message):
   np.savez(tmp_path / 'a.npz', **arrays_)
-  done = run('-m', 'dfkd_jax.prepare', 'mine', '--source', tmp_path / 'a.npz', '--data_dir', tmp_path / 'd',
-             '--splits', 'train')
+  done = run('-m', 'dfkd_jax.data.prepare', 'mine', '--source', tmp_path / 'a.npz',
+             '--data_dir', tmp_path / 'd', '--splits', 'train')
   assert done.returncode == 2
   assert re.fullmatch(rf'error: .*{message}.*\n', done.stderr)
   assert not (tmp_path / 'd').exists()
 
 
 def failing_sources(folder):
-  """(name, file, what the message must say)."""
+  """Returns (name, file, text that the message must have)."""
   (folder / 'cut.tar.gz').write_bytes(b'\x1f\x8b\x08 not a gzip file')
-  cifar_archive(folder / 'less.tar.gz', 'c', {'train.bin': bytes(3074), 'fine_label_names.txt': b'a'})
+  cifar_archive(
+      folder / 'less.tar.gz', 'c', {'train.bin': bytes(3074), 'fine_label_names.txt': b'a'})
   cifar_archive(folder / 'odd.tar.gz', 'c', {
       'train.bin': bytes(3074), 'test.bin': bytes(3000), 'fine_label_names.txt': b'a'})
   np.save(folder / 'one.npy', np.arange(3))
@@ -186,7 +197,7 @@ def failing_sources(folder):
   return [
       ('cifar10', 'absent.tar.gz', 'No such file'), ('cifar10', 'cut.tar.gz', 'cannot be read'),
       ('cifar100', 'less.tar.gz', "no 'test.bin'"), ('cifar100', 'odd.tar.gz', '3000 bytes'),
-      ('svhn', 'less.tar.gz', "not for 'svhn'"), ('mine', 'one.npz', 'not an .npz file'),
+      ('svhn', 'less.tar.gz', "not 'svhn'"), ('mine', 'one.npz', 'not a zip file'),
       ('mnist', 'short', 'not an IDX file'), ('mnist', 'empty', 'no train-images-idx3-ubyte.gz')]
 
 
@@ -203,16 +214,17 @@ def test_bad_sources_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(('name', 'shape', 'labels', 'names', 'message'), [
     ('Tiny', (3, 4, 1), (0, 1), None, "snake_case, got 'Tiny'"),
     ('tiny', (3, 4, 2), (0, 1), None, r'got uint8 \(2, 3, 4, 2\)'),
-    ('tiny', (3, 4, 1), (0, -1), None, 'got -1..0'),
-    ('tiny', (3, 4, 1), (0, 3), ('a', 'b'), 'must be in 0..1, got 0..3'),
+    ('tiny', (3, 4, 1), (0, -1), None, '-1..0, must be 0..'),
+    ('tiny', (3, 4, 1), (0, 3), ('a', 'b'), '0..3, must be 0..1'),
     ('tiny', (3, 4, 1), (.5, 1.), None, 'got float64'),
     ('cifar10', (28, 28, 1), (0, 1), None, r'must be \(32, 32, 3\) each'),
     ('cifar10', (32, 32, 3), (0, 1), ('a', 'b'), 'has 10 classes, got 2 class names'),
-    ('mnist', (28, 28, 1), (0, 10), None, 'must be in 0..9, got 0..10'),
+    ('mnist', (28, 28, 1), (0, 10), None, '0..10, must be 0..9'),
 ])
 def test_what_cannot_be_written_is_refused(tmp_path, name, shape, labels, names, message):
   with fails_in_one_line(message):
-    prepare.write(name, {'test': (np.zeros((2, *shape), np.uint8), labels)}, tmp_path / 'd', class_names=names)
+    split = np.zeros((2, *shape), np.uint8), labels
+    prepare.write(name, {'test': split}, tmp_path / 'd', class_names=names)
   assert not (tmp_path / 'd').exists()
 
 
@@ -226,7 +238,7 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
   def break_off(image):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(image_files, 'png', break_off)
+  monkeypatch.setattr(records, 'encode_png', break_off)
   with pytest.raises(KeyboardInterrupt):
     prepare.write('other', {'test': first}, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['tiny']
@@ -242,7 +254,7 @@ def test_errors_say_where_was_looked_and_what_to_do(tmp_path, monkeypatch):
     data.load('flowers', 'train[:5]', tmp_path)
   with fails_in_one_line('cannot be read'):
     data.load('flowers', 'test[:', tmp_path)
-  with fails_in_one_line(r'\(4, 5, 3\), but uint8 \(5, 5, 3\) is asked for'):
+  with fails_in_one_line(r'image \(4, 5, 3\), must be \(5, 5, 3\), image_shape'):
     data.load('flowers', 'test', tmp_path, image_shape=(5, 5, 3))
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'nowhere'))
   with fails_in_one_line(f'not prepared in .*assets.* or {tmp_path}/nowhere'):
@@ -280,7 +292,7 @@ def test_records_of_tensorflow_are_read_by_it(tmp_path, monkeypatch):
   def as_dataset(builder, *, split, shuffle_files, read_config, decoders):
     assert (split, shuffle_files, read_config.interleave_cycle_length) == ('test[1:]', False, 1)
     assert isinstance(decoders['image'], tfds.decode.SkipDecoding)
-    return [{'image': image_files.png(images[i]), 'label': labels[i]} for i in range(1, 6)]
+    return [{'image': image_files.encode_png(images[i]), 'label': labels[i]} for i in range(1, 6)]
 
   monkeypatch.setattr(data_tfds, '_has_tensorflow', lambda: True)
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_dataset', as_dataset)
@@ -318,7 +330,8 @@ def test_embedded_fashion_mnist_is_the_published_test_set():
 
 def test_plain_tfds_reads_the_embedded_set():
   import tensorflow_datasets as tfds
-  source = tfds.data_source('fashion_mnist', split='test[9990:]', data_dir=data.EMBEDDED, download=False)
+  source = tfds.data_source(
+      'fashion_mnist', split='test[9990:]', data_dir=data.EMBEDDED, download=False)
   read = data.load('fashion_mnist', 'test[9990:]')
   assert [record['label'] for record in source] == read.labels.tolist()
   np.testing.assert_array_equal([record['image'] for record in source], read.images)

@@ -31,34 +31,37 @@ def samples_of(name, batch):
   """Values per channel before each batch norm of a WRN-16 on 32x32 pixels."""
   if name.startswith('block1') or name.startswith('block2.layer.0.bn1'):
     return batch * 32 * 32
-  return batch * (16 * 16 if name.startswith('block2') or name.startswith('block3.layer.0.bn1') else 8 * 8)
+  return batch * (
+      16 * 16 if name.startswith('block2') or name.startswith('block3.layer.0.bn1') else 8 * 8)
 
 
 def test_two_steps_of_sgd_as_published(x64):
-  """PyTorch's running variance takes the unbiased one of a batch, n / (n - 1) of Flax's; that alone is set right."""
+  """Corrects running variances: PyTorch uses a batch's unbiased one, n / (n - 1) times Flax's."""
   archive = golden('kd_step')
   if 'x' not in archive:
     pytest.skip('The reference steps are not at hand, only the learning rates.')
-  teacher, student = toys.float64(wide_resnet('teacher_wrn16_1')), toys.float64(wide_resnet('student_wrn16_1'))
+  teacher, student = (
+      toys.float64(wide_resnet(name)) for name in ('teacher_wrn16_1', 'student_wrn16_1'))
   tx = distill.coupled_sgd(0.2, momentum=0.9, weight_decay=1e-4)
 
   @jax.jit
   def step(student, images):
-    wanted = teacher(images).logits
-    loss_fn = lambda outputs: (divergence.kl(outputs.logits, wanted, 20.0).mean(), outputs.logits)
-    return (wanted, *distill.train_step(student, images, loss_fn, tx))
+    targets = teacher(images).logits
+    loss_fn = lambda outputs: (divergence.kl(outputs.logits, targets, 20.0).mean(), outputs.logits)
+    return (targets, *distill.train_step(student, images, loss_fn, tx))
 
   state = distill.init(student, tx)
   expected = torch_layout(student)
   for index in (1, 2):
     before = torch_layout(state.network)
-    images = jnp.asarray(archive['x'][index - 1].transpose(0, 2, 3, 1), jnp.float64)  # Normalised already.
-    wanted, state, loss, logits = step(state, images)
+    # Normalised already.
+    images = jnp.asarray(archive['x'][index - 1].transpose(0, 2, 3, 1), jnp.float64)
+    targets, state, loss, logits = step(state, images)
     np.testing.assert_allclose(loss, archive[f'step{index}/loss_f64'], rtol=1e-9)
-    np.testing.assert_allclose(wanted, archive[f'step{index}/t_out_f64'], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(targets, archive[f'step{index}/t_out_f64'], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(logits, archive[f'step{index}/s_out_f64'], rtol=1e-9, atol=1e-9)
-    found = torch_layout(state.network)
-    for name, value in found.items():
+    arrays = torch_layout(state.network)
+    for name, value in arrays.items():
       if name.endswith('num_batches_tracked'):
         continue
       if name.endswith('running_var'):
@@ -66,12 +69,13 @@ def test_two_steps_of_sgd_as_published(x64):
         expected[name] = 0.9 * expected[name] + n / (n - 1) * (value - 0.9 * before[name])
         value = expected[name]
       np.testing.assert_allclose(
-          value, archive[f'step{index}/after_f64/{name}'], rtol=1e-6, atol=1e-7, err_msg=f'{name} after {index}')
+          value, archive[f'step{index}/after_f64/{name}'], rtol=1e-6, atol=1e-7,
+          err_msg=f'{name} after {index}')
   assert step._cache_size() == 1
 
 
 def test_learning_rates_as_published():
-  """20 epochs before the student learns, then a cosine over 200 to 2e-4, constant within an epoch of 400 steps."""
+  """20 epochs without the student, then a cosine over 200 to 2e-4, constant within 400 steps."""
   rates = golden('kd_step')['lr_per_epoch_lr0.2_warmup20_epochs220'][20:]
   schedule = distill.cosine_by_round(0.2, rounds=200, steps_per_round=400, end_value=2e-4)
   steps = 400 * jnp.arange(200)
@@ -81,7 +85,8 @@ def test_learning_rates_as_published():
 
 def test_learning_rate_by_hand():
   schedule = distill.cosine_by_round(1.0, rounds=4, steps_per_round=3)
-  by_hand = np.repeat((1 + np.cos(np.pi * np.array([0, 1, 2, 3, 4, 4]) / 4)) / 2, 3)  # It stays at the end.
+  # It stays at the end.
+  by_hand = np.repeat((1 + np.cos(np.pi * np.array([0, 1, 2, 3, 4, 4]) / 4)) / 2, 3)
   np.testing.assert_allclose([schedule(step) for step in range(18)], by_hand, atol=1e-6)
 
 
@@ -106,7 +111,7 @@ IMAGES = np.random.default_rng(0).uniform(size=(20, *toys.IMAGE)).astype(np.floa
 
 
 def fixed(weights):
-  """A method with twenty images; `weigh` counts its calls, and `weights` gives [6] ones from losses."""
+  """A method with twenty images: `weigh` counts its calls, `weights` maps losses to [6]."""
   def sample(state, key):
     slots = jax.random.randint(key, (6,), 0, 20)
     return Batch(jnp.asarray(IMAGES)[slots], slots, slots)
@@ -134,24 +139,25 @@ def run(synthesizer, tx, seed=0, rounds=1, **changes):
 def test_a_round_equals_a_plain_loop():
   tx = optax.sgd(1e-3)  # At larger rates rounding grows from step to step.
   synthesizer = fixed(lambda losses: jnp.arange(1.0, 7.0))
-  found, state, metrics = run(synthesizer, tx, augment=augment.flip)
+  trained, state, metrics = run(synthesizer, tx, augment=augment.flip)
 
   @toys.jit
   def step(params, batch_stats, images):
-    wanted = toys.teacher()(images).logits
+    targets = toys.teacher()(images).logits
 
     def loss_fn(params):
       network = toys.student().replace(params=params, batch_stats=batch_stats)
       outputs, new = network.forward(images, train=True)
-      p, log_q = jax.nn.softmax(wanted / 4), jax.nn.log_softmax(outputs.logits / 4)
+      p, log_q = jax.nn.softmax(targets / 4), jax.nn.log_softmax(outputs.logits / 4)
       per_sample = 16 * (p * (jnp.log(p) - log_q)).sum(1)
-      same = (outputs.logits.argmax(1) == wanted.argmax(1)).mean()
+      same = (outputs.logits.argmax(1) == targets.argmax(1)).mean()
       return (jnp.arange(1.0, 7.0) * per_sample).sum() / 6, (new, same)
 
     (loss, (new, same)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads), new, loss, same
 
-  params, batch_stats, losses, agreements = toys.student().params, toys.student().batch_stats, [], []
+  params, batch_stats = toys.student().params, toys.student().batch_stats
+  losses, agreements = [], []
   for step_key in jax.random.split(jax.random.key(0), 3):
     key_sample, key_augment = jax.random.split(step_key)
     images = synthesizer.sample(state, key_sample).images
@@ -159,29 +165,31 @@ def test_a_round_equals_a_plain_loop():
     params, batch_stats, loss, same = step(params, batch_stats, images)
     losses.append(loss)
     agreements.append(same)
-  assert_close(found.network.params, params, rtol=1e-4, atol=1e-5)
-  assert_close(found.network.batch_stats, batch_stats, rtol=1e-4, atol=1e-5)
+  assert_close(trained.network.params, params, rtol=1e-4, atol=1e-5)
+  assert_close(trained.network.batch_stats, batch_stats, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(metrics['loss'], np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics['agreement'], np.mean(agreements), rtol=1e-6)
   np.testing.assert_allclose(metrics['weight'], 3.5, rtol=1e-6)
   np.testing.assert_allclose(metrics['weighed_loss'], np.mean(losses) / 3.5, rtol=1e-5)
-  assert (int(found.step), int(state.calls)) == (3, 3)
+  assert (int(trained.step), int(state.calls)) == (3, 3)
 
 
 def test_samples_of_weight_zero_teach_nothing():
-  found, _, metrics = run(fixed(jnp.zeros_like), optax.sgd(0.1))
-  assert_close(found.network.params, toys.student().params, rtol=0)
+  trained, _, metrics = run(fixed(jnp.zeros_like), optax.sgd(0.1))
+  assert_close(trained.network.params, toys.student().params, rtol=0)
   assert [float(metrics[name]) for name in ('loss', 'weight', 'weighed_loss')] == [0, 0, 0]
   # The batch norms still see the images.
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found.network.batch_stats, toys.student().batch_stats)
+  moved = jax.tree.map(
+      lambda a, b: np.abs(a - b).max(), trained.network.batch_stats, toys.student().batch_stats)
   assert min(jax.tree.leaves(moved)) > 1e-4
 
 
 def test_no_gradient_flows_through_the_weights():
   """Weights of 1 / loss would make the product constant, and the student learn nothing."""
-  found, _, metrics = run(fixed(lambda losses: 1 / losses), optax.sgd(0.1), num_steps=1)
+  trained, _, metrics = run(fixed(lambda losses: 1 / losses), optax.sgd(0.1), num_steps=1)
   np.testing.assert_allclose(metrics['loss'], 1, rtol=1e-5)
-  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found.network.params, toys.student().params)
+  moved = jax.tree.map(
+      lambda a, b: np.abs(a - b).max(), trained.network.params, toys.student().params)
   assert max(jax.tree.leaves(moved)) > 1e-4
 
 
@@ -196,7 +204,8 @@ def test_state_and_student_may_be_donated():
   student = jax.tree.map(jnp.copy, distill.init(toys.student(), tx))
   state = synthesizer.init(jax.random.key(0), toys.teacher())
   program = toys.jit(lambda *inputs: distill.distill(
-      *inputs, synthesizer=synthesizer, tx=tx, num_steps=2, augment=augment.identity), donate_argnums=(0, 1))
+      *inputs, synthesizer=synthesizer, tx=tx, num_steps=2, augment=augment.identity),
+      donate_argnums=(0, 1))
   after, _, _ = program(student, state, jax.random.key(1), toys.teacher())
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(student.network.params))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, toys.teacher())))
@@ -208,7 +217,8 @@ def test_state_and_student_may_be_donated():
     ('l2', lambda s, t: ((s - t) ** 2).mean(-1)),
     ('kl', lambda s, t: np.asarray(divergence.kl(s, t, 3.0)))])
 def test_divergence_is_one_number_a_sample(kind, expected):
-  s, t = (np.random.default_rng(seed).normal(size=(4, 3, 2, 5)).astype(np.float32) for seed in (0, 1))
+  s, t = (
+      np.random.default_rng(seed).normal(size=(4, 3, 2, 5)).astype(np.float32) for seed in (0, 1))
   dense = distill.divergence(kind, jnp.asarray(s), jnp.asarray(t), 3.0)
   np.testing.assert_allclose(dense, expected(s, t).reshape(4, -1).mean(1), rtol=1e-5)
   plain = distill.divergence(kind, jnp.asarray(s[:, 0, 0]), jnp.asarray(t[:, 0, 0]), 3.0)
@@ -223,7 +233,7 @@ def test_an_unknown_divergence_is_named():
 def test_all_parameters_take_part_in_a_step():
   """Batch norms' scales and biases decay too, as published."""
   tx = distill.coupled_sgd(0.1, momentum=0.0, weight_decay=0.5)
-  found, _, _ = run(fixed(jnp.zeros_like), tx, num_steps=1)
-  for path, leaf in traverse_util.flatten_dict(found.network.params).items():
+  trained, _, _ = run(fixed(jnp.zeros_like), tx, num_steps=1)
+  for path, leaf in traverse_util.flatten_dict(trained.network.params).items():
     before = traverse_util.flatten_dict(toys.student().params)[path]
     np.testing.assert_allclose(leaf, 0.95 * before, rtol=1e-5, err_msg='/'.join(path))

@@ -51,23 +51,24 @@ def negative_log_likelihood(logits, labels):
   return -np.take_along_axis(log_probs, labels[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize(('num_classes', 'size', 'batch_size'), [(11, 23, 8), (3, 16, 16), (6, 5, 64), (2, 9, 1)])
+@pytest.mark.parametrize(
+    ('num_classes', 'size', 'batch_size'), [(11, 23, 8), (3, 16, 16), (6, 5, 64), (2, 9, 1)])
 def test_classification_equals_numpy(num_classes, size, batch_size):
   student, teacher = tiny(num_classes), tiny(num_classes, seed=1)
   images, labels = real(size, num_classes)
   scores = evaluate.evaluate(
-      student, (images, labels, 'names'), task=tasks.classification(num_classes), batch_size=batch_size,
-      teacher=teacher)
+      student, (images, labels, 'names'), task=tasks.classification(num_classes),
+      batch_size=batch_size, teacher=teacher)
   logits = by_hand(student, images)
   order = np.argsort(-logits, axis=-1)
-  wanted = {
+  expected = {
       'top1': np.mean(order[:, 0] == labels),
       'top5': np.mean((order[:, :5] == labels[:, None]).any(-1)),
       'cross_entropy': negative_log_likelihood(logits, labels).mean(),
       'agreement': np.mean(order[:, 0] == by_hand(teacher, images).argmax(-1)),
       'count': size}
-  assert scores.keys() == wanted.keys()
-  for name, value in wanted.items():
+  assert scores.keys() == expected.keys()
+  for name, value in expected.items():
     assert isinstance(scores[name], float)
     assert scores[name] == pytest.approx(value, rel=2e-5), name
   assert num_classes > 5 or scores['top5'] == 1.0
@@ -77,9 +78,9 @@ def test_segmentation_equals_numpy_and_passes_over_void():
   student, teacher = tiny(4, dense=True), tiny(4, seed=1, dense=True)
   images, labels = real(7, 4, per_pixel=True)
   labels[:, 0] = 255
-  given = evaluate.predict(teacher, images, batch_size=3)
-  scores = evaluate.evaluate(
-      student, (images, labels), task=tasks.segmentation(4), batch_size=4, teacher_predictions=given)
+  predictions = evaluate.predict(teacher, images, batch_size=3)
+  scores = evaluate.evaluate(student, (images, labels), task=tasks.segmentation(4), batch_size=4,
+                             teacher_predictions=predictions)
   logits, known = by_hand(student, images), labels != 255
   answers = logits.argmax(-1)
   unions = [((answers == k) | (labels == k))[known].sum() for k in range(4)]
@@ -88,7 +89,8 @@ def test_segmentation_equals_numpy_and_passes_over_void():
   assert scores['pixel_accuracy'] == pytest.approx((answers == labels)[known].mean())
   nll = negative_log_likelihood(logits[known], labels[known])
   assert scores['cross_entropy'] == pytest.approx(nll.mean(), rel=1e-5)
-  assert scores['agreement'] == pytest.approx((answers == by_hand(teacher, images).argmax(-1)).mean())
+  agreement = (answers == by_hand(teacher, images).argmax(-1)).mean()
+  assert scores['agreement'] == pytest.approx(agreement)
   assert scores['count'] == 7
 
 
@@ -103,7 +105,8 @@ def test_predictions():
 def test_bytes_and_floats_are_the_same_images():
   images, labels = real(9, 6)
   score = functools.partial(evaluate.evaluate, task=tasks.classification(6), batch_size=4)
-  scores = [score(tiny(6), (each, labels)) for each in (images, images.astype(np.float32) / 255)]
+  floats = images.astype(np.float32) / 255
+  scores = [score(tiny(6), (pixels, labels)) for pixels in (images, floats)]
   assert scores[0] == pytest.approx(scores[1], rel=1e-6)
   assert 'agreement' not in scores[0]
 
@@ -121,7 +124,8 @@ def test_one_compilation_for_a_run():
   images, labels = real(11, 6)
   traces.clear()
   first = score(students[0], (images, labels))
-  second = score(students[1], (images[:6], labels[:6].astype(np.uint8)), teacher_predictions=labels[:6])
+  second = score(students[1], (images[:6], labels[:6].astype(np.uint8)),
+                 teacher_predictions=labels[:6])
   assert traces == [(4, *SHAPE)]
   assert first['cross_entropy'] != second['cross_entropy']
   assert second['agreement'] == second['top1']
@@ -129,9 +133,11 @@ def test_one_compilation_for_a_run():
 
 def test_metrics_do_not_see_the_padding_whatever_they_are():
   def metrics(logits, labels):
-    return {'rows': (labels == labels).sum(), 'broken': 1 / labels.sum()}  # At a label of 0: infinite.
+    # A label of 0, as in the padding, makes 'broken' infinite.
+    return {'rows': (labels == labels).sum(), 'broken': 1 / labels.sum()}
 
-  task = tasks.classification(6)._replace(metrics=metrics, summarize=lambda sums: jax.tree.map(float, sums))
+  task = tasks.classification(6)._replace(
+      metrics=metrics, summarize=lambda sums: jax.tree.map(float, sums))
   images, _ = real(5, 6)
   scores = evaluate.evaluate(tiny(6), (images, np.full(5, 4)), task=task, batch_size=3)
   assert scores == {'rows': 5.0, 'broken': 1.25, 'count': 5.0}
@@ -143,7 +149,8 @@ def test_metrics_do_not_see_the_padding_whatever_they_are():
     (np.zeros((3, *SHAPE), np.int32), np.zeros(3, int), {}, 'got int32'),
     (np.zeros((3, *SHAPE), np.uint8), np.full(3, 6), {}, 'below 6, got 6'),
     (np.zeros((3, *SHAPE), np.uint8), np.zeros(3, int), {'batch_size': 0}, 'at least 1, got 0'),
-    (np.zeros((3, *SHAPE), np.uint8), np.zeros(3, int), {'teacher_predictions': np.zeros(4)}, r'must be \(3,\)'),
+    (np.zeros((3, *SHAPE), np.uint8), np.zeros(3, int), {'teacher_predictions': np.zeros(4)},
+     r'must be \(3,\)'),
 ])
 def test_arrays_that_do_not_fit_are_refused(images, labels, options, message):
   with pytest.raises(ValueError, match=rf'\A(?!.*\n).*{message}'):
@@ -151,5 +158,5 @@ def test_arrays_that_do_not_fit_are_refused(images, labels, options, message):
 
 
 def test_a_network_of_another_number_of_classes_is_refused():
-  with pytest.raises(ValueError, match='The network has 6 classes, but the task 7'):
+  with pytest.raises(ValueError, match='has 6 classes, the task 7'):
     evaluate.evaluate(tiny(6), real(3, 6), task=tasks.classification(7))

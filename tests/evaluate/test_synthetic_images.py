@@ -103,11 +103,11 @@ def test_a_student_carries_its_probe_and_its_preprocessing(tmp_path):
   config = toy_runs.config()
   module = build.module(config, 'student')
   variables = weights.load(path, module, toy_runs.IMAGE)
-  probe = weights.stored_probe(path)
+  probe = weights.read_probe(path)
   right = models.bind(module, variables, mean=(0.4,), std=(0.3,))
-  assert weights.check(right, toy_runs.IMAGE, probe)['probe_difference'] < 1e-5
+  assert weights.check_network(right, toy_runs.IMAGE, probe)['probe_difference'] < 1e-5
   with pytest.raises(ValueError, match='off by'):
-    weights.check(right.replace(std=(0.05,)), toy_runs.IMAGE, probe)
+    weights.check_network(right.replace(std=(0.05,)), toy_runs.IMAGE, probe)
 
 
 @pytest.mark.parametrize(('name', 'dtype', 'remat'), [('resnet18_imagenet', 'bfloat16', True), ('wrn10_1', None, True)])

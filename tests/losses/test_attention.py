@@ -15,8 +15,10 @@ def maps(seed, *shape):
 
 
 def test_attention_by_hand():
-  found = attention.attention_map(jnp.array([[[[1.0, 1.0], [0.0, 2.0]], [[2.0, 2.0], [0.0, 0.0]]]]))
-  np.testing.assert_allclose(found, [np.array([1, 2, 4, 0]) / np.sqrt(21)], rtol=1e-6)  # Means of squares 1, 2, 4, 0.
+  pixels = [[[1.0, 1.0], [0.0, 2.0]], [[2.0, 2.0], [0.0, 0.0]]]
+  attended = attention.attention_map(jnp.array([pixels]))
+  # Means of squares 1, 2, 4, 0.
+  np.testing.assert_allclose(attended, [np.array([1, 2, 4, 0]) / np.sqrt(21)], rtol=1e-6)
 
 
 def test_transfer_is_a_loop_over_images_and_stages():
@@ -41,18 +43,19 @@ def test_scale_does_not_count_and_equal_maps_cost_nothing():
 
 @pytest.mark.parametrize('student', [(jnp.zeros((2, 3, 4, 5)),), (maps(0, 2, 3, 4, 5),)])
 def test_gradient_is_finite_at_dead_and_at_equal_maps(student):
-  grads = jax.grad(lambda of: attention.attention_transfer(of, (maps(0, 2, 3, 4, 5),)).sum())(student)
+  grads = jax.grad(lambda of: attention.attention_transfer(of, (maps(0, 2, 3, 4, 5),)).sum())(
+      student)
   assert np.isfinite(grads[0]).all()
 
 
 @pytest.mark.parametrize('teacher', [(), (jnp.ones((2, 3, 5, 1)),), (jnp.ones((2, 3, 4, 1)),) * 2])
 def test_other_stages_are_refused(teacher):
-  with pytest.raises(ValueError, match=r'Stages of the student have \(\(3, 4\),\) pixels'):
+  with pytest.raises(ValueError, match=r'Stages of the student have \[\(3, 4\)\] pixels'):
     attention.attention_transfer((jnp.ones((2, 3, 4, 6)),), teacher)
 
 
 def test_the_students_loss_has_it_with_its_factor():
-  """Both networks on the same samples: the losses of one step differ by the factor times the transfer."""
+  """On the same samples, the losses of one step differ by the factor times the transfer."""
   method, tx = toys.fast_dfkd(num_steps=1), distill.coupled_sgd(0.1, 0.9, 0.0)
   teacher = toys.teacher()
   wider = jax.tree.map(lambda leaf: 1.3 * leaf, toys.student().params)
@@ -63,7 +66,8 @@ def test_the_students_loss_has_it_with_its_factor():
   def loss(factor):
     return toys.jit(lambda student, state, key: distill.distill(
         student, state, key, teacher, synthesizer=method, tx=tx, num_steps=1, temperature=4.0,
-        augment=augment.identity, attention_factor=factor)[2]['loss'])(student, state, jax.random.key(2))
+        augment=augment.identity, attention_factor=factor)[2]['loss'])(
+            student, state, jax.random.key(2))
 
   batch = method.sample(state, jax.random.split(jax.random.split(jax.random.key(2), 1)[0])[0])
   of_student = student.network.forward(batch.images, train=True)[0]

@@ -1,4 +1,4 @@
-"""Self-paced weights and the loss that they amount to: tables, brute force, and the bound that makes them work."""
+"""Self-paced weights and their loss: tables, brute force, and the bound that both rest on."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -60,9 +60,9 @@ def test_weights_are_minimisers(kind, threshold, x64):
   for loss in (0.0, 0.1, 0.29, 1.0, 1.99, 2.5, 4.9, 7.0):
     objective = lambda v, loss=loss: v * loss + REGULARISERS[kind](v, threshold)
     best = grid[np.argmin(objective(grid))]
-    found = weights(jnp.asarray(loss, float), threshold, kind)
-    np.testing.assert_allclose(found, best, atol=1e-4, err_msg=f'at {loss}')
-    assert objective(found) <= objective(best) + 1e-12
+    weight = weights(jnp.asarray(loss, float), threshold, kind)
+    np.testing.assert_allclose(weight, best, atol=1e-4, err_msg=f'at {loss}')
+    assert objective(weight) <= objective(best) + 1e-12
 
 
 @CHECK
@@ -83,9 +83,9 @@ def test_the_robust_loss_has_the_weight_as_its_slope(loss, threshold, kind):
 def test_a_tangent_lies_above_the_robust_loss(loss, other, threshold, kind):
   """Concave, so that a step on the weighted loss is a step down on the robust one."""
   with jax.enable_x64(True):
-    at, there = jnp.asarray(loss, float), jnp.asarray(other, float)
+    at, other_loss = jnp.asarray(loss, float), jnp.asarray(other, float)
     tangent = robust(at, threshold, kind) + weights(at, threshold, kind) * (other - loss)
-    assert robust(there, threshold, kind) <= tangent + 1e-9
+    assert robust(other_loss, threshold, kind) <= tangent + 1e-9
 
 
 @CHECK
@@ -102,7 +102,7 @@ def test_weights_fall_with_the_loss_and_grow_with_the_threshold(loss, other, thr
 
 @pytest.mark.parametrize('kind', curriculum.KINDS)
 def test_alternation_never_raises_the_robust_loss(kind, x64):
-  """Weights in closed form, then the exact minimum of the weighted losses: here squares, so a weighted mean."""
+  """Weights in closed form, then the exact minimum of weighted squares, a weighted mean."""
   points, place = np.array([0.0, 0.1, -0.2, 0.3, 6.0, -7.0, 9.0]), 1.2
   losses = lambda x: jnp.asarray((x - points) ** 2 / 2)
   values = [robust(losses(place), 2.0, kind).sum()]
@@ -121,9 +121,11 @@ def student_gradient(threshold, kind):
 
   def loss_fn(logits):
     losses = divergence.kl(logits, teacher, 4.0)
-    return (jax.lax.stop_gradient(curriculum.self_paced_weights(losses, threshold, kind)) * losses).mean()
+    weights = curriculum.self_paced_weights(losses, threshold, kind)
+    return (jax.lax.stop_gradient(weights) * losses).mean()
 
-  return jax.grad(loss_fn)(student), jax.grad(lambda logits: divergence.kl(logits, teacher, 4.0).mean())(student)
+  plain = lambda logits: divergence.kl(logits, teacher, 4.0).mean()
+  return jax.grad(loss_fn)(student), jax.grad(plain)(student)
 
 
 @pytest.mark.parametrize('kind', curriculum.KINDS)
@@ -145,9 +147,9 @@ def test_hard_at_nothing_learns_nothing():
 def test_shapes_and_extremes(kind):
   losses = jnp.array([[0.0, 1e-8, 1.0], [50.0, 1e4, 3e38]])
   for function in (curriculum.self_paced_weights, curriculum.robust_loss):
-    found = function(losses, 3.0, kind)
-    assert (found.shape, found.dtype) == (losses.shape, losses.dtype)
-    assert np.isfinite(found).all()
+    values = function(losses, 3.0, kind)
+    assert (values.shape, values.dtype) == (losses.shape, losses.dtype)
+    assert np.isfinite(values).all()
   np.testing.assert_allclose(weights(losses, 3.0, kind)[1], [0, 0, 0], atol=1e-12)
   bound = {'hard': 3.0, 'soft': 1.5, 'log': (1 + np.exp(-3)) * np.log1p(np.exp(3))}[kind]
   np.testing.assert_allclose(robust(losses, 3.0, kind)[1], [bound] * 3, rtol=1e-3)
@@ -155,5 +157,6 @@ def test_shapes_and_extremes(kind):
 
 @pytest.mark.parametrize('function', [curriculum.self_paced_weights, curriculum.robust_loss])
 def test_an_unknown_kind_is_named(function):
-  with pytest.raises(ValueError, match=r"kind is 'linear', must be one of \('log', 'soft', 'hard'\)"):
+  with pytest.raises(
+      ValueError, match=r"kind is 'linear', must be one of \('log', 'soft', 'hard'\)"):
     function(jnp.ones(3), 1.0, 'linear')

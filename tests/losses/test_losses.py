@@ -40,7 +40,8 @@ def images(*args):
 
 def assert_close(actual, expected, tolerance):
   """Relative to the largest entry, since gradients hold cancellations."""
-  np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+  np.testing.assert_allclose(
+      actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(('suffix', 'tolerance'), PRECISIONS)
@@ -113,16 +114,19 @@ def test_batch_norm_with_history_matches_reference(x64):
       for name, m, v in zip(g['bn_names'], np.split(mean, cuts), np.split(var, cuts), strict=True)}
   by_layer, mix = jax.jit(inversion.batch_norm_by_layer), jax.jit(inversion.mix)
   running = {
-      str(name): Moments(*(jnp.asarray(teacher[f'{name}.running_{part}'], float) for part in ('mean', 'var')))
+      str(name): Moments(
+          *(jnp.asarray(teacher[f'{name}.running_{part}'], float) for part in ('mean', 'var')))
       for name in g['bn_names']}
   past, past_flat = None, None
   for i in range(3):
     flat = np.stack([g[f'mmt0.9/state_{part}_f64'][i] for part in ('mean', 'var')])
     batch = split(*(flat if i == 0 else (flat - 0.9 * past_flat) / (1 - 0.9)))
     plain = by_layer(batch, running)
-    np.testing.assert_allclose([plain[str(n)] for n in g['bn_names']], g['mmt0/r_feature_f64'][i], rtol=1e-9)
+    np.testing.assert_allclose(
+        [plain[str(n)] for n in g['bn_names']], g['mmt0/r_feature_f64'][i], rtol=1e-9)
     mixed = batch if past is None else mix(batch, past, 0.9)
-    np.testing.assert_allclose(sum(by_layer(mixed, running).values()), g['mmt0.9/loss_bn_f64'][i], rtol=1e-9)
+    np.testing.assert_allclose(
+        sum(by_layer(mixed, running).values()), g['mmt0.9/loss_bn_f64'][i], rtol=1e-9)
     past, past_flat = mixed, flat
 
 
@@ -161,7 +165,8 @@ def test_divergences_equal_brute_force_on_any_leading_axes(shape, seed, temperat
       'js': 0.5 * special.rel_entr(m, cp).sum(-1) + 0.5 * special.rel_entr(m, cq).sum(-1),
       'l1': np.abs(s - t).mean(-1),
       'l2': ((s - t) ** 2).mean(-1),
-      'cross_entropy': -np.take_along_axis(special.log_softmax(s, -1), labels[..., None], -1)[..., 0],
+      'cross_entropy': -np.take_along_axis(
+          special.log_softmax(s, -1), labels[..., None], -1)[..., 0],
       'adversarial': np.where(s.argmax(-1) == t.argmax(-1), -kl, 0),
   }
   assert ours.keys() == expected.keys()
@@ -192,15 +197,19 @@ def test_cross_entropy_ignores_only_what_it_is_told_to():
 
 @pytest.mark.parametrize('ignore', [None, 255])
 def test_cross_entropy_of_a_label_out_of_range_is_nan(ignore):
-  losses = jax.jit(divergence.cross_entropy, static_argnums=2)(jnp.zeros((4, 5)), jnp.array([-1, 5, 254, 4]), ignore)
+  losses = jax.jit(divergence.cross_entropy, static_argnums=2)(
+      jnp.zeros((4, 5)), jnp.array([-1, 5, 254, 4]), ignore)
   np.testing.assert_array_equal(np.isnan(losses), [True, True, True, False])
 
 
 def test_adversarial_by_hand_for_each_divergence():
-  s, t = jnp.array([[2.0, 0, 1], [0, 3, 1]]), jnp.array([[4.0, 1, 1], [5, 0, 0]])  # The first row agrees.
-  for name, measure in {'kl': divergence.kl, 'js': divergence.js, 'l1': lambda a, b, _: divergence.l1(a, b)}.items():
+  # The first row agrees.
+  s, t = jnp.array([[2.0, 0, 1], [0, 3, 1]]), jnp.array([[4.0, 1, 1], [5, 0, 0]])
+  for name, measure in {
+      'kl': divergence.kl, 'js': divergence.js, 'l1': lambda a, b, _: divergence.l1(a, b)}.items():
     full = measure(s, t, 3.0)
-    call = lambda masked, n=name: inversion.adversarial(s, t, masked=masked, divergence=n, temperature=3.0)
+    call = lambda masked, n=name: inversion.adversarial(
+        s, t, masked=masked, divergence=n, temperature=3.0)
     np.testing.assert_allclose(call(False), -full, rtol=1e-6)
     np.testing.assert_allclose(call(True), [-full[0], 0], rtol=1e-6)
   with pytest.raises(ValueError, match="divergence is 'wasserstein'; allowed are 'kl'"):
@@ -223,21 +232,25 @@ def test_balance_is_lowest_for_an_even_batch():
   np.testing.assert_allclose(balance(sure[:2].reshape(1, 2, 1, 5)), -np.log(2), rtol=1e-6)
   s = seq((3, 4, 5), 1, 2)
   p = special.softmax(s / 3, -1).reshape(-1, 5).mean(0)
-  np.testing.assert_allclose(balance(jnp.asarray(s, jnp.float32), 3.0), (p * np.log(p)).sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+      balance(jnp.asarray(s, jnp.float32), 3.0), (p * np.log(p)).sum(), rtol=1e-5)
 
 
 def test_total_variation_by_hand():
-  ramp = np.broadcast_to(np.arange(5.0)[:, None, None], (5, 4, 3))  # Right 0; below and diagonals 1 each.
+  # Right 0; below and diagonals 1 each.
+  ramp = np.broadcast_to(np.arange(5.0)[:, None, None], (5, 4, 3))
   np.testing.assert_allclose(jax.jit(inversion.total_variation)(np.stack([ramp, 2 * ramp])), [3, 6])
 
 
 def test_activation_is_minus_the_mean_size_of_each_example():
-  np.testing.assert_allclose(inversion.activation(jnp.array([[1.0, -3], [0, 5], [0, 0]])), [-2, -2.5, 0])
+  np.testing.assert_allclose(
+      inversion.activation(jnp.array([[1.0, -3], [0, 5], [0, 0]])), [-2, -2.5, 0])
 
 
 def layers(seed):
   rng = np.random.default_rng(seed)
-  draw = lambda size: Moments(*(jnp.asarray(rng.standard_normal(size), jnp.float32) for _ in range(2)))
+  draw = lambda size: Moments(
+      *(jnp.asarray(rng.standard_normal(size), jnp.float32) for _ in range(2)))
   return {'stem/bn': draw(3), 'block/bn': draw(7)}
 
 
@@ -260,8 +273,10 @@ def test_batch_norm_doubles_with_the_deviation_and_has_unit_gradients():
 def test_relative_batch_norm_by_hand():
   running = {'bn': Moments(jnp.array([1.0, -2.0, 0.5]), jnp.array([4.0, 9.0, 12.0]))}
   moments = {'bn': Moments(jnp.array([1.0, 1.0, 4.5]), jnp.array([4.0, 12.0, 8.0]))}
-  # Means are off by (0, 3, 4) in units of sqrt(4 + 9 + 12), variances by (0, 3, -4) in units of |(4, 9, 12)|.
-  np.testing.assert_allclose(inversion.relative_batch_norm(moments, running), 5 / 5 + 5 / np.sqrt(241), rtol=1e-6)
+  # Means are off by (0, 3, 4) in units of sqrt(4 + 9 + 12), variances by (0, 3, -4) in units of
+  # |(4, 9, 12)|.
+  np.testing.assert_allclose(
+      inversion.relative_batch_norm(moments, running), 5 / 5 + 5 / np.sqrt(241), rtol=1e-6)
 
 
 @given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=2), st.integers(0, 100))
@@ -271,10 +286,11 @@ def test_relative_batch_norm_does_not_depend_on_the_scale_of_a_layer(scales, see
   make = lambda: {name: Moments(draw.normal(size=size), draw.uniform(0.1, 2, size))
                   for name, size in (('stem', 3), ('block/bn', 5))}
   moments, running = make(), make()
-  scaled = lambda found: {name: Moments(s * found[name].mean, s * s * found[name].var)
-                          for name, s in zip(found, scales, strict=True)}
+  scaled = lambda layers: {name: Moments(s * layers[name].mean, s * s * layers[name].var)
+                          for name, s in zip(layers, scales, strict=True)}
   np.testing.assert_allclose(
-      inversion.relative_batch_norm(scaled(moments), scaled(running)), inversion.relative_batch_norm(moments, running),
+      inversion.relative_batch_norm(scaled(moments), scaled(running)),
+      inversion.relative_batch_norm(moments, running),
       rtol=1e-4)
 
 
@@ -297,7 +313,9 @@ def test_batch_norm_by_layer_sums_to_the_whole():
 
 def test_batch_norm_names_what_does_not_match():
   running = layers(0)
-  with pytest.raises(ValueError, match='network without BatchNorm: batch_norm or student_batch_norm has nothing to'):
+  with pytest.raises(
+      ValueError,
+      match='network without BatchNorm: batch_norm or student_batch_norm has nothing to'):
     inversion.batch_norm({}, {})
   with pytest.raises(ValueError, match="'block/bn' is among the second moments only"):
     inversion.batch_norm({'stem/bn': running['stem/bn']}, running)
@@ -307,12 +325,14 @@ def test_batch_norm_names_what_does_not_match():
 
 def test_mix_passes_only_the_share_of_the_batch_to_its_gradient():
   batch, past = layers(0), layers(1)
-  total = lambda batch, past, m: sum(leaf.sum() for leaf in jax.tree.leaves(inversion.mix(batch, past, m)))
+  total = lambda batch, past, m: sum(
+      leaf.sum() for leaf in jax.tree.leaves(inversion.mix(batch, past, m)))
   grads = jax.jit(jax.grad(total, (0, 1)))(batch, past, 0.9)
   for leaf in jax.tree.leaves(grads[0]):
     np.testing.assert_allclose(leaf, 0.1, rtol=1e-6)
   assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads[1]))
-  for new, old in zip(*map(jax.tree.leaves, (inversion.mix(batch, past, jnp.array(0.0)), batch)), strict=True):
+  for new, old in zip(
+      *map(jax.tree.leaves, (inversion.mix(batch, past, jnp.array(0.0)), batch)), strict=True):
     np.testing.assert_array_equal(new, old)
   still = inversion.mix(past, past, 0.9)  # Without change, the history is the batch.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), still, past)
@@ -394,7 +414,8 @@ def test_contrast_is_finite_however_full_the_bank_is(filling):
   value, grad = jax.jit(jax.value_and_grad(contrast.contrast))(*args, 0.1, valid)
   assert np.isfinite(value)
   assert np.isfinite(grad).all()
-  np.testing.assert_allclose(value, brute_contrast(*map(np.asarray, args), 0.1, np.asarray(valid)), rtol=1e-5)
+  np.testing.assert_allclose(
+      value, brute_contrast(*map(np.asarray, args), 0.1, np.asarray(valid)), rtol=1e-5)
 
 
 def test_contrast_is_least_where_views_match():

@@ -35,11 +35,14 @@ def convolutions(draw):
   image, kernel = pair(4, 9), pair(1, 4)
   lhs, rhs = (draw(size(1, 3)), *image, draw(st.sampled_from([1, 3, 6]))), (*kernel,)
   depthwise = draw(st.booleans())
-  dilated = 2 if draw(st.sampled_from([False, False, True])) else 1  # Without dilation gradients are products.
+  # Without dilation gradients are products.
+  dilated = 2 if draw(st.sampled_from([False, False, True])) else 1
   options = {
-      'window_strides': pair(1, 3), 'lhs_dilation': pair(1, dilated), 'rhs_dilation': pair(1, dilated),
+      'window_strides': pair(1, 3), 'lhs_dilation': pair(1, dilated),
+      'rhs_dilation': pair(1, dilated),
       'padding': draw(st.one_of(
-          st.sampled_from(['SAME', 'VALID']), st.tuples(*[st.tuples(size(-1, 3), size(-1, 3))] * 2)))}
+          st.sampled_from(['SAME', 'VALID']),
+          st.tuples(*[st.tuples(size(-1, 3), size(-1, 3))] * 2)))}
   if isinstance(options['padding'], str):
     options['lhs_dilation'] = (1, 1)
   rhs = (*rhs, 1, lhs[-1]) if depthwise else (*rhs, lhs[-1], draw(st.sampled_from([2, 5, 7])))
@@ -84,7 +87,8 @@ def test_convolution_has_the_derivatives_of_the_stock_one(case):
   with jax.enable_x64(True):
     lhs, rhs = inputs(lhs, rhs)
     both = jax.jit(lambda l, r: [
-        derivatives(conv, options, l, r, 0.5) for conv in (layers.conv_general_dilated, lax.conv_general_dilated)])
+        derivatives(conv, options, l, r, 0.5)
+        for conv in (layers.conv_general_dilated, lax.conv_general_dilated)])
     assert_trees_close(*both(lhs, rhs))
 
 
@@ -105,7 +109,7 @@ def test_convolution_in_vmap_and_scan(case):
 
 
 def test_convolution_gradients_are_canonical_within_loops():
-  """What the custom gradient is for: no convolution of another layout in the program."""
+  """The custom gradient leaves no convolution of another layout in the program."""
   if jax.default_backend() != 'cpu':
     pytest.skip('Other backends get the stock convolution.')
   module = layers.Conv(5, (3, 3), 2, padding=1)
@@ -113,7 +117,8 @@ def test_convolution_gradients_are_canonical_within_loops():
   params = fresh(module, x.shape[1:]).params
 
   gradient = jax.grad(lambda params: jnp.square(module.apply({'params': params}, x)).sum())
-  program = jax.jit(lambda p: lax.scan(lambda p, _: (gradient(p), None), p, length=3)[0]).lower(params).as_text()
+  loop = jax.jit(lambda p: lax.scan(lambda p, _: (gradient(p), None), p, length=3)[0])
+  program = loop.lower(params).as_text()
   dims = [line.split('dim_numbers = ')[1].split(', window')[0]
           for line in program.splitlines() if 'stablehlo.convolution' in line]
   assert dims
@@ -121,8 +126,10 @@ def test_convolution_gradients_are_canonical_within_loops():
 
 
 @pytest.mark.parametrize(('size', 'strides', 'padding'), [
-    (3, 1, 'SAME'), (3, 2, 'SAME'), (5, 2, 'SAME'), (5, 1, ((2, 2), (2, 2))), (3, (2, 3), ((1, 0), (-1, 2)))])
-def test_depthwise_convolution_has_the_derivatives_of_the_stock_one_in_a_scan(size, strides, padding):
+    (3, 1, 'SAME'), (3, 2, 'SAME'), (5, 2, 'SAME'), (5, 1, ((2, 2), (2, 2))),
+    (3, (2, 3), ((1, 0), (-1, 2)))])
+def test_depthwise_convolution_has_the_derivatives_of_the_stock_one_in_a_scan(
+    size, strides, padding):
   strides = strides if isinstance(strides, tuple) else (strides, strides)
   options = {'window_strides': strides, 'padding': padding, 'feature_group_count': 6}
   with jax.enable_x64(True):
@@ -170,7 +177,8 @@ def test_other_options_are_those_of_the_stock_convolution(options):
   lhs, rhs = jnp.ones((2, 5, 6, 4)), jnp.arange(72.0 * 4 / groups).reshape(3, 3, 4 // groups, 8)
   options = {'dimension_numbers': _NHWC, **options}
   ours = layers.conv_general_dilated(lhs, rhs, (1, 2), [(1, 1), (1, 1)], **options)
-  np.testing.assert_allclose(ours, lax.conv_general_dilated(lhs, rhs, (1, 2), [(1, 1), (1, 1)], **options))
+  np.testing.assert_allclose(
+      ours, lax.conv_general_dilated(lhs, rhs, (1, 2), [(1, 1), (1, 1)], **options))
 
 
 def test_convolution_of_another_layout_takes_the_stock_form():
@@ -185,7 +193,8 @@ class Foreign(nn.Module):
 
   @nn.compact
   def __call__(self, x, training: bool = False):
-    x = nn.relu(nn.BatchNorm(use_running_average=not training, name='first')(nn.Conv(5, (3, 3), name='conv')(x)))
+    x = nn.Conv(5, (3, 3), name='conv')(x)
+    x = nn.relu(nn.BatchNorm(use_running_average=not training, name='first')(x))
     x = nn.Dense(4, name='dense')(x)
     x = nn.BatchNorm(name='second')(x, use_running_average=not training)
     return nn.Dense(3)(x.mean((1, 2)))
@@ -204,7 +213,8 @@ def test_moments_are_those_of_the_inputs_of_a_users_own_batch_norms():
   assert outputs.features is None
   for norm, source in (('first', 'conv'), ('second', 'dense')):
     ours = np.asarray(state['intermediates'][source]['__call__'][0], np.float64)
-    np.testing.assert_allclose(outputs.moments[norm].mean, ours.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        outputs.moments[norm].mean, ours.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(outputs.moments[norm].var, ours.var((0, 1, 2)), rtol=1e-5)
 
 
@@ -250,16 +260,18 @@ def test_moments_span_the_devices_of_an_axis(train):
     np.testing.assert_allclose(split[0].moments[path].var[1], moments.var, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(split[0].moments[path].mean[2], moments.mean, rtol=1e-4, atol=1e-6)
   if train:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-6), split[1], whole[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-6), split[1], whole[1])
 
 
 def test_capture_keeps_vectors_alive_and_no_activations():
-  """37 batch norms need the memory of 13: beyond the vectors returned, at most one map at a time."""
+  """37 batch norms need the memory of 13: the returned vectors and at most one map at a time."""
 
   def needed(name):
     module = models.create(name, 10)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))
-    run = jax.jit(lambda network, images: network(images)._replace(maps=(), features=None, pooled={}))
+    run = jax.jit(
+        lambda network, images: network(images)._replace(maps=(), features=None, pooled={}))
     images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
     return run.lower(models.bind(module, variables), images).compile().memory_analysis()
 
@@ -268,16 +280,18 @@ def test_capture_keeps_vectors_alive_and_no_activations():
   assert 0 <= shallow.output_size_in_bytes - vectors(464) < 1024
   assert 0 <= deep.output_size_in_bytes - vectors(1360) < 1024
   one_map = 4 * 64 * 32 * 32 * 16
-  assert shallow.temp_size_in_bytes < 5 * one_map  # All 13 inputs would be 8, all 37 of the other 21.
+  # All 13 inputs would be 8, all 37 of the other 21.
+  assert shallow.temp_size_in_bytes < 5 * one_map
   assert abs(deep.temp_size_in_bytes - shallow.temp_size_in_bytes) < one_map / 64
 
 
 class Opposite(nn.Module):
-  """A user's own model whose flag has the opposite sense."""
+  """A user's own model with a flag of the opposite sense."""
 
   @nn.compact
   def __call__(self, x, deterministic: bool = False):
-    return nn.Dense(2, name='dense')(nn.BatchNorm(use_running_average=deterministic, name='norm')(x).mean((1, 2)))
+    x = nn.BatchNorm(use_running_average=deterministic, name='norm')(x)
+    return nn.Dense(2, name='dense')(x.mean((1, 2)))
 
 
 class Flagless(nn.Module):

@@ -17,7 +17,8 @@ from dfkd_jax.models import resnet, wide_resnet
 
 CIFAR = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
 ZOO = (
-    'wrn16_1', 'wrn16_2', 'wrn40_1', 'wrn40_2', 'resnet8', 'resnet20', 'resnet32', 'resnet56', 'resnet110',
+    'wrn16_1', 'wrn16_2', 'wrn40_1', 'wrn40_2', 'resnet8', 'resnet20', 'resnet32', 'resnet56',
+    'resnet110',
     'resnet8x4', 'resnet32x4', 'vgg8', 'vgg11', 'vgg13', 'resnet18', 'resnet34', 'resnet50')
 IMAGENET = ('resnet18_imagenet', 'resnet50_imagenet', 'mobilenetv2_imagenet')
 SMALL = ('wrn16_1', 'wrn16_2', 'resnet8', 'resnet20', 'resnet8x4', 'vgg8')
@@ -47,7 +48,8 @@ def fresh(module, image_shape):
 
 
 def weights_of(arrays, prefix):
-  return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+  return {
+      name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 @pytest.mark.parametrize('name', ZOO + IMAGENET)
@@ -57,9 +59,11 @@ def test_counts_and_names_are_those_of_the_published_models(name):
   shapes = shapes_of(models.create(name, classes))
   assert count(shapes['params']) == entry['params'][str(classes)]
   if classes == 10:
-    assert count(shapes['params']) + 90 * (entry['return_features'][0] + 1) == entry['params']['100']
+    more_classes = 90 * (entry['return_features'][0] + 1)
+    assert count(shapes['params']) + more_classes == entry['params']['100']
   assert count(shapes['batch_stats']) == entry['buffers']
-  state_dict = weights.from_variables(jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
+  state_dict = weights.from_variables(
+      jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
   assert {k: list(v.shape) for k, v in state_dict.items()} == dict(entry['state_dict'])
   norms = {k.removesuffix('.running_var') for k in state_dict if k.endswith('.running_var')}
   assert norms == set(entry['bn_hook_order'])
@@ -71,11 +75,13 @@ def test_a_hundred_classes(name):
 
 
 @pytest.mark.parametrize(('name', 'precision'), [
-    *((name, 'f32') for name in ZOO + IMAGENET if name not in SMALL), *((name, 'f64') for name in SMALL)])
+    *((name, 'f32') for name in ZOO + IMAGENET if name not in SMALL),
+    *((name, 'f64') for name in SMALL)])
 def test_forward_pass_and_moments_are_those_of_the_published_models(name, precision):
   values, entry = golden('zoo_forward'), zoo()[name]
   module, images = models.create(name, entry['num_classes_forward']), input_of(values, name)
-  variables = weights.to_variables(recipe(entry['state_dict'], entry['gain']), module, images.shape[1:])
+  variables = weights.to_variables(
+      recipe(entry['state_dict'], entry['gain']), module, images.shape[1:])
   with jax.enable_x64(precision == 'f64'):
     dtype = jnp.float64 if precision == 'f64' else jnp.float32
     network = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), models.bind(module, variables))
@@ -83,7 +89,8 @@ def test_forward_pass_and_moments_are_those_of_the_published_models(name, precis
     running = network.running()
     distances = {
         path.replace('/', '_'): np.linalg.norm(running[path].var - moments.var)
-        + np.linalg.norm(running[path].mean - moments.mean) for path, moments in outputs.moments.items()}
+        + np.linalg.norm(running[path].mean - moments.mean)
+        for path, moments in outputs.moments.items()}
     rtol = 1e-9 if precision == 'f64' else 2e-5
     for ours, theirs in ((outputs.logits, 'logits'), (outputs.features, 'features')):
       if f'{name}/{theirs}_{precision}' not in values:
@@ -101,7 +108,8 @@ def test_wrn16_1_in_evaluation(who):
   module = models.create('wrn16_1', 10)
   variables = weights.to_variables(golden(f'{who}_wrn16_1'), module, (32, 32, 3))
   values = golden('wrn16_1_forward')
-  outputs = jax.jit(models.Network.__call__)(models.bind(module, variables), jnp.asarray(nhwc(values['x'])))
+  outputs = jax.jit(models.Network.__call__)(
+      models.bind(module, variables), jnp.asarray(nhwc(values['x'])))
   np.testing.assert_allclose(outputs.logits, values[f'{who}/logits_f32'], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(outputs.features, values[f'{who}/features_f32'], rtol=1e-5, atol=1e-6)
   assert [m.shape for m in outputs.maps] == [(8, 32, 32, 16), (8, 16, 16, 32), (8, 8, 8, 64)]
@@ -111,13 +119,15 @@ def test_wrn16_1_in_training(x64):
   values, arrays = golden('wrn16_1_forward'), golden('teacher_wrn16_1')
   module = models.create('wrn16_1', 10)
   network = as_float64(models.bind(module, weights.to_variables(arrays, module, (32, 32, 3))))
-  outputs, stats = jax.jit(functools.partial(network.forward, train=True))(jnp.asarray(nhwc(values['x']), jnp.float64))
-  np.testing.assert_allclose(outputs.logits, values['teacher/train_logits_f64'], rtol=1e-9, atol=1e-9)
+  outputs, stats = jax.jit(functools.partial(network.forward, train=True))(
+      jnp.asarray(nhwc(values['x']), jnp.float64))
+  np.testing.assert_allclose(
+      outputs.logits, values['teacher/train_logits_f64'], rtol=1e-9, atol=1e-9)
   after = weights.from_variables({'params': {}, 'batch_stats': stats})
   for name, theirs in weights_of(values, 'teacher/after_train/').items():
     ours = after[name]
     if name.endswith('running_var'):
-      # PyTorch moves the running variance by the unbiased variance of the batch, Flax by the biased one.
+      # PyTorch moves the running variance by the batch's unbiased variance, Flax by the biased one.
       stage, first = (int(name[5]), '.0.bn1.' in name) if name.startswith('block') else (3, False)
       n = 8 * (32 // 2 ** max(stage - 1 - first, 0))**2
       kept = 0.9 * arrays[name].astype(np.float64)
@@ -137,7 +147,8 @@ def test_gradient_of_the_moments_distance(x64):
     return sum(jnp.linalg.norm(running[p].var - m.var) + jnp.linalg.norm(running[p].mean - m.mean)
                for p, m in moments.items())
 
-  value, gradient = jax.jit(jax.value_and_grad(distance))(jnp.asarray(nhwc(values['x'][1]), jnp.float64))
+  value, gradient = jax.jit(jax.value_and_grad(distance))(
+      jnp.asarray(nhwc(values['x'][1]), jnp.float64))
   np.testing.assert_allclose(value, values['mmt0/loss_bn_f64'][1], rtol=1e-9)
   theirs = nhwc(values['mmt0/grad_x_f64'][1])
   np.testing.assert_allclose(gradient, theirs, rtol=1e-6, atol=1e-6 * np.abs(theirs).max())
@@ -158,10 +169,13 @@ def test_generator_forward(generator_case):
       {'params': variables['params']}, latents)
   np.testing.assert_allclose(images, nhwc(values['out_train_f64']), rtol=1e-9)
   batch = weights.from_variables({'params': {}, **new})
-  for name, n in (('conv_blocks.0', 8 * 64), ('conv_blocks.3', 8 * 256), ('conv_blocks.7', 8 * 1024)):
-    # Moved from 0 and 1 here; there from what the file holds, and by the unbiased variance.
-    for moment, start, unbiased in (('running_mean', 0, 1), ('running_var', np.float32(0.9), n / (n - 1))):
-      moved = 0.9 * values[f'w/{name}.{moment}'].astype(np.float64) + (batch[f'{name}.{moment}'] - start) * unbiased
+  for name, n in (
+      ('conv_blocks.0', 8 * 64), ('conv_blocks.3', 8 * 256), ('conv_blocks.7', 8 * 1024)):
+    # Moved from 0 and 1 here; there from the file's values, and by the unbiased variance.
+    for moment, start, unbiased in (
+        ('running_mean', 0, 1), ('running_var', np.float32(0.9), n / (n - 1))):
+      moved = 0.9 * values[f'w/{name}.{moment}'].astype(np.float64) + (
+          batch[f'{name}.{moment}'] - start) * unbiased
       np.testing.assert_allclose(moved, values[f'after_f64/{name}.{moment}'], rtol=1e-9, atol=1e-12)
   after = weights_of(values, 'w/') | weights_of(values, 'after_f64/')
   sampler = weights.to_variables(after, module, (64,))
@@ -181,21 +195,25 @@ def test_generator_gradients(generator_case):
   np.testing.assert_allclose(latents, values['grad_z_f64'], rtol=1e-9, atol=1e-12)
   ours = weights.from_variables({'params': params})
   for name, theirs in weights_of(values, 'grad_f64/').items():
-    np.testing.assert_allclose(ours[name], theirs, rtol=1e-6, atol=1e-7 * np.abs(theirs).max(), err_msg=name)
+    np.testing.assert_allclose(
+        ours[name], theirs, rtol=1e-6, atol=1e-7 * np.abs(theirs).max(), err_msg=name)
 
 
 @pytest.mark.parametrize(('module', 'latents', 'count_', 'name'), [
     (models.Generator(), (256,), 2_328_899, 'Generator_nz256_ngf64_img32'),
     (models.Generator(), (512,), 4_426_051, 'Generator_nz512_ngf64_img32'),
     (models.Generator(stem_width=256), (256,), 4_581_955, None),
-    (models.SpatialGenerator(), (14, 14, 256), 1_398_403 - 805_952, 'DeepGenerator_nz256_ngf64_img224')])
+    (models.SpatialGenerator(), (14, 14, 256), 1_398_403 - 805_952,
+     'DeepGenerator_nz256_ngf64_img224')])
 def test_generators_have_the_published_parameters(module, latents, count_, name):
   shapes = shapes_of(module, latents)
   assert count(shapes['params']) == count_
   assert set(module.first_layers) <= set(shapes['params'])
   if name:
-    ours = weights.from_variables(jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
-    theirs = {k: v for k, v in zoo()[name]['state_dict'] if 'Deep' not in name or not k.startswith('l1.')}
+    ours = weights.from_variables(
+        jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes))
+    theirs = {
+        k: v for k, v in zoo()[name]['state_dict'] if 'Deep' not in name or not k.startswith('l1.')}
     assert {k: list(v.shape) for k, v in ours.items()} == theirs
 
 
@@ -242,7 +260,8 @@ def test_generator_is_channel_major():
   params = variables['params'] | {'l1_0': {'kernel': kernel, 'bias': jnp.zeros(24)}}
   _, state = jax.jit(functools.partial(
       module.apply, mutable=['batch_stats', 'intermediates'],
-      capture_intermediates=lambda m, _: m.name == 'conv_blocks_0'))({'params': params}, jnp.array([[0.0], [1.0]]))
+      capture_intermediates=lambda m, _: m.name == 'conv_blocks_0'))(
+          {'params': params}, jnp.array([[0.0], [1.0]]))
   normed = state['intermediates']['conv_blocks_0']['__call__'][0]
   changed = np.argwhere(np.abs(normed[1] - normed[0]) > 1e-3)
   np.testing.assert_array_equal(changed, [[1, 2, 2]])
@@ -251,9 +270,11 @@ def test_generator_is_channel_major():
 def test_convnet_for_grey_images():
   module = models.create('convnet', 7)
   network = fresh(module, (28, 28, 1))
-  outputs = jax.jit(models.Network.__call__)(network, jax.random.uniform(jax.random.key(1), (3, 28, 28, 1)))
+  outputs = jax.jit(models.Network.__call__)(
+      network, jax.random.uniform(jax.random.key(1), (3, 28, 28, 1)))
   assert outputs.logits.shape == (3, 7)
-  assert [m.shape[1:] for m in outputs.maps] == [(28, 28, 16), (14, 14, 32), (14, 14, 32), (7, 7, 64), (7, 7, 80)]
+  assert [m.shape[1:] for m in outputs.maps] == [
+      (28, 28, 16), (14, 14, 32), (14, 14, 32), (7, 7, 64), (7, 7, 80)]
   np.testing.assert_allclose(outputs.features, outputs.maps[-1].mean((1, 2)), rtol=1e-5)
   assert len(outputs.moments) == 5
 
@@ -266,9 +287,11 @@ def test_half_precision_keeps_parameters_moments_and_logits_in_float32(name):
   images = jax.random.uniform(jax.random.key(1), (4, 16, 16, 3))
   outputs = jax.jit(models.Network.__call__)(network, images)
   assert {m.dtype.name for m in outputs.maps} == {'bfloat16'}
-  assert {leaf.dtype.name for leaf in jax.tree.leaves((outputs.logits, outputs.moments))} == {'float32'}
+  leaves = jax.tree.leaves((outputs.logits, outputs.moments))
+  assert {leaf.dtype.name for leaf in leaves} == {'float32'}
   exact = jax.jit(models.Network.__call__)(network.replace(module=models.create(name, 5)), images)
-  np.testing.assert_allclose(outputs.logits, exact.logits, atol=0.05 * np.abs(exact.logits).max() + 0.02)
+  np.testing.assert_allclose(
+      outputs.logits, exact.logits, atol=0.05 * np.abs(exact.logits).max() + 0.02)
 
 
 def test_padded_shortcut_subsamples_and_pads_on_both_sides():
@@ -285,7 +308,8 @@ def test_padded_shortcut_subsamples_and_pads_on_both_sides():
 def test_vgg_pools_once_more_for_64_pixels():
   module = models.create('vgg8', 3)
   for size, last in ((32, 4), (64, 4), (48, 6)):
-    maps = jax.eval_shape(lambda x: models.create_network(module, jax.random.key(0), x.shape[1:])(x).maps,
+    maps = jax.eval_shape(
+        lambda x: models.create_network(module, jax.random.key(0), x.shape[1:])(x).maps,
                           jnp.zeros((1, size, size, 3)))
     assert maps[-1].shape == (1, last, last, 512)
 
@@ -294,18 +318,20 @@ def test_vgg_pools_once_more_for_64_pixels():
     (resnet.Block(48), (4, 4, 32), 'conv1/kernel', 1 / np.sqrt(3 * 9 * 32), True),
     (resnet.Block(48), (4, 4, 32), 'shortcut_0/kernel', 1 / np.sqrt(3 * 32), True),
     (wide_resnet.Block(48), (4, 4, 32), 'conv1/kernel', np.sqrt(2 / (9 * 48)), False),
-    (models.create('resnet8', 900), (8, 8, 1), 'layer3_0/conv1/kernel', np.sqrt(2 / (9 * 64)), False),
+    (models.create('resnet8', 900), (8, 8, 1), 'layer3_0/conv1/kernel', np.sqrt(2 / (9 * 64)),
+     False),
     (models.create('resnet8', 900), (8, 8, 1), 'fc/bias', 1 / np.sqrt(3 * 64), True),
     (models.VGG(50, groups=((64,),)), (8, 8, 3), 'block0_0/kernel', np.sqrt(2 / (9 * 64)), False),
     (models.VGG(50, groups=((64,),)), (8, 8, 3), 'classifier/kernel', 0.01, False),
     (models.Generator((8, 8, 1), width=16), (40,), 'l1_0/kernel', 1 / np.sqrt(3 * 40), True),
-    (models.Generator((8, 8, 200), width=4), (9,), 'conv_blocks_9/bias', 1 / np.sqrt(3 * 9 * 4), True)])
+    (models.Generator((8, 8, 200), width=4), (9,), 'conv_blocks_9/bias', 1 / np.sqrt(3 * 9 * 4),
+     True)])
 def test_initial_weights_are_spread_as_published(module, shape, leaf, std, uniform):
   def init(key):
     params = traverse_util.flatten_dict(module.init(key, jnp.zeros((1, *shape)))['params'], sep='/')
     return params[leaf], {k: v for k, v in params.items() if 'bn' in k or k.endswith('scale')}
 
-  drawn, norms = jax.jit(init)(jax.random.key(3))  # Only what is returned gets compiled.
+  drawn, norms = jax.jit(init)(jax.random.key(3))  # Compiles only the results.
   np.testing.assert_allclose(drawn.std(), std, rtol=0.06)
   assert (np.abs(drawn).max() <= np.sqrt(3) * std * 1.0001) == uniform
   assert all((values == path.endswith('scale')).all() for path, values in norms.items())

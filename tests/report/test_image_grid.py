@@ -64,9 +64,9 @@ def test_grid_chooses_a_readable_scale(tmp_path):
 @pytest.mark.parametrize(
   ('images', 'options', 'message'),
   [
-    (np.zeros((2, 3, 4)), {}, r'shape \[2, 3, 4\]'),
-    (np.zeros((2, 3, 4, 2)), {}, r'C 1 or 3'),
-    (np.zeros((0, 3, 4, 3)), {}, r'none empty'),
+    (np.zeros((2, 3, 4)), {}, r'shape \(2, 3, 4\)'),
+    (np.zeros((2, 3, 4, 2)), {}, r'1 or 3'),
+    (np.zeros((0, 3, 4, 3)), {}, r'non-empty'),
     (np.zeros((2, 3, 4, 3), np.int32), {}, 'Images are int32'),
     (np.zeros((3, 3, 4, 3)), {}, '2 labels for 3 images'),
     (np.zeros((2, 3, 4, 3)), {'columns': 0}, 'columns is 0'),

@@ -36,7 +36,7 @@ def lines(workdir):
 def test_ledger_counts_by_part():
   clock = Clock()
   ledger = report.Ledger(clock)
-  clock.now += 50  # Of no part.
+  clock.now += 50  # In no part.
   for seconds in (2, 3):
     with ledger.part('synthesis'):
       clock.now += seconds
@@ -54,7 +54,8 @@ def test_ledger_counts_a_part_inside_another_once():
     clock.now += 100
     assert ledger.seconds()['student'] == 101
     clock.now += 1000
-  assert {name: value for name, value in ledger.seconds().items() if value} == {'student': 1101, 'compile': 10}
+  seconds = {name: value for name, value in ledger.seconds().items() if value}
+  assert seconds == {'student': 1101, 'compile': 10}
 
 
 def test_ledger_counts_what_was_spent_before_an_error():
@@ -78,12 +79,12 @@ def test_ledger_goes_on_from_its_state():
   second.add('setup', 2)
   second.load(json.loads(json.dumps(first.state())))
   second.add('evaluation', 3)
-  assert (second.seconds()['setup'], second.seconds()['evaluation'], second.seconds()['student']) == (3.5, 3, 0)
+  assert second.seconds() == dict.fromkeys(report.PARTS, 0) | {'setup': 3.5, 'evaluation': 3}
 
 
 def test_ledger_names_its_parts():
   ledger = report.Ledger()
-  with pytest.raises(ValueError, match=r"part of a run 'sinthesis'. Did you mean 'synthesis'\? Known: setup, "):
+  with pytest.raises(ValueError, match=r"'sinthesis'. Did you mean 'synthesis'\? Known: setup, "):
     ledger.add('sinthesis', 1)
   with pytest.raises(ValueError, match='Unknown part'), ledger.part('x'):
     pass
@@ -91,7 +92,8 @@ def test_ledger_names_its_parts():
 
 def test_metrics_are_lines_of_json(tmp_path):
   with report.MetricsWriter(tmp_path / 'run') as metrics:
-    metrics.write(0, loss=np.float32(0.1), count=np.int64(3), done=True, half=jnp.bfloat16(1.5), missing=None)
+    metrics.write(0, loss=np.float32(0.1), count=np.int64(3), done=True, half=jnp.bfloat16(1.5),
+                  missing=None)
     assert lines(tmp_path / 'run') == [
       {'step': 0, 'loss': 0.1, 'count': 3, 'done': True, 'half': 1.5, 'missing': None}
     ]  # Before it is closed.
@@ -142,7 +144,8 @@ def test_a_resumed_run_has_each_step_as_if_never_stopped(tmp_path_factory, steps
 
 
 def test_metrics_keep_all_unless_told_but_repair_a_cut_line(tmp_path):
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 3, "a": 1}\nnoise\n[1]\n{"step": 4}\n{"step": 5, "a"')
+  (tmp_path / 'metrics.jsonl').write_text(
+      '{"step": 3, "a": 1}\nnoise\n[1]\n{"step": 4}\n{"step": 5, "a"')
   with report.MetricsWriter(tmp_path) as metrics:
     metrics.write(1)
   assert [line['step'] for line in lines(tmp_path)] == [3, 4, 1]
@@ -163,8 +166,10 @@ SUMMARY = {
   'versions': {'jax': '1'},
   'config': {'betas': (0.5, np.float32(0.9)), 'rate': math.inf},
   'student': {
-    'last': {'top1': 0.8529, 'top5': 0.99, 'cross_entropy': 0.4567, 'agreement': 0.8601, 'round': 200},
-    'best': {'top1': jnp.float32(0.8602), 'top5': 0.993, 'cross_entropy': 0.4412, 'agreement': 0.869, 'round': 187},
+    'last': {'top1': 0.8529, 'top5': 0.99, 'cross_entropy': 0.4567, 'agreement': 0.8601,
+             'round': 200},
+    'best': {'top1': jnp.float32(0.8602), 'top5': 0.993, 'cross_entropy': 0.4412,
+             'agreement': 0.869, 'round': 187},
   },
   'teacher': {'top1': 0.9268, 'top5': 0.9987, 'cross_entropy': 0.2211},
   'control': {'top1': 0.4102, 'top5': 0.8, 'cross_entropy': 2.1, 'agreement': 0.43},
@@ -211,13 +216,15 @@ def test_a_failed_replacement_leaves_the_old_file_alone(tmp_path, monkeypatch):
 
 def test_closing_lines_say_all_results():
   text = report.format_summary(SUMMARY)
-  rows = {row[:19].strip(): row[19:].split() for row in text.splitlines()}
+  rows = {row[:21].strip(): row[21:].split() for row in text.splitlines()}
   assert rows['teacher'] == ['92.68%', '99.87%', '0.2211']
   assert rows['student, last'] == ['85.29%', '99.00%', '86.01%', '0.4567', 'round', '200']
-  assert ' '.join(rows['student, best']) == '86.02% 99.30% 86.90% 0.4412 round 187; best is picked on the test set'
+  assert rows['student, best'][:6] == ['86.02%', '99.30%', '86.90%', '0.4412', 'round', '187;']
+  assert rows['student, best'][-3:] == ['the', 'test', 'set']
   assert rows['control'][:4] == ['41.02%', '80.00%', '43.00%', '2.1000']
-  assert rows['student / teacher'] == ['0.920', 'last,', '0.928', 'best']  # 0.8529 / 0.9268 and 0.8602 / 0.9268.
-  assert 'student 78,042, teacher 313,002: 0.249 of it' in text
+  # 0.8529 / 0.9268 and 0.8602 / 0.9268.
+  assert rows['student / teacher'] == ['0.920', 'last,', '0.928', 'best']
+  assert rows['parameters'] == ['student', '78,042,', 'teacher', '313,002,', 'ratio', '0.249']
   times = re.findall(r'([\d.]+) s +(\d+)%  (\w+)', text)
   assert times[:2] == [('100.0', '50', 'student'), ('80.0', '40', 'synthesis')]
   assert times[2:] == [('15.0', '8', 'other'), ('5.0', '2', 'setup')]
@@ -229,16 +236,59 @@ def test_closing_lines_say_all_results():
 
 def test_closing_lines_name_a_prior_from_outside():
   text = report.format_summary(SUMMARY | {'external_prior': 'words.npy'})
-  assert 'external prior      words.npy' in text
+  assert re.search('external prior +words.npy', text)
   assert 'external' not in report.format_summary(SUMMARY | {'external_prior': None})
 
 
 def test_closing_lines_leave_out_what_is_not_there():
   result = {'last': {'top1': 0.5, 'agreement': None}, 'best': None}
-  text = report.format_summary({'student': result, 'control': None, 'teacher': {'top1': 0.0}, 'synthetic': False})
+  text = report.format_summary(
+      {'student': result, 'control': None, 'teacher': {'top1': 0.0}, 'synthetic': False})
   assert '50.00%' in text
-  for word in ('control', 'best', 'student / teacher', 'parameters', 'time', report.PRIVACY, 'None', 'round'):
+  for word in ('control', 'best', 'student / teacher', 'parameters', 'time', report.PRIVACY, 'None',
+               'round'):
     assert word not in text
+
+
+def test_closing_lines_have_agreement_and_judged_images_and_rates():
+  held_out = {'held_out_agreement': 0.75, 'round': 9}
+  text = report.format_summary({
+      'student': {'last': held_out, 'best': held_out | {'held_out_agreement': 0.8, 'round': 7}},
+      'images': {'judge_top1': 0.5, 'judge_top5': 0.9, 'count': 1000.0},
+      'rates': {'synthesis_image_steps': 1234.4, 'student_images': 567.8}})
+  assert 'no real test images' in text
+  assert re.search('synthetic images .* 75.00% last, best 80.00% at round 7', text)
+  assert re.search(r'50.00% \(top-1\) and 90.00% \(top-5\) of 1000', text)
+  assert re.search('1,234 image-steps/s .* 568 images/s', text)
+
+
+def whole_summary():
+  more = {'config': {'seed': 1}, 'weights': {'judge': None}, 'changed': [], 'network': None}
+  return json.loads(json.dumps(SUMMARY | more, default=float).replace('Infinity', 'null'))
+
+
+def test_a_whole_summary_passes_the_check(tmp_path):
+  report.check_summary(whole_summary())
+  report.check_summary(whole_summary() | {'control': None, 'further': [1]})
+  report.write_summary(tmp_path, whole_summary())
+  report.check_summary(json.loads((tmp_path / 'summary.json').read_text()))
+
+
+@pytest.mark.parametrize(('field', 'value', 'message'), [
+    ('student', None, 'summary.student is missing'),
+    ('student', {}, 'summary.student.last is missing'),
+    ('student', {'last': {'top1': 'high'}}, "summary.student.last.top1 must be .*, got 'high'"),
+    ('weights', [], r'summary.weights must be dict, got \[\]'),
+    ('changed', None, 'summary.changed is missing'),
+    ('config', 3, 'summary.config must be dict, got 3'),
+    ('teacher', [1], 'summary.teacher must be dict'),
+    ('seconds', {'setup': '1 s'}, "summary.seconds.setup must be .*, got '1 s'"),
+])
+def test_the_check_of_a_summary_names_the_field(field, value, message):
+  with pytest.raises(ValueError, match=rf'\A(?!.*\n){message}'):
+    report.check_summary(whole_summary() | {field: value})
+  with pytest.raises(ValueError, match='summary must be dict'):
+    report.check_summary([])
 
 
 def test_progress_is_quiet_where_nobody_looks():
@@ -250,8 +300,8 @@ def test_progress_is_quiet_where_nobody_looks():
   written = stream.getvalue().splitlines()
   assert '\r' not in stream.getvalue()
   assert [line.split('  ')[0] for line in written] == [
-      'round 51/100 is under way', *(f'round {done}/100' for done in (51, *range(55, 101, 5)))]
-  assert '  loss 48  accuracy 0.876  ' in written[-1] or '  accuracy 0.876  loss 48  ' in written[-1]
+      'round 51/100 started', *(f'round {done}/100' for done in (51, *range(55, 101, 5)))]
+  assert '  accuracy 0.876  loss 48  ' in written[-1]
 
 
 def test_rounds_that_take_long_have_a_line_each(monkeypatch):
@@ -279,12 +329,13 @@ def test_progress_is_a_bar_on_a_terminal():
 
 
 def test_surroundings():
-  found = report.versions()
-  assert found['jax'] == jax.__version__
-  assert found['numpy'] == np.__version__
-  assert list(found) == ['python', 'dfkd_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy']
-  here = report.device()
-  assert (here['platform'], here['count']) == (jax.default_backend(), jax.device_count())
-  assert here['cores'] >= 1
-  assert here['cpu']
-  json.dumps([found, here])
+  versions = report.versions()
+  assert versions['jax'] == jax.__version__
+  assert versions['numpy'] == np.__version__
+  assert list(versions) == [
+      'python', 'dfkd_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy']
+  device = report.device()
+  assert (device['platform'], device['count']) == (jax.default_backend(), jax.device_count())
+  assert device['cores'] >= 1
+  assert device['cpu']
+  json.dumps([versions, device])

@@ -1,4 +1,4 @@
-"""Runs that go on after they were cut off at odd places, were moved, or are wanted otherwise."""
+"""Runs that were cut off at odd places, were moved, or continue with another config."""
 
 import json
 import shutil
@@ -71,7 +71,8 @@ def test_a_signal_ends_the_control_after_its_call(tmp_path, heeded, capsys):
     counted(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     found = train.run(toy_runs.config(control=True), tmp_path, signals=True)
   assert (found['stopped'], found['done'], found['total']) == ('SIGTERM', 5, 5)
-  assert f'after round 5 of 5 and call 3 of {CALLS} of the control, saved in' in capsys.readouterr().err
+  text = f'after round 5 of 5 and call 3 of {CALLS} of the control, saved in'
+  assert text in capsys.readouterr().err
   with pytest.MonkeyPatch.context() as patch:
     calls = counted(patch)
     summary = train.run(toy_runs.config(control=True), tmp_path)
@@ -82,7 +83,8 @@ def test_a_signal_ends_the_control_after_its_call(tmp_path, heeded, capsys):
 
 
 def test_time_may_run_out_in_the_control_too(tmp_path):
-  config = toy_runs.config(control=True, distill__rounds=3, budget__minutes=1e-9)  # Two calls of the control.
+  # Two calls of the control.
+  config = toy_runs.config(control=True, distill__rounds=3, budget__minutes=1e-9)
   for done in (1, 2, 3):
     found = train.run(config, tmp_path)
     assert (found['stopped'], found['done']) == ('budget.minutes', done)
@@ -117,7 +119,7 @@ def test_a_control_that_cannot_be_read_is_begun_anew(tmp_path, capsys):
     calls = counted(patch)
     summary = train.run(toy_runs.config(control=True), tmp_path)
   assert len(calls) == CALLS
-  assert 'It is begun anew.' in capsys.readouterr().err
+  assert 'The control starts anew.' in capsys.readouterr().err
   assert summary['control'] == toy_runs.whole(control=True)[0]['control']
 
 
@@ -125,8 +127,9 @@ def test_a_control_of_another_run_that_cannot_be_removed_stops_the_run(tmp_path)
   cut_off_in_the_control(tmp_path / 'run')
   (tmp_path / 'run' / 'control').rename(tmp_path / 'elsewhere')
   (tmp_path / 'run' / 'control').symlink_to(tmp_path / 'elsewhere')
-  with pytest.raises(ValueError, match=r'^Cannot remove .*control, which is no use to this run: '):
-    train.run(toy_runs.config(control=True, distill__temperature=3.0), tmp_path / 'run', resume='force')
+  with pytest.raises(ValueError, match=r'^Cannot remove .*control, which this run cannot use'):
+    train.run(toy_runs.config(control=True, distill__temperature=3.0), tmp_path / 'run',
+        resume='force')
 
 
 def test_a_control_goes_on_though_the_teacher_lies_elsewhere(tmp_path):
@@ -159,7 +162,7 @@ def test_the_best_student_may_be_kept_from_now_on_or_no_longer(tmp_path, before)
 def test_fewer_rounds_than_are_done_are_refused(tmp_path):
   train.run(toy_runs.config(), tmp_path)
   before = toy_runs.tree_of(tmp_path)
-  with pytest.raises(ValueError, match=r'holds 5 rounds, more than the 3 that are wanted'):
+  with pytest.raises(ValueError, match=r'holds 5 rounds, more than the requested 3'):
     train.run(toy_runs.config(distill__rounds=3), tmp_path, resume='force')
   assert toy_runs.tree_of(tmp_path) == before
 
@@ -168,15 +171,17 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   train.run(toy_runs.config(), tmp_path)
   shutil.rmtree(tmp_path / 'checkpoints')
   before = toy_runs.tree_of(tmp_path)
-  with pytest.raises(ValueError, match='has ended, and no checkpoint to go on from'):
+  with pytest.raises(ValueError, match='has ended, and no checkpoint to continue from'):
     train.run(toy_runs.config(distill__rounds=7), tmp_path, resume='force:distill.rounds')
   other = toy_runs.folder() / 'other.safetensors'
-  variables = weights.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'), toy_runs.IMAGE)
+  variables = weights.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'),
+      toy_runs.IMAGE)
   weights.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
-  with pytest.raises(ValueError, match='has ended, and no checkpoint to go on from'):
+  with pytest.raises(ValueError, match='has ended, and no checkpoint to continue from'):
     train.run(toy_runs.config(teacher__source=str(other)), tmp_path, resume='force:teacher.source')
   assert toy_runs.tree_of(tmp_path) == before
-  assert train.run(toy_runs.config(), tmp_path)['student'] == toy_runs.whole()[0]['student']  # It is told again.
+  # It is told again.
+  assert train.run(toy_runs.config(), tmp_path)['student'] == toy_runs.whole()[0]['student']
 
 
 def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
@@ -199,21 +204,24 @@ def test_two_changes_of_an_ended_run_are_both_on_record(tmp_path):
   summary = train.run(toy_runs.config(grid__rows=2, grid__columns=2), tmp_path, resume='force:grid')
   record, = summary['changed']
   assert set(record['fields']) == {'grid.rows', 'grid.columns'}
-  first, second = (json.loads((tmp_path / f'summary_after_5{end}.json').read_text()) for end in ('', '_2'))
+  first, second = (json.loads((tmp_path / f'summary_after_5{end}.json').read_text())
+      for end in ('', '_2'))
   assert (first['changed'], set(second['changed'][0]['fields'])) == ([], {'grid.rows'})
 
 
 def test_other_weights_that_were_forced_are_on_record(tmp_path):
   stopped(toy_runs.config(), tmp_path / 'run', 3)
   other = tmp_path / 'teacher.safetensors'
-  variables = weights.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'), toy_runs.IMAGE)
+  variables = weights.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'),
+      toy_runs.IMAGE)
   weights.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
   config = toy_runs.config(teacher__source=str(other))
-  with pytest.raises(ValueError, match=r'another teacher, .*--resume=force:teacher\.source'):
+  with pytest.raises(ValueError, match=r'weights\.teacher is .*--resume=force:teacher\.source'):
     train.run(config, tmp_path / 'run')
   summary = train.run(config, tmp_path / 'run', resume='force:teacher.source')
   assert set(summary['changed'][0]['fields']) == {'weights.teacher'}
-  again = train.run(toy_runs.config(), tmp_path / 'run', resume='force:teacher.source')  # Though it has ended.
+  # Though it has ended.
+  again = train.run(toy_runs.config(), tmp_path / 'run', resume='force:teacher.source')
   assert again['weights']['teacher'] != summary['weights']['teacher']
   assert (tmp_path / 'run' / 'summary_after_5.json').exists()
 
@@ -266,12 +274,14 @@ def test_a_run_that_came_between_is_noticed_under_the_lock(tmp_path, monkeypatch
 
 
 def test_a_run_that_is_under_way_is_noticed_at_once(tmp_path):
-  with run_folder.lock(tmp_path), pytest.raises(ValueError, match=f'Another process is running in {tmp_path}'):
+  with run_folder.lock(tmp_path), pytest.raises(
+      ValueError, match=f'Another process is running in {tmp_path}'):
     train.run(toy_runs.config(labels='odd'), tmp_path)
 
 
 def test_what_was_cut_off_is_removed(tmp_path):
-  for name in ('summary.json.7.tmp', 'student.safetensors.7.tmp', 'images.png.7.tmp', 'metrics.jsonl.7.tmp'):
+  for name in ('summary.json.7.tmp', 'student.safetensors.7.tmp', 'images.png.7.tmp',
+      'metrics.jsonl.7.tmp'):
     (tmp_path / name).write_bytes(b'half')
   (tmp_path / 'notes.tmp').write_bytes(b'mine')
   with run_folder.lock(tmp_path):
@@ -282,7 +292,8 @@ def test_what_was_cut_off_is_removed(tmp_path):
 def test_metrics_of_a_run_that_saved_nothing_are_begun_anew_aloud(tmp_path, capsys):
   stopped(toy_runs.config(), tmp_path, 1)
   train.run(toy_runs.config(seed=3), tmp_path)
-  assert f'A run in {tmp_path} had saved nothing; its metrics.jsonl is begun anew' in capsys.readouterr().err
+  text = f'A run in {tmp_path} had saved nothing; its metrics.jsonl starts anew'
+  assert text in capsys.readouterr().err
 
 
 def test_a_line_that_the_disk_refuses_is_not_written_twice(tmp_path, monkeypatch):
@@ -302,16 +313,21 @@ def test_a_line_that_the_disk_refuses_is_not_written_twice(tmp_path, monkeypatch
   writer = report.MetricsWriter(tmp_path)
   writer._file.close()
   writer._file = Full()
-  with pytest.raises(ValueError, match=r'^Cannot write .*metrics.jsonl: No space left on device\.$'), writer:
+  with pytest.raises(
+      ValueError, match=r'^Cannot write .*metrics.jsonl: No space left on device\.$'), writer:
     writer.write(1, loss=2.0)
 
 
-def test_fault_reports_of_rounds_done_again_are_named_among_the_files(tmp_path, monkeypatch):
-  from test_faults import broken
-
-  monkeypatch.setattr(programs, 'placed', broken(1, 3))
-  summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
-  assert summary['files'][-1] == 'fault_4_1.json'
-  assert not (tmp_path / 'fault.json').exists()
-  about = json.loads((tmp_path / 'fault_4_1.json').read_text())
-  assert (about['round'], about['reseeded'], about['checkpoint'], len(about['key'])) == (4, 0, 2, 2)
+def test_another_generator_of_random_numbers_is_another_run(tmp_path):
+  with jax.default_prng_impl('rbg'):
+    stopped(toy_runs.config(), tmp_path, 3)
+  before = toy_runs.tree_of(tmp_path)
+  with pytest.raises(
+      ValueError, match=r"jax\.default_prng_impl is 'rbg' there, 'threefry2x32' here.*"
+                     r'--resume=force:jax\.default_prng_impl'):
+    train.run(toy_runs.config(), tmp_path)
+  assert toy_runs.tree_of(tmp_path) == before
+  summary = train.run(toy_runs.config(), tmp_path, resume='force:jax.default_prng_impl')
+  record, = summary['changed']
+  assert record['fields'] == {'jax.default_prng_impl': {'there': 'rbg', 'here': 'threefry2x32'}}
+  assert summary['jax']['default_prng_impl'] == 'threefry2x32'

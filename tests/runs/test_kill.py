@@ -1,4 +1,4 @@
-"""A run is killed, again and again, and goes on bit for bit; as processes, which is what a scheduler does."""
+"""A killed run resumes bit for bit. Each run is a process, as under a scheduler."""
 
 import importlib.util
 import json
@@ -78,7 +78,8 @@ from ml_collections import config_dict
 
 def get_config():
   config = config_dict.ConfigDict({fields!r})
-  config.distributed.update(coordinator='127.0.0.1:{port}', num_processes=2, process_id=int(os.environ['PROCESS']))
+  config.distributed.update(
+      coordinator='127.0.0.1:{port}', num_processes=2, process_id=int(os.environ['PROCESS']))
   return config
 """
 
@@ -91,7 +92,8 @@ def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
       distill__rounds=100_000, optimizer__schedule='constant', checkpoint__every=1_000)
   path, workdir = tmp_path / 'config.py', tmp_path / 'run'
   path.write_text(SHARED_CONFIG.format(fields=config.to_dict(), port=run_processes.free_port()))
-  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), f'--config={path}', f'--workdir={workdir}']
+  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), f'--config={path}',
+      f'--workdir={workdir}']
   first, second = (
       subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                        env=os.environ | {'PROCESS': str(index)}) for index in range(2))
@@ -113,16 +115,20 @@ def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_while_programs_compile_ends_a_run_at_once(arguments, tmp_path, monkeypatch, number, status, heeded):
+def test_a_signal_while_programs_compile_ends_a_run_at_once(
+    arguments, tmp_path, monkeypatch, number, status, heeded):
   monkeypatch.setenv('JAX_LOG_COMPILES', '1')
-  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments, f'--workdir={tmp_path / "run"}']
-  with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+  command = [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments,
+      f'--workdir={tmp_path / "run"}']
+  with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+      text=True) as run:
     for line in run.stderr:
       if 'Compiling ' in line:
         run.send_signal(number)
         break
     said = run.communicate(timeout=120)[1].splitlines()
   assert run.returncode == status
-  assert said[-1].startswith(f'Stopped by {signal.Signals(number).name}. The same command goes on from the last ')
+  assert said[-1].startswith(
+      f'Stopped by {signal.Signals(number).name}. The same command goes on from the last ')
   assert not any('Traceback' in line for line in said)
   assert not (tmp_path / 'run').exists()

@@ -1,4 +1,4 @@
-"""Rounds in which a number is not finite: named, with what repeats them, and done again if that is wanted."""
+"""Rounds with a number that is not finite: a report that reproduces them, and other keys."""
 
 import json
 
@@ -18,7 +18,7 @@ def quick():
 
 
 def broken(times, index, what='metrics'):
-  """Lets a round fail so many times: a term of the synthesis, the student's loss, or a parameter is not a number."""
+  """Lets round `index` fail `times` times in a term, the student's loss, or a parameter."""
   left = [times]
 
   def make(original):
@@ -63,7 +63,8 @@ def test_a_number_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, what):
   message, step, name = FAULTS[what]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(programs, 'placed', broken(1, 3, what))
-    with pytest.raises(ValueError, match=f'In round 4: {message}. The checkpoint of round 2 is kept; .*fault.json'):
+    with pytest.raises(ValueError,
+        match=f'In round 4: {message}. The checkpoint of round 2 is kept; .*fault.json'):
       train.run(toy_runs.config(), tmp_path, command='python main.py')
   found = json.loads((tmp_path / 'fault.json').read_text())
   assert (found['round'], found['checkpoint'], found['step'], found['call']) == (
@@ -72,7 +73,8 @@ def test_a_number_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, what):
   key = jax.random.fold_in(jax.random.split(jax.random.key(0), 5)[2], 3)
   assert found['key'] == jax.random.key_data(key).tolist()
   assert [line['step'] for line in toy_runs.metrics(tmp_path)] == [1, 2, 3]
-  summary = train.run(toy_runs.config(), tmp_path)  # The fault was not of the numbers: it does not come again.
+  # The fault was not of the numbers: it does not come again.
+  summary = train.run(toy_runs.config(), tmp_path)
   assert summary['student'] == toy_runs.whole()[0]['student']
   assert toy_runs.metrics(tmp_path) == toy_runs.whole()[1]
 
@@ -83,7 +85,8 @@ def test_a_round_may_be_done_again_with_other_keys(tmp_path, monkeypatch, capsys
   monkeypatch.setattr(programs, 'placed', broken(2, index))
   summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
   assert summary['counts']['reseeded'] == 2
-  assert f'It is done again with other keys, from round {2 if index == 3 else 0} on.' in capsys.readouterr().err
+  text = f'It is done again with other keys, from round {2 if index == 3 else 0} on.'
+  assert text in capsys.readouterr().err
   lines = toy_runs.metrics(tmp_path)
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 5]
   assert lines[:index] == toy_runs.whole()[1][:index]
@@ -92,5 +95,15 @@ def test_a_round_may_be_done_again_with_other_keys(tmp_path, monkeypatch, capsys
 
 def test_faults_in_training_are_named_too(tmp_path):
   config = toy_runs.config(job='train', train__epochs=2, optimizer__learning_rate=1e30)
-  with pytest.raises(ValueError, match=r"In epoch 1: 'loss' of the student is \w+ at step \d .*No checkpoint was"):
+  with pytest.raises(
+      ValueError, match=r"In epoch 1: 'loss' of the student is \w+ at step \d .*No checkpoint was"):
     train.run(config, tmp_path)
+
+
+def test_fault_reports_of_rounds_done_again_are_named_among_the_files(tmp_path, monkeypatch):
+  monkeypatch.setattr(programs, 'placed', broken(1, 3))
+  summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
+  assert summary['files'][-1] == 'fault_4_1.json'
+  assert not (tmp_path / 'fault.json').exists()
+  about = json.loads((tmp_path / 'fault_4_1.json').read_text())
+  assert (about['round'], about['reseeded'], about['checkpoint'], len(about['key'])) == (4, 0, 2, 2)

@@ -15,17 +15,20 @@ def quick():
 def test_a_round_may_have_several_calls(tmp_path):
   """Two calls a round, three steps after each: as many of both as in twice the rounds."""
   summary, state, _ = toy_runs.observed(
-      toy_runs.config(distill__rounds=3, distill__calls_per_round=2, distill__steps_per_round=6), tmp_path / 'run')
+      toy_runs.config(distill__rounds=3, distill__calls_per_round=2, distill__steps_per_round=6),
+      tmp_path / 'run')
   assert int(state.synthesis.step) == 6
   assert int(state.student.step) == 12
   assert summary['student']['last']['round'] == 3
-  with pytest.raises(ValueError, match=r'distill\.steps_per_round is 5, must be a positive multiple of 2'):
-    train.run(toy_runs.config(distill__calls_per_round=2, distill__steps_per_round=5), tmp_path / 'odd')
+  with pytest.raises(
+      ValueError, match=r'distill\.steps_per_round is 5, must be a positive multiple of 2'):
+    train.run(toy_runs.config(distill__calls_per_round=2, distill__steps_per_round=5),
+        tmp_path / 'odd')
   assert not (tmp_path / 'odd').exists()
 
 
 def test_images_of_a_generator_have_the_teachers_labels(tmp_path):
-  """A method without a buffer, which knows no labels itself; with attention transfer, and a schedule of its own."""
+  """A method without buffer and labels, with attention transfer and its own schedule."""
   config = toy_runs.config(distill__rounds=2, distill__attention_factor=1.0)
   config.method = dict(
       name='cu_dfkd', num_steps=1, latent_dim=7, batch_size=4, num_tasks=1, balance_temperature=2.0,

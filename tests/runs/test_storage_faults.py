@@ -1,4 +1,4 @@
-"""Disks that are full or read only, and checkpoints that are cut off, in whole runs: a line each; nothing is lost."""
+"""Full and read-only disks and truncated checkpoints cost a run one line; nothing is lost."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ def quick():
 
 @functools.cache
 def undisturbed():
-  """Results of the toy run, and its folder as it was after four rounds, with checkpoints of two and four."""
+  """Results of the toy run, and its folder after four rounds with checkpoints 2 and 4."""
   folder = toy_runs.folder() / 'storage'
   toy_runs.stopped(toy_runs.config(), folder / 'stopped', 5)
   train.run(toy_runs.config(), folder / 'whole')
@@ -34,7 +34,8 @@ def undisturbed():
 def results(workdir):
   """All that a run came to: metrics, scores, and the bytes of its files."""
   summary = json.loads((workdir / 'summary.json').read_text())
-  return toy_runs.metrics(workdir), summary['student'], [(workdir / name).read_bytes() for name in FILES]
+  return toy_runs.metrics(workdir), summary['student'], [(workdir / name).read_bytes()
+      for name in FILES]
 
 
 @contextlib.contextmanager
@@ -42,7 +43,8 @@ def disk(place, size):
   """A file system of its own, of so many kilobytes; skips where it may not be mounted."""
   place.mkdir()
   command = ['mount', '-t', 'tmpfs', '-o', f'size={size}k', 'tmpfs', str(place)]
-  if shutil.which('mount') is None or subprocess.run(command, capture_output=True, check=False).returncode:
+  if shutil.which('mount') is None or subprocess.run(command, capture_output=True,
+      check=False).returncode:
     pytest.skip('A tmpfs cannot be mounted here.')
   try:
     yield place
@@ -73,7 +75,7 @@ def used(place):
 
 @pytest.mark.parametrize('spare', [0, 40, 120])
 def test_a_full_disk_costs_a_line_and_once_there_is_room_nothing(tmp_path, spare):
-  """Kilobytes to spare beside a folder with two checkpoints: it is full at some place of what follows."""
+  """With `spare` kilobytes beside two checkpoints, the disk becomes full later in the run."""
   wanted, stopped = undisturbed()
   with disk(tmp_path / 'disk', 20_000) as place:
     workdir = place / 'run'
@@ -106,7 +108,7 @@ def test_as_a_process_a_full_disk_is_one_line(tmp_path, size):
   *rounds, last = found.stderr.partition('Results go to ')[2].splitlines()[1:]
   assert last.startswith(f'error: Cannot save in {place}')
   assert 'No space left' in last
-  assert last.endswith('. No checkpoint was written yet.')
+  assert last.endswith('. There is no checkpoint yet.')
   assert all(line.startswith('round ') for line in rounds), found.stderr
 
 
@@ -126,7 +128,7 @@ def test_a_read_only_disk_costs_a_line(tmp_path):
 
 @pytest.mark.parametrize('tenths', range(10))
 def test_a_cut_off_checkpoint_is_passed_over(tmp_path, tenths, capfd):
-  """To so many tenths of the length of its arrays, or of its meta data; test_checkpoint_faults.py cuts every file."""
+  """Arrays or meta data are cut to `tenths` of their length."""
   wanted, stopped = undisturbed()
   latest = stopped / 'checkpoints' / '4'
   arrays, about = [*latest.glob('state/**/d/*')], [latest / 'meta' / 'metadata']
@@ -141,7 +143,7 @@ def test_a_cut_off_checkpoint_is_passed_over(tmp_path, tenths, capfd):
     train.run(toy_runs.config(), workdir)
     err = capfd.readouterr().err
     assert 'ead step 4 in' in err
-    assert 'It is set aside, and the checkpoint before it taken.' in err
+    assert 'It is set aside. The checkpoint before it is used.' in err
     assert 'after round 2' in err
     assert (workdir / 'checkpoints' / 'damaged-4').is_dir()
     assert results(workdir) == wanted
@@ -168,11 +170,13 @@ def test_checkpoints_of_another_method_student_or_version(tmp_path):
       (other, None, r'student\.options\.widths is \[2, 3\] there, \[2, 4\] here'),
       (other, 'force', r'another architecture.*\[3\] there, .*\[4\] here'),
       (toy_runs.config(method__meta_lr=0.5), None, 'method.meta_lr'),
-      (toy_runs.config(method__carry_latents=True), 'force', 'another architecture.*synthesis/latents')):
+      (toy_runs.config(method__carry_latents=True), 'force',
+          'another architecture.*synthesis/latents')):
     with pytest.raises(ValueError, match=words) as error:
       train.run(config, tmp_path / 'run', resume=resume)
     assert len(str(error.value).splitlines()) == 1
     assert toy_runs.tree_of(tmp_path) == before
   path = tmp_path / 'run' / 'checkpoints' / '4' / 'meta' / 'metadata'
-  path.write_text(path.read_text().replace('"format": 1', '"format": 9').replace('"format":1', '"format":9'))
+  path.write_text(
+      path.read_text().replace('"format": 1', '"format": 9').replace('"format":1', '"format":9'))
   fails_in_a_line(tmp_path / 'run', 'has format 9; this version reads 1')

@@ -225,6 +225,8 @@ def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
     (dict(moments_momentum=-0.1), r'moments_momentum is -0.1'),
     (dict(factors=Factors(one_hot=-1.0)), 'Factor one_hot is -1.0'),
     (dict(capacity=13, num_tasks=4, sample_batch_size=8), 'capacity is 13, must be a positive multiple of 4'),
+    (dict(num_steps=0), 'num_steps is 0, must be at least 1'),
+    (dict(keep='first'), "keep is 'first'"),
     (dict(task_map='scan'), "task_map is 'scan'"),
     (dict(num_step=3), r"Unknown argument of fast_dfkd 'num_step'. Did you mean 'num_steps'\?")])
 def test_bad_arguments_are_named(changes, message):
@@ -233,8 +235,6 @@ def test_bad_arguments_are_named(changes, message):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(num_steps=0), 'num_steps is 0, must be at least 1'),
-    (dict(keep='first'), "keep is 'first'"),
     (dict(capacity=3), 'capacity is 3, must be at least a batch of 4 images')])
 def test_bad_numbers_are_named_at_the_first_call(changes, message):
   method = toys.fast_dfkd(**changes)

@@ -9,7 +9,7 @@ import optax
 import pytest
 import toys
 
-from dfkd_jax import parallel, tasks
+from dfkd_jax import parallel, synth, tasks
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import layers
 from dfkd_jax.synth import Factors, generator_training, generators
@@ -21,7 +21,7 @@ NUMBERS = dict(image_shape=toys.IMAGE, task=tasks.classification(toys.CLASSES), 
 
 
 def method(**changes):
-  return generator_training.synthesizer(**{'generator': toys.generator(), 'factors': FACTORS, **NUMBERS, **changes})
+  return synth.create('dfq', **{'generator': toys.generator(), 'factors': FACTORS, **NUMBERS, **changes})
 
 
 @functools.cache

@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import golden
-from golden_networks import cast, check_images, formula_network, formula_reference, labels_of, sequence, wide_resnet
+from golden_networks import (
+  cast,
+  check_images,
+  formula_network,
+  formula_reference,
+  labels_of,
+  sequence,
+  wide_resnet,
+)
 from method_runs import Noting
 
 from dfkd_jax import augment, parallel, synth

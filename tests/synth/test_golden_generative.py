@@ -5,8 +5,6 @@ ours of biased ones, by which batches are normalised.
 """
 
 import functools
-import importlib
-import inspect
 
 import golden_networks
 import jax
@@ -37,8 +35,7 @@ def method(name, generator, latents, num_classes=10, **changes):
 
 
 def default(name, argument):
-  return inspect.signature(getattr(importlib.import_module(f'dfkd_jax.synth.methods.{name}'), name)).parameters[
-      argument].default
+  return synth.defaults(name)[argument]
 
 
 @functools.cache

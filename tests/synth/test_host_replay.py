@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from toy_runs import equal, four_tasks
 
 from dfkd_jax import parallel, train
-from dfkd_jax.synth import host_replay, replay
+from dfkd_jax.synth import buffer_memory, host_replay, replay
 
 SHAPE, K = (3, 2, 1), 4
 
@@ -152,19 +152,19 @@ def test_the_budget_is_what_stays_beside_all_else():
   sizes = lambda *values: types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**dict(zip(
       ('temp_size_in_bytes', 'output_size_in_bytes', 'alias_size_in_bytes'), values, strict=True))))
   programs = (sizes(200_000, 0, 0), sizes(500_000, 300_000, 100_000))
-  found = host_replay.budget(images, 10_000_000, state, programs)
+  found = buffer_memory.budget(images, 10_000_000, state, programs)
   assert found == (1_500_000, 7_600_000, 10_000_000)
   assert found.fits
   assert str(found) == '1.5 MB a device, 7.6 MB free of 10 MB'
-  assert str(host_replay.Budget(60_200_000_000, 41_000_000_000, 80_000_000_000)) == (
+  assert str(buffer_memory.Budget(60_200_000_000, 41_000_000_000, 80_000_000_000)) == (
       '60.2 GB a device, 41.0 GB free of 80.0 GB')
   buffer = replay.create(1, SHAPE, K).replace(images=images)
   asked = []
   for limit, kept, compiled in ((10**7, 'device', 1), (35 * 10**5, 'host', 2), (16 * 10**5, 'host', 2)):
-    made, note = host_replay.choose_place('auto', limit, state, buffer, lambda: asked.append(0) or programs)
+    made, note = buffer_memory.choose_place('auto', limit, state, buffer, lambda: asked.append(0) or programs)
     assert (made, len(asked)) == (programs if kept == 'device' else None, compiled)  # The images alone are too many.
     assert note.endswith(f'kept in {kept} memory')
-  assert host_replay.choose_place('auto', None, state, buffer, lambda: programs) == (programs, '')
+  assert buffer_memory.choose_place('auto', None, state, buffer, lambda: programs) == (programs, '')
 
 
 def test_auto_takes_the_host_where_the_device_is_too_small(whole, tmp_path, capsys):
@@ -206,14 +206,14 @@ def test_refusals_take_a_line(make, changes, message, tmp_path):
 
 def test_where_draws_go_by_priority_auto_is_the_device():
   buffer = replay.create(3, SHAPE, K, prioritised=True)
-  assert 'by priorities' in host_replay.device_only_reason('auto', buffer)
-  assert 'keeps no images' in host_replay.device_only_reason('device', {'no': 'buffer'})
-  assert host_replay.device_only_reason('auto', replay.create(3, SHAPE, K)) is None
-  assert host_replay.choose_place('auto', 1, {}, {'no': 'buffer'}, lambda: ('programs',)) == (('programs',), '')
+  assert 'by priorities' in buffer_memory.device_only_reason('auto', buffer)
+  assert 'keeps no images' in buffer_memory.device_only_reason('device', {'no': 'buffer'})
+  assert buffer_memory.device_only_reason('auto', replay.create(3, SHAPE, K)) is None
+  assert buffer_memory.choose_place('auto', 1, {}, {'no': 'buffer'}, lambda: ('programs',)) == (('programs',), '')
 
 
 def test_a_host_without_the_memory_for_a_checkpoint_too_is_said_before_anything_is_written(tmp_path, monkeypatch):
-  monkeypatch.setattr(host_replay, 'host_memory', lambda: 1_000)
+  monkeypatch.setattr(buffer_memory, 'host_memory', lambda: 1_000)
   with pytest.raises(ValueError, match=r'method\.capacity needs .* of host memory'):
     train.run(toy_runs.config(buffer='host'), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

@@ -10,6 +10,8 @@ import toys
 from dfkd_jax import tasks
 from dfkd_jax.losses import inversion
 from dfkd_jax.synth import Factors, inner_loop, objective
+from dfkd_jax.synth.inversion import InnerLoop
+from dfkd_jax.synth.layout import Layout
 from dfkd_jax.types import Moments, Outputs
 
 TERMS = tuple(name for name in Factors._fields if name != 'contrast')  # Which is CMI's own.
@@ -107,31 +109,30 @@ def test_project_follows_each_update():
   assert float(found.variables) == 1.5
 
 
-def test_each_part_has_an_optimizer_of_its_own():
-  tx = inner_loop.by_part({'a': optax.sgd(0.25), 'b': optax.adam(0.5)})
-  variables = {'b': jnp.array([4.0, -4.0]), 'a': jnp.array(8.0)}
-  state = tx.init(variables)
-  assert set(state) == {'a', 'b'}
-  for expected in ({'a': 4, 'b': [3.5, -3.5]}, {'a': 2, 'b': [3, -3]}):
-    # Of gradients that do not change, Adam leaves the sign.
-    updates, state = tx.update({'a': 2 * variables['a'], 'b': jnp.array([3.0, -3.0])}, state, variables)
-    variables = optax.apply_updates(variables, updates)
-    jax.tree.map(lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=1e-5), variables, {
-        name: jnp.array(values, float) for name, values in expected.items()})
-  assert int(optax.tree_utils.tree_get(state['b'], 'count')) == 2
+def test_generator_and_latents_have_learning_rates_of_their_own():
+  """Of gradients that do not change, Adam leaves the sign."""
+  for latent_lr, latents in ((0.25, [3.5, -3.5]), (None, [3.0, -3.0])):
+    tx = InnerLoop(generator_lr=0.5, latent_lr=latent_lr).optimizer()
+    variables = {'latents': jnp.array([4.0, -4.0]), 'params': jnp.array(8.0)}
+    state = tx.init(variables)
+    for _ in range(2):
+      updates, state = tx.update({'params': jnp.array(7.0), 'latents': jnp.array([3.0, -3.0])}, state, variables)
+      variables = optax.apply_updates(variables, updates)
+    np.testing.assert_allclose(variables['params'], 7.0, rtol=1e-5)
+    np.testing.assert_allclose(variables['latents'], latents, rtol=1e-5)
 
 
 @pytest.mark.parametrize(('numbers', 'message'), [
     (dict(num_steps=0), 'num_steps is 0, must be at least 1'),
-    (dict(keep='worst'), "keep is 'worst', must be 'best' or 'last'")])
+    (dict(keep='worst'), r"keep is 'worst', must be one of \('best', 'last'\)")])
 def test_bad_numbers_are_named(numbers, message):
   with pytest.raises(ValueError, match=message):
     minimize(quadratic, 8.0, **numbers)
 
 
 def test_task_map_is_checked():
-  with pytest.raises(ValueError, match="task_map is 'pmap', must be 'auto', 'vmap' or 'map'"):
-    inner_loop.task_mapper('pmap')
+  with pytest.raises(ValueError, match=r"task_map is 'pmap', must be one of \('auto', 'vmap', 'map'\)"):
+    Layout(task_map='pmap')
 
 
 @pytest.mark.parametrize('task_map', ['auto', 'vmap', 'map'])
@@ -139,7 +140,7 @@ def test_task_map_is_checked():
 def test_over_tasks_equals_a_python_loop(task_map, num_tasks):
   inputs = {'a': jnp.arange(2.0 * num_tasks).reshape(num_tasks, 2), 'b': jnp.arange(num_tasks)}
   function = lambda task: (task['a'] * task['b'], task['a'].sum())
-  product, total = inner_loop.map_tasks(inner_loop.task_mapper(task_map), function, inputs)
+  product, total = Layout(task_map=task_map).map(function, inputs)
   np.testing.assert_array_equal(product, [a * b for a, b in zip(inputs['a'], inputs['b'], strict=True)])
   np.testing.assert_array_equal(total, [a.sum() for a in inputs['a']])
 
@@ -260,16 +261,16 @@ def test_past_moments_are_mixed_in(scene):
   teacher, *_, outputs = scene
   past = jax.tree.map(lambda leaf: 2 * leaf + 1, teacher.running())
   factors = Factors(batch_norm=1.0)
-  found = terms(scene, factors, past=past, momentum=0.9)['batch_norm']
+  found = terms(scene, factors, history=objective.History(past, 0.9))['batch_norm']
   mixed = jax.tree.map(lambda new, old: 0.1 * new + 0.9 * old, outputs.moments, past)
   by_hand = sum(
       np.linalg.norm(getattr(mixed[path], of) - getattr(teacher.running()[path], of))
       for path in mixed for of in Moments._fields)
   np.testing.assert_allclose(found, by_hand, rtol=1e-5)
   plain = terms(scene, factors)['batch_norm']
-  np.testing.assert_allclose(terms(scene, factors, past=past, momentum=0.0)['batch_norm'], plain, rtol=1e-6)
+  np.testing.assert_allclose(terms(scene, factors, history=objective.History(past, 0.0))['batch_norm'], plain, rtol=1e-6)
   # With what it has just seen as its past, a batch costs what it would without one.
-  np.testing.assert_allclose(terms(scene, factors, past=outputs.moments, momentum=0.9)['batch_norm'], plain, rtol=1e-5)
+  np.testing.assert_allclose(terms(scene, factors, history=objective.History(outputs.moments, 0.9))['batch_norm'], plain, rtol=1e-5)
 
 
 def test_momentum_scales_the_gradient(scene):
@@ -278,8 +279,8 @@ def test_momentum_scales_the_gradient(scene):
 
   def loss(moments, past, momentum):
     found = objective.terms(
-        Factors(batch_norm=1.0), outputs._replace(moments=moments), images, labels, teacher=teacher, past=past,
-        momentum=momentum)
+        Factors(batch_norm=1.0), outputs._replace(moments=moments), images, labels, teacher=teacher,
+        history=past and objective.History(past, momentum))
     return found['batch_norm']
 
   grads = jax.grad(loss)(outputs.moments, outputs.moments, 0.9)

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from dfkd_jax import augment, models, synth, tasks
 from dfkd_jax.losses import curriculum, inversion
 from dfkd_jax.synth import generators, replay
-from dfkd_jax.synth import inversion as inversions
+from dfkd_jax.synth.latents import Latents
+from dfkd_jax.synth.layout import Layout
+from dfkd_jax.synth.modulation import Modulation
 
 
 def test_diversity_by_hand():
@@ -190,37 +192,28 @@ class Dense(nn.Module):
 
 
 def test_of_pixels_the_modulation_is_averaged_over_each_image():
-  """Kept of each task's images [M, B], though it counts pixel by pixel."""
+  """New priorities of each task's images [M, B], though it counts pixel by pixel."""
   teacher, num_tasks = models.create_network(Dense(), jax.random.key(3), toys.IMAGE), 3
+  dense = method(
+      task=tasks.segmentation(toys.CLASSES), num_tasks=num_tasks, capacity=12 * num_tasks,
+      sample_latents=jax.random.normal)
+  state = toys.jit(dense.init)(jax.random.key(0), teacher)
+  state = state.replace(buffer=state.buffer.replace(histogram=jnp.asarray(COUNTS)))
+  key = jax.random.key(1)
+  after, metrics = toys.jit(dense.synthesize)(state, key, teacher, None)
 
-  def modulate(buffer, logits, targets):
-    assert logits.shape == (4, *toys.IMAGE[:2], toys.CLASSES)
-    assert targets.shape == logits.shape[:-1]
-    return curriculum.diversity(targets, buffer.histogram) * curriculum.difficulty(logits, targets, 2.0)
-
-  loop = inversions.loop(
-      generator=toys.generator(), image_shape=toys.IMAGE, task=tasks.segmentation(toys.CLASSES),
-      factors=synth.Factors(one_hot=1.0), num_steps=1, latent_dim=7, batch_size=4, num_tasks=num_tasks,
-      sample_batch_size=num_tasks,
-      augment=augment.identity, modulate=modulate)
-  buffer = replay.create(12, toys.IMAGE, toys.CLASSES, num_tasks).replace(histogram=jnp.asarray(COUNTS))
-  state = toys.jit(loop.init)(jax.random.key(0), teacher, buffer)
-  _, found = toys.jit(loop.invert)(state, jax.random.key(1), teacher, None)
-
-  assert found.kept['modulation'].shape == found.kept['labels'].shape == (num_tasks, 4)
-  logits = jax.vmap(lambda images: teacher(images).logits)(found.kept['images'])
+  key_latents, *_ = jax.random.split(jax.random.clone(key), 4)
+  latents = Latents(7).draw(key_latents, 4, Layout(num_tasks=num_tasks, sample_batch_size=3))
+  logits = jax.vmap(lambda z: teacher(
+      generators.render(toys.generator(), state.meta_params, z)).logits)(latents)
   p, seen = jax.nn.softmax(logits).max(-1), logits.argmax(-1)
   assert len(np.unique(seen)) > 1
   phi = (1 - jnp.asarray(COUNTS)[seen] / COUNTS.sum()) * (1 - p)**2
-  np.testing.assert_allclose(found.kept['modulation'], phi.mean((2, 3)), rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(found.metrics['one_hot'], [(phi * -jnp.log(p)).mean()], rtol=1e-4)
+  np.testing.assert_allclose(-after.buffer.priorities[:, :4], phi.mean((2, 3)), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(metrics['one_hot'], [(phi * -jnp.log(p)).mean()], rtol=1e-4)
 
 
-def test_without_modulation_none_is_kept():
-  loop = inversions.loop(
-      generator=toys.generator(), image_shape=toys.IMAGE, task=tasks.classification(toys.CLASSES),
-      factors=synth.Factors(one_hot=1.0), num_steps=1, latent_dim=7, batch_size=4)
-  buffer = replay.create(12, toys.IMAGE, toys.CLASSES)
-  state = jax.eval_shape(loop.init, jax.random.key(0), toys.teacher(), buffer)
-  _, found = jax.eval_shape(lambda *inputs: loop.invert(*inputs, None), state, jax.random.key(1), toys.teacher())
-  assert set(found.kept) == {'images', 'labels'}
+def test_without_factors_there_is_no_modulation():
+  off = Modulation(diversity=False, difficulty=False)
+  assert not off.is_used
+  assert off.phi(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32), jnp.zeros(5)) is None

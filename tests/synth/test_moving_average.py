@@ -10,7 +10,9 @@ import toys
 from jax.sharding import PartitionSpec
 
 from dfkd_jax import augment, parallel, synth, tasks
-from dfkd_jax.synth import Factors, moving_average, replay
+from dfkd_jax.synth import Factors, replay
+from dfkd_jax.synth.layout import Layout
+from dfkd_jax.synth.moving_average import MovingAverage
 
 METHODS = ('dfq', 'cu_dfkd', 'fast_dfkd', 'ssd_kd', 'nayer')
 DECAY, SAMPLES = 0.75, 12
@@ -181,9 +183,9 @@ def test_four_devices_give_the_same_images_as_one(name):
 @pytest.mark.parametrize(('name', 'changes', 'message'), [
     ('dfq', dict(ema_decay=1.0), r'ema_decay is 1.0, must be in \[0, 1\), or None'),
     ('fast_dfkd', dict(ema_decay=-0.1), r'ema_decay is -0.1, must be in \[0, 1\)'),
-    ('zskt', dict(ema_share=0.0), 'ema_share is 0.0, must leave of the 12 images'),
-    ('ssd_kd', dict(ema_share=1.0), 'ema_share is 1.0, must leave of the 12 images'),
-    ('fast_dfkd', dict(sample_batch_size=2, num_tasks=2), 'ema_share is 0.5, must leave of the 1 images'),
+    ('zskt', dict(ema_share=0.0), 'ema_share is 0.0, must leave at least one of the 12 images'),
+    ('ssd_kd', dict(ema_share=1.0), 'ema_share is 1.0, must leave at least one of the 12 images'),
+    ('fast_dfkd', dict(sample_batch_size=2, num_tasks=2), 'ema_share is 0.5, must leave at least one of the 1 images'),
     ('fast_dfkd', dict(meta='reinit'), 'ema_decay is 0.75, must be None where each call has a generator of its own'),
     ('nayer', dict(redraw_every=1), 'ema_decay is 0.75, must be None'),
     ('nayer', dict(meta='fomaml'), "redraw_every is 20, must be at least 1, and None where meta is not 'reinit'")])
@@ -193,5 +195,6 @@ def test_what_does_not_fit_is_refused(name, changes, message):
 
 
 def test_no_average_is_no_share():
-  assert moving_average.num_averaged(None, 7.0, 3) == 0
-  assert [moving_average.num_averaged(0.9, share, 7) for share in (0.1, 0.5, 0.9)] == [1, 4, 6]
+  assert MovingAverage(None, 7.0).num_images(Layout(sample_batch_size=3)) == 0
+  shares = [MovingAverage(0.9, share).num_images(Layout(sample_batch_size=7)) for share in (0.1, 0.5, 0.9)]
+  assert shares == [1, 4, 6]

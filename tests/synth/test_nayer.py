@@ -45,7 +45,7 @@ def test_latents_equal_a_loop_over_images():
   labels = jnp.array([2, 0, 2, 4, 2, 0])
   layers = nayer.draw_layers(jax.random.key(0), 3, 4, 7)
   layers = layers.replace(bias=jax.random.normal(jax.random.key(3), layers.bias.shape))
-  found, seen = nayer.latents_of(layers, labels, EMBEDDINGS), dict.fromkeys(range(toys.CLASSES), -1)
+  found, seen = nayer.decode_latents(layers, labels, EMBEDDINGS), dict.fromkeys(range(toys.CLASSES), -1)
   for row, label in zip(found, labels.tolist(), strict=True):
     seen[label] += 1
     kernel, bias = (np.asarray(leaf[seen[label]]) for leaf in (layers.kernel, layers.bias))
@@ -59,15 +59,15 @@ def test_no_two_images_of_a_batch_come_from_the_same_latent(num_classes, batch_s
   key_layers, key_labels, key_embeddings = jax.random.split(jax.random.key(seed), 3)
   layers = nayer.draw_layers(key_layers, -(-batch_size // num_classes), size, 5)
   labels = tasks.classification(num_classes, stratified=True).sample_labels(key_labels, batch_size)
-  embeddings = nayer.normalised(jax.random.normal(key_embeddings, (num_classes, size)))
-  latents = np.asarray(nayer.latents_of(layers, labels, embeddings))
+  embeddings = nayer.normalise(jax.random.normal(key_embeddings, (num_classes, size)))
+  latents = np.asarray(nayer.decode_latents(layers, labels, embeddings))
   assert latents.shape == (batch_size, 5)
   assert len(np.unique(latents, axis=0)) == batch_size
 
 
 def test_embeddings_are_normalised_as_by_a_batch_norm():
   given = np.column_stack([EMBEDDINGS * [1, 10, 0.1, 3] + [5, -5, 0, 1], np.full(toys.CLASSES, 2.0)])
-  found = np.asarray(nayer.normalised(jnp.asarray(given)))
+  found = np.asarray(nayer.normalise(jnp.asarray(given)))
   np.testing.assert_allclose(found.mean(0), 0, atol=1e-5)
   np.testing.assert_allclose(found.std(0), [1, 1, 1, 1, 0], atol=2e-3)
   np.testing.assert_allclose(np.corrcoef(found[:, 1], given[:, 1])[0, 1], 1, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_it_is_the_loop_of_fast_dfkd_with_other_latents():
   lent = created(
       'fast_dfkd', task=STRATIFIED, meta='sequential', latent_lr=4e-3, generator_lr=4e-3,
       sample_latents=lambda key, shape: nayer.draw_layers(key, 2, toys.CLASSES, shape[1]),
-      read=lambda layers, labels: nayer.latents_of(layers, labels, nayer.normalised(one_hot)))
+      decode=lambda layers, labels: nayer.decode_latents(layers, labels, nayer.normalise(one_hot)))
   found, expected = called(created(meta='sequential', redraw_every=None), 3)[-1], called(lent, 3)[-1]
   assert same(found, expected)
   assert float(found.buffer.images[:, :24].std()) > 1

@@ -1,8 +1,6 @@
 """DAFL, ZSKT, DFQ and DFAD: which is a special case of which, who plays against the generator, what is refused."""
 
 import functools
-import importlib
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +33,7 @@ def gradient(state):
 
 
 def default(name, argument):
-  module = importlib.import_module(f'dfkd_jax.synth.methods.{name}')
-  return inspect.signature(getattr(module, name)).parameters[argument].default
+  return synth.defaults(name)[argument]
 
 
 def lowered(made):

@@ -11,6 +11,7 @@ import toys
 
 from dfkd_jax import augment, distill, parallel, synth, tasks
 from dfkd_jax.losses import divergence
+from dfkd_jax.synth import priorities as priority
 from dfkd_jax.synth import replay
 
 NUM = 4
@@ -161,7 +162,7 @@ def two_stripes():
 def test_the_priority_of_new_images(new_priority):
   synthesize = toys.jit(of_two_stripes(new_priority).synthesize)
   state, _ = synthesize(two_stripes(), jax.random.key(1), toys.teacher(), None)
-  found = np.asarray(replay.live_priorities(state.buffer))
+  found = np.asarray(priority.live_priorities(state.buffer))
   np.testing.assert_array_equal(found[:, :3], two_stripes().buffer.priorities[:, :3])
   np.testing.assert_array_equal(state.buffer.weights, [[2, 2, 2, 1, 1, 1, 1]] * 2)
   new = found[:, 3:] if new_priority == 'one' else found[:, 3:] / [[3], [5]]
@@ -225,7 +226,7 @@ def test_images_of_high_loss_are_drawn_more_often_and_weigh_less():
   logits = student.network.forward(images, train=True)[0].logits
   losses = np.asarray(divergence.kl(logits, toys.teacher()(images).logits, 4.0))
   assert losses.max() > 4 * losses.min()
-  slots = toys.jit(lambda key: replay.sample_by_priority(key, buffer, 4000).slots)(jax.random.key(0))
+  slots = toys.jit(lambda key: priority.sample_by_priority(key, buffer, 4000).slots)(jax.random.key(0))
   drawn = np.bincount(np.asarray(slots), minlength=16) / 4000
   slope, _ = np.polyfit(np.log(losses), np.log(drawn), 1)
   assert abs(slope - 2 / 3) < 0.3
@@ -234,7 +235,7 @@ def test_images_of_high_loss_are_drawn_more_often_and_weigh_less():
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(label_source='teacher'), r"label_source is 'teacher', must be one of \('random', 'argmax'\)"),
+    (dict(label_source='teacher'), r"label_source is 'teacher', must be one of \('random', 'argmax', None\)"),
     (dict(label_source='random', task=tasks.segmentation(toys.CLASSES)), "must be 'argmax' or None"),
     (dict(counted='argmax'), r"counted is 'argmax', must be one of \('seen', 'asked'\)"),
     (dict(counted='asked', label_source='argmax'), "counted is 'asked', must be 'seen' where no class is asked for"),

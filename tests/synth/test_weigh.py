@@ -8,6 +8,7 @@ import toys
 from buffers import SHAPE, K, stripes
 
 from dfkd_jax import parallel, synth, tasks
+from dfkd_jax.synth import priorities as priority
 from dfkd_jax.synth import replay
 from dfkd_jax.synth.methods import ssd_kd
 from dfkd_jax.types import Batch
@@ -97,7 +98,7 @@ def settle(beta, losses, steps=60):
   state, batch = with_buffer(stripes(np.ones_like(losses))), drawn(*range(losses.size))
   for _ in range(steps):
     state, _ = weigh(state, batch, jnp.asarray(losses.ravel()))
-  return replay.probabilities(state.buffer, 1e-9), state.buffer.weights
+  return priority.probabilities(state.buffer, 1e-9), state.buffer.weights
 
 
 @pytest.mark.parametrize(('beta', 'exponent'), [(0.0, 1.0), (0.5, 2 / 3), (0.7, 1 / 1.7)])
@@ -115,10 +116,10 @@ def test_at_beta_1_they_would_flip(x64):
   """Between the losses and uniform, for ever: why it is refused."""
   losses, slots, buffer = jnp.array([1.0, 2.0, 5.0]), jnp.arange(3), stripes([[1.0, 1.0, 1.0]])
   for index in range(6):
-    weights = replay.importance_weights(buffer, slots, 1.0, epsilon=1e-12)
-    buffer = replay.set_priorities(buffer, slots, weights * losses)
+    weights = priority.importance_weights(buffer, slots, 1.0, epsilon=1e-12)
+    buffer = priority.set_priorities(buffer, slots, weights * losses)
     expected = [1 / 3] * 3 if index % 2 else [1 / 8, 2 / 8, 5 / 8]
-    np.testing.assert_allclose(replay.probabilities(buffer, 1e-12)[0], expected, rtol=1e-9)
+    np.testing.assert_allclose(priority.probabilities(buffer, 1e-12)[0], expected, rtol=1e-9)
   with pytest.raises(ValueError, match=r'beta is 1.0, must be in \[0, 1\)'):
     method(beta=1.0)
 
@@ -126,10 +127,10 @@ def test_at_beta_1_they_would_flip(x64):
 def test_a_loss_of_0_stays_within_reach():
   state = with_buffer(stripes([[1.0, 1.0, 1.0, 1.0]]))
   state, _ = method().weigh(state, drawn(0, 1, 2, 3), jnp.array([3.0, 0.0, 0.0, 40.0]))
-  chances = replay.probabilities(state.buffer)[0]
+  chances = priority.probabilities(state.buffer)[0]
   assert (np.asarray(chances) > 0).all()
   np.testing.assert_allclose(chances[1], 1e-6 / 43, rtol=1e-5)
-  slots = replay.sample_by_priority(jax.random.key(0), state.buffer, 6, epsilon=1e3).slots  # As good as uniform.
+  slots = priority.sample_by_priority(jax.random.key(0), state.buffer, 6, epsilon=1e3).slots  # As good as uniform.
   assert set(np.asarray(slots).tolist()) - {0, 3}
 
 

@@ -1,4 +1,4 @@
-"""Tasks: which labels are asked for, and what is measured."""
+"""Tasks: requested labels, and metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ def test_balanced_asks_for_what_is_missing():
   histogram = jnp.array([100, 0, 50, 50])
   np.testing.assert_allclose(tasks.shortfall(histogram), [50, 150, 100, 100])
   labels = jax.jit(lambda key, h: task.sample_labels(key, 8000, h))(jax.random.key(0), histogram)
-  np.testing.assert_allclose(np.bincount(labels) / 8000, np.array([50, 150, 100, 100]) / 400, atol=0.02)
+  np.testing.assert_allclose(
+      np.bincount(labels) / 8000, np.array([50, 150, 100, 100]) / 400, atol=0.02)
   np.testing.assert_array_equal(tasks.shortfall(jnp.zeros(4, int)), 1)
   np.testing.assert_allclose(tasks.shortfall(2 * histogram), 2 * tasks.shortfall(histogram))
   assert task.sample_labels(jax.random.key(0), 5).shape == (5,)
@@ -89,7 +90,8 @@ def test_segmentation_predicts_the_most_frequent_class():
   assert predicted.dtype == jnp.int32
 
 
-@pytest.mark.parametrize('task', [tasks.classification(K), tasks.segmentation(K)], ids=['class', 'pixels'])
+@pytest.mark.parametrize(
+    'task', [tasks.classification(K), tasks.segmentation(K)], ids=['class', 'pixels'])
 def test_reduce_keeps_the_batch(task):
   np.testing.assert_array_equal(task.reduce(jnp.array([1.0, 2, 3])), [1, 2, 3])
   losses = jnp.arange(24.0).reshape(2, 3, 4)
@@ -97,11 +99,13 @@ def test_reduce_keeps_the_batch(task):
 
 
 def test_classification_metrics_by_hand():
-  logits = jnp.tile(jnp.arange(float(K)), (5, 1))  # Class 6 first, then 5, ...; 1 and 0 are not among five.
+  # Class 6 first, then 5, ...; 1 and 0 are not among five.
+  logits = jnp.tile(jnp.arange(float(K)), (5, 1))
   labels = jnp.array([6, 2, 1, 6, -1])
   task = tasks.classification(K)
   sums = jax.jit(task.metrics)(logits, labels)
-  assert {name: int(sums[name]) for name in ('top1', 'top5', 'count')} == {'top1': 2, 'top5': 3, 'count': 4}
+  assert {name: int(sums[name]) for name in ('top1', 'top5', 'count')} == {
+      'top1': 2, 'top5': 3, 'count': 4}
   log_z = np.log(np.exp(np.arange(K)).sum())
   summary = task.summarize(add(sums, sums))
   np.testing.assert_allclose(summary['cross_entropy'], log_z - (6 + 2 + 1 + 6) / 4, rtol=1e-6)
@@ -141,7 +145,9 @@ def test_segmentation_metrics_equal_brute_force(seed, num_classes):
     if (truth | answer).any():
       ious.append((truth & answer).sum() / (truth | answer).sum())
   np.testing.assert_allclose(summary['mean_iou'], np.mean(ious), rtol=1e-9)
-  np.testing.assert_allclose(summary['pixel_accuracy'], (labels == answers)[known].mean(), rtol=1e-9)
+  np.testing.assert_allclose(
+      summary['pixel_accuracy'], (labels == answers)[known].mean(), rtol=1e-9)
   shifted = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  chosen = np.take_along_axis(shifted, np.where(known, labels, 0)[..., None].astype(int), -1)[..., 0]
+  chosen = np.take_along_axis(shifted, np.where(known, labels, 0)[..., None].astype(int), -1)[
+      ..., 0]
   np.testing.assert_allclose(summary['cross_entropy'], -chosen[known].mean(), rtol=1e-4)

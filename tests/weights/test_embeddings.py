@@ -1,4 +1,4 @@
-"""Files of class embeddings: what is read, and one line for everything else."""
+"""Files of class embeddings: both formats, and one line for a bad file."""
 
 import tracemalloc
 
@@ -27,9 +27,9 @@ def test_both_formats_and_all_kinds_of_numbers(tmp_path, dtype):
 
 
 def write(path, kind):
-  """A file with which something is wrong."""
+  """Writes a bad file."""
   arrays = {'words': np.full((5, 3), 'coat'), 'complex': GIVEN + 1j}
-  if kind == 'objects':  # Whose loading would run what is in the file.
+  if kind == 'objects':  # Loading these would run code from the file.
     np.save(path, np.array([[print]] * 5), allow_pickle=True)
   elif kind == 'text':
     path.write_text('0.1 0.2')
@@ -40,8 +40,8 @@ def write(path, kind):
 
 
 @pytest.mark.parametrize(('kind', 'message'), {
-    'words': 'must be one array of numbers, not of <U4', 'complex': 'not of complex128',
-    'objects': 'must be one array of numbers: it holds an array of dtype object',
+    'words': 'must be one array of numbers: .*<U4', 'complex': 'numbers: .*complex128',
+    'objects': 'must be one array of numbers: .* an array of dtype object',
     'text': 'must be one array of numbers', 'folder': 'cannot be read: Is a directory',
     'missing': 'cannot be read: No such file'}.items())
 def test_bad_files_cost_one_line(tmp_path, kind, message):
@@ -68,7 +68,7 @@ def test_truncated_files(tmp_path, suffix, tenth):
 
 def test_files_of_several_arrays(tmp_path):
   save_file({'text': GIVEN, 'image': GIVEN}, tmp_path / 'given.safetensors')
-  with pytest.raises(ValueError, match=r'must be one array of numbers: the file has 2\.'):
+  with pytest.raises(ValueError, match=r'must be one array of numbers: .*has 2 arrays'):
     embeddings.load(tmp_path / 'given.safetensors')
 
 
@@ -82,17 +82,17 @@ def of_shape(shape):
 
 
 @pytest.mark.parametrize('text', [
-    of_shape('(5, 10**13)'), of_shape((5, 10**13)), of_shape((5, 10**9)), of_shape((10**30,)), of_shape((5, -3)),
-    '[' * 9000, '-' * 9000 + '1', of_shape(f'({"9" * 4000},)'), of_shape(f'({"9" * 4000}, {"9" * 4000})'),
-    of_shape(f'({"9" * 9000},)'), of_shape((2,) * 3000), of_shape(('x',)), '\x1b[2J' * 2000, '{1: 2}', '\0'],
-    ids=range(15))
+    of_shape('(5, 10**13)'), of_shape((5, 10**13)), of_shape((5, 10**9)), of_shape((10**30,)),
+    of_shape((5, -3)), '[' * 9000, '-' * 9000 + '1', of_shape(f'({"9" * 4000},)'),
+    of_shape(f'({"9" * 4000}, {"9" * 4000})'), of_shape(f'({"9" * 9000},)'),
+    of_shape((2,) * 3000), of_shape(('x',)), '\x1b[2J' * 2000, '{1: 2}', '\0'], ids=range(15))
 def test_hostile_headers_cost_one_line_and_no_memory(tmp_path, text):
   (tmp_path / 'given.npy').write_bytes(header(text) + bytes(24))
   tracemalloc.start()
   try:
     with pytest.raises(ValueError, match='must be one array of numbers: ') as error:
       embeddings.load(tmp_path / 'given.npy')
-    assert tracemalloc.get_traced_memory()[1] < 20_000_000  # Which Python's parser takes for its brackets.
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000  # Python's parser needs them.
   finally:
     tracemalloc.stop()
   said = str(error.value)
@@ -100,9 +100,9 @@ def test_hostile_headers_cost_one_line_and_no_memory(tmp_path, text):
   assert len(said) < 1200
 
 
-def test_what_follows_an_array_is_refused(tmp_path):
+def test_bytes_after_an_array_are_refused(tmp_path):
   np.save(tmp_path / 'given.npy', GIVEN)
   with (tmp_path / 'given.npy').open('ab') as file:
     file.write(b'1')
-  with pytest.raises(ValueError, match='it has 249 bytes of an array, whose header says 248'):
+  with pytest.raises(ValueError, match=r'has 249 bytes of an array, .* 248'):
     embeddings.load(tmp_path / 'given.npy')

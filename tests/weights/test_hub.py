@@ -1,5 +1,6 @@
 """Where weights come from: paths, and the hub with a stand-in for its library."""
 
+import fnmatch
 import json
 import sys
 import types
@@ -10,34 +11,41 @@ from dfkd_jax import weights
 
 
 class Hub(types.ModuleType):
-  """Answers for one repository, and notes what is asked."""
+  """Stands for huggingface_hub with one repository. Files lie in `folder` once downloaded."""
 
-  def __init__(self, folder, files, error=None, cached=()):
+  def __init__(self, folder, files=(), error=None, cached=()):
     super().__init__('huggingface_hub')
-    self.folder, self.files, self.error, self.cached, self.asked = folder, files, error, cached, []
+    self.folder, self.files, self.error, self.cached = folder, files, error, cached
+    self.repos, self.downloads = [], []
 
   def list_repo_files(self, repo, *, revision=None):
-    self.asked.append((repo, revision))
+    self.repos.append((repo, revision))
     if self.error:
       raise self.error
     return list(self.files)
 
-  def hf_hub_download(self, repo, filename, *, revision=None):
-    self.asked.append((repo, filename, revision))
-    if self.error:
+  def snapshot_download(self, repo, *, revision=None, allow_patterns=()):
+    self.repos.append((repo, revision))
+    names = [name for name in (self.cached if self.error else self.files)
+             if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)]
+    if self.error and not names:
       raise self.error
-    return str(self.folder / filename)
+    for name in names:
+      (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (self.folder / name).touch()
+    self.downloads += names
+    return str(self.folder)
 
   def try_to_load_from_cache(self, repo, filename, *, revision=None):
     return str(self.folder / filename) if filename in self.cached else None
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-  def make(files=(), **options):
-    found = Hub(tmp_path, files, **options)
-    monkeypatch.setitem(sys.modules, 'huggingface_hub', found)
-    return found
+def make_hub(tmp_path, monkeypatch):
+  def make(*arguments, **options):
+    hub = Hub(tmp_path, *arguments, **options)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+    return hub
   return make
 
 
@@ -54,22 +62,26 @@ def test_paths_of_files_and_folders(tmp_path, monkeypatch):
     ('gone.pth', r"^'gone\.pth': there is no such file or folder\.$"),
     ('gone.pth#ema', r"^'gone\.pth#ema': there is no such file"),
     ('https://example.org/w.pth', '^.*, an address: download the file'),
-    ('hf:only', r'^.hf:only., must be hf:OWNER/REPO\[@REVISION\]\[/FILE\]\.$'), ('hf:a/b@/c', 'must be hf:OWNER/REPO')])
+    ('hf:only', r'^.hf:only., must be hf:OWNER/REPO\[@REVISION\]\[/FILE\]\.$'),
+    ('hf:a/b@/c', 'must be hf:OWNER/REPO')])
 def test_sources_that_name_nothing_are_refused(source, message):
   with pytest.raises(ValueError, match=message):
     weights.resolve(source)
 
 
 @pytest.mark.parametrize(('source', 'files', 'name', 'revision'), [
-    ('hf:timm/net.a1', ['README.md', 'pytorch_model.bin', 'model.safetensors'], 'model.safetensors', None),
-    ('hf:timm/net.a1@v2', ['README.md', 'pytorch_model.bin', 'other.pth'], 'pytorch_model.bin', 'v2'),
+    ('hf:timm/net.a1', ['README.md', 'pytorch_model.bin', 'model.safetensors'],
+     'model.safetensors', None),
+    ('hf:timm/net.a1@v2', ['README.md', 'pytorch_model.bin', 'other.pth'],
+     'pytorch_model.bin', 'v2'),
     ('hf:timm/net.a1', ['config.json', 'sub/weights.h5'], 'sub/weights.h5', None),
-    ('hf:timm/net.a1@v2/sub/x.pth', [], 'sub/x.pth', 'v2')])
-def test_a_file_of_the_hub_is_chosen(source, files, name, revision, hub, tmp_path):
-  fake = hub(files)
+    ('hf:timm/net.a1@v2/sub/x.pth', ['w.pth', 'sub/x.pth'], 'sub/x.pth', 'v2'),
+    ('hf:timm/net.a1/x[1].pth', ['x1.pth', 'x[1].pth'], 'x[1].pth', None)])
+def test_one_file_of_the_hub_is_downloaded(source, files, name, revision, make_hub, tmp_path):
+  hub = make_hub(files)
   assert weights.resolve(source) == tmp_path / name
-  assert fake.asked[-1] == ('timm/net.a1', name, revision)
-  assert fake.asked[:-1] == ([('timm/net.a1', revision)] if files else [])
+  assert set(hub.repos) == {('timm/net.a1', revision)}
+  assert hub.downloads == [name]
   assert weights.resolve(f'{source}#ema') == tmp_path / f'{name}#ema'
 
 
@@ -79,42 +91,35 @@ SHARDS = ['group1-shard1of2.bin', 'group1-shard2of2.bin']
 def write_model(path, shards=SHARDS):
   """A model.json that names these shards, in two groups."""
   path.parent.mkdir(exist_ok=True)
-  path.write_text(json.dumps({'weightsManifest': [{'paths': [name], 'weights': []} for name in shards]}))
+  manifest = [{'paths': [name], 'weights': []} for name in shards]
+  path.write_text(json.dumps({'weightsManifest': manifest}))
 
 
 @pytest.mark.parametrize('folder', ['', 'sub/'])
-def test_a_model_of_tensorflow_js_comes_with_its_shards(folder, hub, tmp_path):
+def test_a_model_of_tensorflow_js_comes_with_its_shards(folder, make_hub, tmp_path):
   names = [f'{folder}{name}' for name in ('model.json', *SHARDS)]
   write_model(tmp_path / names[0])
-  fake = hub(['README.md', 'config.json', *names])
-  assert weights.resolve('hf:timm/net@v2') == tmp_path / names[0]
-  assert fake.asked[0] == ('timm/net', 'v2')
-  assert fake.asked[-3:] == [('timm/net', name, 'v2') for name in names]
-  fake.asked.clear()
-  assert weights.resolve(f'hf:timm/net@v2/{names[0]}') == tmp_path / names[0]
-  assert fake.asked == [('timm/net', name, 'v2') for name in names]
+  for source in ('hf:timm/net@v2', f'hf:timm/net@v2/{names[0]}'):
+    hub = make_hub(['README.md', 'config.json', *names])
+    assert weights.resolve(source) == tmp_path / names[0]
+    assert hub.downloads == names
+    assert set(hub.repos) == {('timm/net', 'v2')}
 
 
-def test_a_json_may_have_any_name(hub, tmp_path):
+def test_a_json_may_have_any_name(make_hub, tmp_path):
   write_model(tmp_path / 'resnet.json', ['parts/a', './b'])
-  fake = hub()
+  hub = make_hub(['resnet.json', 'parts/a', 'b', 'c'])
   assert weights.resolve('hf:timm/net/resnet.json') == tmp_path / 'resnet.json'
-  assert fake.asked == [('timm/net', name, None) for name in ('resnet.json', 'parts/a', 'b')]
+  assert hub.downloads == ['resnet.json', 'parts/a', 'b']
 
 
 @pytest.mark.parametrize(('files', 'chosen'), [
     (['model.json', *SHARDS, 'pytorch_model.bin'], 'pytorch_model.bin'),
     (['model.json', *SHARDS, 'w.h5'], r'has 2 files of weights: model\.json, w\.h5; name one'),
-    (['model.json', *SHARDS, 'shard3.bin'], r'has 2 files of weights: model\.json, shard3\.bin; name one'),
-    (['model.json', *SHARDS, 'sub/model.json', 'sub/x.bin'],
-     r'has 2 files of weights: model\.json, sub/model\.json; name one'),
-    (['other/model.json', 'w.h5'], 'w.h5')])
-def test_a_model_of_tensorflow_js_is_one_file_of_weights_among_others(files, chosen, hub, tmp_path):
-  write_model(tmp_path / 'model.json')
-  write_model(tmp_path / 'sub' / 'model.json', ['x.bin'])
-  (tmp_path / 'other').mkdir()
-  (tmp_path / 'other' / 'model.json').write_text('{"is": "another kind"}')
-  hub(files)
+    (['README.md', 'model.onnx'], 'has no files of weights; name one'),
+    (['b.pth', 'a.bin', 'x.txt'], r'has 2 files of weights: a\.bin, b\.pth; name one as hf:OWNER')])
+def test_one_file_of_weights_is_chosen_or_none(files, chosen, make_hub, tmp_path):
+  make_hub(files)
   if chosen in files:
     assert weights.resolve('hf:timm/net') == tmp_path / chosen
   else:
@@ -123,57 +128,75 @@ def test_a_model_of_tensorflow_js_is_one_file_of_weights_among_others(files, cho
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('{"weightsManifest": [{"paths": ["../b"]}]}', r"names '\.\./b', which lies outside of its folder"),
-    ('{"a": 1}', 'is JSON, but has no weightsManifest'), ('{"weightsManifest": [{}]}', 'is truncated or damaged'),
-    ('{"weights', 'is truncated or damaged'), ('{"weightsManifest": [{"paths": [5]}]}', 'is truncated or damaged')])
-def test_json_that_names_no_shards_is_refused(text, message, hub, tmp_path):
+    ('{"weightsManifest": [{"paths": ["../b"]}]}',
+     r"names '\.\./b', which lies outside of its folder"),
+    ('{"a": 1}', 'is JSON, but has no weightsManifest'), ('{"weights', 'cannot be fetched'),
+    ('{"weightsManifest": [{"paths": ["b"]}]}', "has no file 'b'")])
+def test_json_without_shards_is_refused(text, message, make_hub, tmp_path):
   (tmp_path / 'model.json').write_text(text)
-  fake = hub()
-  with pytest.raises(ValueError, match=rf"^'hf:timm/net/model\.json' {message}[^\n]*\.$"):
+  hub = make_hub(['model.json'])
+  with pytest.raises(ValueError, match=rf"^'hf:timm/net/model\.json' {message}[^\n]*$"):
     weights.resolve('hf:timm/net/model.json')
-  assert fake.asked == [('timm/net', 'model.json', None)]
+  assert hub.downloads == ['model.json']
 
 
-@pytest.mark.parametrize(('files', 'message'), [
-    (['README.md', 'model.onnx'], 'has no files of weights; name one'),
-    (['b.pth', 'a.bin', 'x.txt'], r'has 2 files of weights: a\.bin, b\.pth; name one as hf:OWNER/REPO/FILE')])
-def test_a_repository_without_one_file_of_weights_is_refused(files, message, hub):
-  hub(files)
-  with pytest.raises(ValueError, match=f"^'hf:timm/net' {message}"):
-    weights.resolve('hf:timm/net')
+def test_a_file_that_the_repository_lacks_is_named(make_hub):
+  make_hub(['a.pth'])
+  with pytest.raises(ValueError, match=r"^'hf:timm/net/b\.pth' has no file 'b\.pth'"):
+    weights.resolve('hf:timm/net/b.pth')
 
 
 @pytest.mark.parametrize('source', ['hf:timm/net', 'hf:timm/net/w.bin'])
-def test_what_the_hub_says_is_told_in_one_line(source, hub):
-  hub(error=ConnectionError('\n\nNo connection.\nSome more.\n'))
+def test_errors_of_the_hub_are_told_in_one_line(source, make_hub):
+  make_hub(error=ConnectionError('\n\nNo connection.\nSome more.\n'))
   with pytest.raises(ValueError, match=f"^'{source}' cannot be fetched: No connection.$"):
     weights.resolve(source)
 
 
-def test_without_a_connection_the_file_kept_before_is_taken(hub, tmp_path):
-  hub(error=ConnectionError('No connection.'), cached=['pytorch_model.bin'])
+def test_without_a_connection_the_cache_is_used(make_hub, tmp_path):
+  make_hub(error=ConnectionError('No connection.'), cached=['pytorch_model.bin'])
   assert weights.resolve('hf:timm/net') == tmp_path / 'pytorch_model.bin'
-
-
-def test_without_a_connection_a_model_is_taken_with_all_its_shards(hub, tmp_path):
   write_model(tmp_path / 'model.json')
-  hub(error=ConnectionError('No connection.'), cached=['model.json', *SHARDS])
+  make_hub(error=ConnectionError('No connection.'), cached=['model.json', *SHARDS])
   assert weights.resolve('hf:timm/net') == tmp_path / 'model.json'
-  hub(error=ConnectionError('No connection.'), cached=['model.json', SHARDS[0]])
-  with pytest.raises(ValueError, match=r'cannot be fetched: No connection\.$'):
+  (tmp_path / SHARDS[1]).unlink()
+  make_hub(error=ConnectionError('No connection.'), cached=['model.json', SHARDS[0]])
+  with pytest.raises(ValueError, match=f"has no file '{SHARDS[1]}'"):
     weights.resolve('hf:timm/net')
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
-  with pytest.raises(ValueError, match=r"^'hf:timm/net' needs huggingface_hub: pip install 'dfkd_jax\[hf\]'\.$"):
+  with pytest.raises(ValueError, match=r"^'hf:timm/net' needs huggingface_hub: pip install 'dfkd_"):
     weights.resolve('hf:timm/net')
 
 
-def test_the_real_library_offline(monkeypatch, tmp_path):
+@pytest.fixture
+def real_library(monkeypatch, tmp_path):
   constants = pytest.importorskip('huggingface_hub.constants')
   monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
   monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-  for source in ('hf:timm/net', 'hf:timm/net/w.bin', 'hf:timm/-bad--name.git'):
-    with pytest.raises(ValueError, match=rf"^'{source}' cannot be fetched: [^\n]+$"):
-      weights.resolve(source)
+  return tmp_path
+
+
+@pytest.mark.parametrize('source', ['hf:timm/net', 'hf:timm/net/w.bin', 'hf:timm/-bad--name.git'])
+def test_the_real_library_offline(source, real_library):
+  with pytest.raises(ValueError, match=rf"^'{source}' cannot be fetched: [^\n]+$"):
+    weights.resolve(source)
+
+
+@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.json'])
+def test_the_real_library_with_a_cache(name, real_library):
+  """Laid out as the library keeps a repository."""
+  folder = real_library / 'models--timm--net'
+  (folder / 'refs').mkdir(parents=True)
+  (folder / 'refs' / 'main').write_text('f' * 40)
+  snapshot = folder / 'snapshots' / ('f' * 40)
+  snapshot.mkdir(parents=True)
+  (snapshot / name).write_text('')
+  if name == 'model.json':
+    write_model(snapshot / name)
+    for shard in SHARDS:
+      (snapshot / shard).write_text('')
+  assert weights.resolve('hf:timm/net') == snapshot / name
+  assert weights.resolve(f'hf:timm/net/{name}') == snapshot / name

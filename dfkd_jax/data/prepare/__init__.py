@@ -1,4 +1,4 @@
-r"""Writes data sets that TFDS reads, without TensorFlow.
+r"""Writes data sets in the array_record format of TFDS, without TensorFlow.
 
   python -m dfkd_jax.prepare fashion_mnist --source DIRECTORY_OF_IDX_FILES
   python -m dfkd_jax.prepare cifar10 --source cifar-10-binary.tar.gz
@@ -6,14 +6,12 @@ r"""Writes data sets that TFDS reads, without TensorFlow.
   python -m dfkd_jax.prepare my_images --source train_and_test.npz
   python -m dfkd_jax.prepare arrays --source images_and_labels.npz --name my_images --split test
   python -m dfkd_jax.prepare folder --source FOLDER_OF_CLASSES --name my_photos --split test
-  python -m dfkd_jax.prepare folder --source val --name imagenet2012 --split validation --labels val.txt \
-      --classes wnids.txt
+  python -m dfkd_jax.prepare folder --source val --name imagenet2012 --split validation \
+      --labels val.txt --classes wnids.txt
 
-TFDS itself can read array_record files without TensorFlow, but not write them.
-What is written here plain `tfds.data_source(name, data_dir=...)` reads. Unlike
-with TFDS' own writer, records keep the order of the source. Photos are stored
-as the bytes of their files, one after the other, and may differ in size. Further
-splits of a data set may be added later.
+`tfds.data_source(name, data_dir=...)` reads the result. Records keep the order of the source.
+Photos are stored as the bytes of their files and may differ in size. More splits can be added to
+a data set later.
 """
 
 from dfkd_jax.data.prepare.archives import read, read_arrays, read_idx

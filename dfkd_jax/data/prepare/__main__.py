@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dfkd_jax import paths
 from dfkd_jax.data import prepare
 
-_OWN = ('folder', 'arrays')
+_OPTIONS = {'folder': {'name', 'classes', 'labels'}, 'arrays': {'name'}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,53 +19,53 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line; returns the exit status."""
+  """Runs the command line; returns the exit status."""
   try:
-    flags = _parser().parse_args(argv)
-    name, splits, class_names = _read(flags)
-    target = prepare.write(name, splits, flags.data_dir, class_names=class_names)
+    flags = _make_parser().parse_args(argv)
+    name, splits, class_names = _read_source(flags)
+    folder = prepare.write(name, splits, flags.data_dir, class_names=class_names)
   except (ValueError, OSError) as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return 2
-  print(f'Wrote {", ".join(f"{len(split[0])} {key}" for key, split in splits.items())} images to {target}')
+  counts = ', '.join(f'{len(images)} {split}' for split, (images, *_) in splits.items())
+  print(f'Wrote {counts} images to {folder}')
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
-      prog='python -m dfkd_jax.prepare', description='Writes a data set that TFDS reads, without TensorFlow.')
-  parser.add_argument('what', help='mnist, fashion_mnist, kmnist, cifar10, cifar100 or a name of your own; '
-                                   'or folder or arrays, for images of your own')
-  parser.add_argument('--source', required=True, help='directory of IDX files, archive of CIFAR (binary) or .npz; '
-                                                      'for folder, one with a sub-folder for each class')
-  parser.add_argument('--data_dir', default=os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'))
-  parser.add_argument('--splits', '--split', nargs='+', help='train test; for folder and arrays, one: test')
-  parser.add_argument('--name', help='for folder and arrays: of the data set; else as the source is called')
-  parser.add_argument('--classes', help='for folder: a file with the name of a class a line, in the order of labels')
-  parser.add_argument('--labels', help="for folder: a file with lines 'filename label', if there are no sub-folders")
+def _make_parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog='python -m dfkd_jax.prepare',
+                   description='Writes a data set that TFDS reads, without TensorFlow.')
+  add = parser.add_argument
+  add('kind', help='mnist, fashion_mnist, kmnist, cifar10, cifar100, or the name of a data set of '
+                   'your own; or folder or arrays')
+  add('--source', required=True, help='directory of IDX files, binary archive of CIFAR, or .npz '
+                                      'file; for folder: a folder with a sub-folder for each class')
+  add('--data_dir', default=os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets'))
+  add('--splits', '--split', nargs='+', help='default: train test; for folder and arrays: test')
+  add('--name', help='for folder and arrays: name of the data set; default: name of the source')
+  add('--classes', help='for folder: file with one class name a line, in the order of the labels')
+  add('--labels', help="for folder: file with lines 'filename label', if there are no sub-folders")
   return parser
 
 
-def _read(flags: argparse.Namespace) -> tuple[str, Mapping[str, prepare.Split], Sequence[str] | None]:
-  """Name, splits and class names.
-
-  Raises:
-    ValueError: What is asked for does not fit together, or cannot be read.
-  """
-  allowed = {'folder': {'name', 'classes', 'labels'}, 'arrays': {'name'}}.get(flags.what, set())
+def _read_source(
+    flags: argparse.Namespace
+) -> tuple[str, Mapping[str, prepare.Split], Sequence[str] | None]:
+  """Returns the name, the splits and the class names of a data set."""
   for option in ('name', 'classes', 'labels'):
-    if option not in allowed and getattr(flags, option) is not None:
-      raise ValueError(f'--{option} is not for {flags.what!r}.')
-  if flags.what not in _OWN:
-    return flags.what, *prepare.read(flags.what, flags.source, flags.splits or ['train', 'test'])
-  splits = flags.splits or ['test']
-  if len(splits) != 1:
-    raise ValueError(f'--split is {" ".join(splits)}, must be one.')
-  name = flags.name or paths.expanded(flags.source, 'source').absolute().stem.lower()
-  if flags.what == 'arrays':
-    return name, *prepare.read_arrays(name, flags.source, splits[0])
-  of_split, class_names = prepare.read_folder(flags.source, classes=flags.classes, labels=flags.labels)
-  return name, {splits[0]: of_split}, class_names
+    if option not in _OPTIONS.get(flags.kind, ()) and getattr(flags, option) is not None:
+      raise ValueError(f'--{option} is not for {flags.kind!r}.')
+  if flags.kind not in _OPTIONS:
+    return flags.kind, *prepare.read(flags.kind, flags.source, flags.splits or ['train', 'test'])
+  split, *more = flags.splits or ['test']
+  if more:
+    raise ValueError(f'--split is {" ".join(flags.splits)}, must be one.')
+  name = flags.name or paths.expand_path(flags.source, 'source').absolute().stem.lower()
+  if flags.kind == 'arrays':
+    return name, *prepare.read_arrays(name, flags.source, split)
+  images, class_names = prepare.read_folder(
+      flags.source, classes=flags.classes, labels=flags.labels)
+  return name, {split: images}, class_names
 
 
 if __name__ == '__main__':

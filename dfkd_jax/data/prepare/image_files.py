@@ -1,26 +1,27 @@
-"""Images as files hold them: JPEG or PNG, kept as they are wherever readers agree on what they show."""
+"""Encoded images: files of photos, and arrays as PNG."""
 
-import concurrent.futures
 import io
-import itertools
 import os
 import pathlib
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
+
+from dfkd_jax.data.errors import reporting_read_errors
+from dfkd_jax.data.images import map_in_threads
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
-_READ_AT_ONCE = 64
+_JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'
 
 
 class Files:
-  """Images in files, which may differ in size: read, each once and in order, when they are written.
+  """Images in files, which may differ in size. `write` reads each file once, in order.
 
-  To `write` they look like an array uint8 [N, None, None, 3].
+  Has the attributes of an array uint8 [N, None, None, 3].
 
   Args:
-    paths: Of N files.
+    paths: N paths.
   """
 
   dtype, ndim = np.dtype(np.uint8), 4
@@ -33,57 +34,42 @@ class Files:
     return len(self.paths)
 
   def __iter__(self) -> Iterator[bytes]:
-    """What to store of each file.
-
-    Raises:
-      ValueError: A file cannot be read; names it.
-    """
-    paths = iter(self.paths)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      while part := list(itertools.islice(paths, _READ_AT_ONCE)):  # Since map takes all that it is given at once.
-        yield from pool.map(stored, part)
+    """Encodes each file, see `encode_file`."""
+    return map_in_threads(encode_file, self.paths)
 
 
-def stored(path: str | os.PathLike) -> bytes:
-  """What is stored of a file: its bytes if they are a grey or RGB JPEG or PNG, else a PNG of it in RGB.
+def encode_file(path: str | os.PathLike) -> bytes:
+  """Returns the bytes to store for an image file.
 
-  TFDS reads both of the former without TensorFlow as RGB. Of other kinds it would
-  show palette indices, or cyan for red; JPEGs in CMYK are an example from ImageNet.
+  These are the bytes of the file if it is a grey or RGB JPEG or PNG, which TFDS reads as RGB
+  without TensorFlow. Other images are converted to an RGB PNG. Otherwise, TFDS would return
+  palette indices, or wrong colours for the CMYK JPEGs of ImageNet.
 
   Raises:
-    ValueError: It is no image, is cut off, or has more than 8 bits.
+    ValueError: The file is not an image, is cut off, or has more than 8 bits.
   """
-  from PIL import Image
-
-  try:
+  with reporting_read_errors(f'Image {os.fspath(path)!r}'):
     raw = pathlib.Path(path).read_bytes()
     with Image.open(io.BytesIO(raw)) as image:
       if image.mode[0] in 'IF':
         raise ValueError(f'its mode {image.mode} has more than 8 bits')
       transparent = 'transparency' in image.info
-      if _format(raw) and image.mode in ('L', 'RGB') and not transparent:
-        image.draft(image.mode, (1, 1))  # An eighth of a JPEG's pixels show as well whether it is whole.
+      if raw.startswith((_JPEG, _PNG)) and image.mode in ('L', 'RGB') and not transparent:
+        image.draft(image.mode, (1, 1))  # Decoding at 1/8 size also detects a file that is cut off.
         image.load()
         return raw
-      return png(np.asarray(image.convert('RGBA' if transparent else 'RGB').convert('RGB')))
-  except Exception as error:  # PIL has errors of many kinds.
-    reason = re.sub(r' <_io\.BytesIO.*?>', '', ' '.join(str(error).split()))  # An address says nothing.
-    raise ValueError(f'Image {os.fspath(path)!r} cannot be read: {reason}') from error
+      image = image.convert('RGBA' if transparent else 'RGB').convert('RGB')
+      return encode_png(np.asarray(image))
 
 
-def png(image: np.ndarray) -> bytes:
-  """One image uint8 [H, W, C] as PNG."""
-  from PIL import Image
-
+def encode_png(image: np.ndarray) -> bytes:
+  """Encodes an image uint8 [H, W, C]."""
   stream = io.BytesIO()
-  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, 'png', compress_level=9)
+  image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  image.save(stream, 'png', compress_level=9)
   return stream.getvalue()
 
 
 def is_jpeg(raw: bytes) -> bool:
-  """Whether these bytes begin a JPEG."""
-  return raw[:3] == b'\xff\xd8\xff'
-
-
-def _format(raw: bytes) -> bool:
-  return is_jpeg(raw) or raw[:8] == b'\x89PNG\r\n\x1a\n'
+  """Whether bytes begin with the signature of JPEG."""
+  return raw.startswith(_JPEG)

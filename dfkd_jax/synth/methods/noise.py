@@ -1,42 +1,33 @@
-"""Noise: the control. Images of independent uniform pixels, with the teacher's labels.
+"""Noise: the control. Images are independent uniform pixels, labelled by the teacher.
 
-What a student learns from it shows how much of a result is due to the images, and
-not to the teacher's soft labels alone. Nothing is synthesised, so a run is all
-student steps.
+The student of such a run shows how much of a result comes from the teacher's soft labels alone.
+Nothing is synthesised, so a run consists of student steps.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dfkd_jax import parallel
 from dfkd_jax.models.network import Network
+from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
 
 
 class State(struct.PyTreeNode):
-  """Noise carries nothing but its count."""
+  """Counts the calls."""
 
   step: Array  # [] int32, calls so far
 
 
-def noise(
-    *,
-    image_shape: tuple[int, int, int],
-    sample_batch_size: int = 256,
-    num_tasks: int = 1,
-    axis: str | None = None,
-) -> Synthesizer:
+def noise(*, image_shape: tuple[int, int, int], layout: Layout = Layout()) -> Synthesizer:
   """Makes the control.
 
   Args:
     image_shape: [H, W, C].
-    sample_batch_size: Images for one step of the student, on this device.
-    num_tasks: Tasks on this device; only the keys of the samples depend on it.
-    axis: The mapped axis of devices, if any.
+    layout: Batch size of the student's steps, tasks and devices.
   """
-  share = parallel.even_share(sample_batch_size, num_tasks, 'sample_batch_size')
+  share = layout.share(layout.sample_batch_size, 'sample_batch_size')
 
   def init(key: PRNGKey, teacher: Network) -> State:
     del key, teacher
@@ -50,9 +41,8 @@ def noise(
 
   def sample(state: State, key: PRNGKey) -> Batch:
     del state
-    keys = parallel.task_keys(key, num_tasks, axis)
-    images = jax.vmap(lambda k: jax.random.uniform(k, (share, *image_shape)))(keys)
-    nowhere = jnp.full(sample_batch_size, -1, jnp.int32)
-    return Batch(images.reshape(sample_batch_size, *image_shape), nowhere, nowhere)
+    images = layout.draw(key, lambda k: jax.random.uniform(k, (share, *image_shape)))
+    unknown = jnp.full(layout.sample_batch_size, -1, jnp.int32)
+    return Batch(images.reshape(-1, *image_shape), unknown, unknown)
 
   return Synthesizer(init, synthesize, sample)

@@ -1,0 +1,124 @@
+"""Contrast of image views against a memory bank of earlier images, for CMI.
+
+References:
+  Fang et al., Contrastive Model Inversion for Data-Free Knowledge Distillation, IJCAI 2021,
+  https://arxiv.org/abs/2105.08584, equations 5 to 8.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from dfkd_jax import augment
+from dfkd_jax.losses import contrast as losses
+from dfkd_jax.messages import FieldError
+from dfkd_jax.models.network import Network
+from dfkd_jax.synth.layout import Layout
+from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
+
+
+class Head(nn.Module):
+  """Projects features [B, D] to [B, size], of norm 1."""
+
+  size: int
+
+  @nn.compact
+  def __call__(self, features: Array) -> Array:
+    """Maps [B, D] to [B, size]."""
+    x = nn.relu(nn.Dense(features.shape[-1], name='head_0')(features))
+    x = nn.Dense(self.size, name='head_2')(x)
+    return x / optax.safe_norm(x, 1e-12, axis=-1, keepdims=True)
+
+
+def random_rows(key: PRNGKey, size: Array, capacity: int, number: int) -> tuple[Array, Array]:
+  """Draws slots [number] of live rows without replacement, and whether each is live [number]."""
+  chances = jnp.where(
+      jnp.arange(capacity) < size, jax.random.uniform(key, (capacity,)), -1.0)
+  highest, slots = jax.lax.top_k(chances, number)
+  return slots, highest >= 0
+
+
+def quarter_crop(key: PRNGKey, images: Array) -> Array:
+  """Crops a quarter up to all of each image, and flips it at random."""
+  return augment.resized_crop_and_flip(key, images, scale=(0.25, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """The contrast, its head and its memory bank.
+
+  Attributes:
+    contrast_temperature: T of the contrast, published as 0.2 or 0.1.
+    bank_size: Rows of the memory banks on this device: features of earlier images, 2 D numbers
+      each, with D 2,704 for all of WRN-40-2. Each task's bank must exceed its batch.
+    num_negatives: Rows of its bank that a task's inner step draws.
+    projection_size: Of the head's output.
+    feature_layers: Paths of the batch norms whose pooled inputs are the features; None: all.
+    head_lr: Learning rate of the head; its optimizer state lasts. None: `generator_lr`.
+    local_view: (key, images) -> images.
+    sample_rows: (key, live rows, rows of the bank, number) -> (slots, whether each is live).
+  """
+
+  contrast_temperature: float = 0.2
+  bank_size: int = 40_960
+  num_negatives: int = 4_096
+  projection_size: int = 256
+  feature_layers: tuple[str, ...] | None = None
+  head_lr: float | None = None
+  local_view: Callable[[PRNGKey, Array], Array] | None = quarter_crop
+  sample_rows: Callable[[PRNGKey, Array, int, int], tuple[Array, Array]] = random_rows
+
+  def rows(self, layout: Layout, is_used: bool) -> int:
+    """Returns the rows of a task's bank; raises a FieldError if they do not suffice."""
+    rows = layout.share(self.bank_size, 'bank_size')
+    if is_used and rows <= layout.batch_size:
+      images = layout.num_tasks * layout.batch_size
+      raise FieldError('bank_size', f'bank_size is {self.bank_size}, must be above {images}, the '
+                       'images of one call.')
+    if is_used and not 1 <= self.num_negatives <= rows:
+      raise FieldError('num_negatives', f'num_negatives is {self.num_negatives}, must be in '
+                       f'1..{rows}, the bank of a task.')
+    return rows
+
+  def features(self, outputs: Outputs) -> Array:
+    """Concatenates the pooled inputs of the chosen batch norms, [B, D]."""
+    paths = sorted(outputs.pooled) if self.feature_layers is None else self.feature_layers
+    missing = [path for path in paths if path not in outputs.pooled]
+    if missing or not paths:
+      raise FieldError('feature_layers', f'feature_layers has {missing}, must be batch norms of '
+                       f'the teacher: {sorted(outputs.pooled)}.')
+    return jnp.concatenate([outputs.pooled[path] for path in paths], axis=-1)
+
+  def compare(
+      self, key: PRNGKey, head: PyTree, bank: Array, size: Array, teacher: Network, images: Array,
+      outputs: Outputs,
+  ) -> tuple[Array, Array]:
+    """Compares the local and the global view of each image.
+
+    Args:
+      key: PRNG key.
+      head: Parameters of the head.
+      bank: [N, 2, D], features of earlier images.
+      size: [] int32, its live rows.
+      teacher: Gives the features.
+      images: [B, H, W, C], the source of the local views.
+      outputs: The teacher's, for the global views.
+
+    Returns:
+      The contrast [B], and the features of both views [B, 2, D].
+    """
+    key_view, key_rows = jax.random.split(key)
+    local_features = self.features(teacher(self.local_view(key_view, images)))
+    views = jnp.stack([local_features, self.features(outputs)], axis=1)
+    slots, is_live = self.sample_rows(key_rows, size, bank.shape[0], self.num_negatives)
+    project = lambda view: Head(self.projection_size).apply(
+        {'params': head}, jnp.concatenate([views[:, view], bank[slots, view]]))
+    (local, global_), batch = (project(0), project(1)), images.shape[0]
+    term = losses.contrast(
+        local[:batch], global_[:batch], local[batch:], global_[batch:],
+        self.contrast_temperature, is_live)
+    return term, views

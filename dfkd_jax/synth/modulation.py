@@ -1,0 +1,64 @@
+"""Modulation of the one_hot term: rare classes and hard images count more.
+
+References:
+  Liu et al., Small Scale Data-Free Knowledge Distillation, CVPR 2024,
+  https://arxiv.org/abs/2406.07876, from a recollection of its equations; see methods/ssd_kd.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dfkd_jax.losses import curriculum
+from dfkd_jax.messages import FieldError
+from dfkd_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Modulation:
+  """Multiplier phi of each image's (or pixel's) one_hot term.
+
+  Attributes:
+    diversity: Whether phi has the factor 1 - h[c] / |B|, with h the buffer's histogram and c the
+      class that is counted.
+    difficulty: Whether phi has the factor (1 - p)^gamma, with p the probability of the target.
+    gamma: Exponent of the difficulty, unknown from the paper; 2 is the focal loss's.
+  """
+
+  diversity: bool = True
+  difficulty: bool = True
+  gamma: float = 2.0
+
+  def __post_init__(self):
+    if not self.gamma >= 0:
+      raise FieldError('gamma', f'gamma is {self.gamma}, must be at least 0.')
+
+  @property
+  def is_used(self) -> bool:
+    """Whether there is a factor at all."""
+    return self.diversity or self.difficulty
+
+  def phi(
+      self, logits: Array, targets: Array, histogram: Array, *, counts_targets: bool = False,
+      is_normalised: bool = False, is_constant: bool = False,
+  ) -> Array | None:
+    """Returns phi [...]; None if there is no factor.
+
+    Args:
+      logits: [..., K], the teacher's.
+      targets: [...] int32, of the one_hot term.
+      histogram: [K], images in the buffer by class.
+      counts_targets: Whether the diversity counts the target, or the class that the teacher sees.
+      is_normalised: Whether to take our variant of `losses.curriculum.diversity`.
+      is_constant: Whether no gradient flows through phi.
+    """
+    if not self.is_used:
+      return None
+    phi = jnp.ones_like(logits[..., 0])
+    if self.diversity:
+      classes = targets if counts_targets else jnp.argmax(logits, -1)
+      phi *= curriculum.diversity(classes, histogram, normalised=is_normalised)
+    if self.difficulty:
+      phi *= curriculum.difficulty(logits, targets, self.gamma)
+    return jax.lax.stop_gradient(phi) if is_constant else phi

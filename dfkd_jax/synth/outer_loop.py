@@ -1,0 +1,189 @@
+"""The outer loop: how a generator goes on from call to call.
+
+By first-order MAML or Reptile the meta-generator follows the inner loops through an optax
+update of the gradient averaged over tasks and devices. Without an outer optimizer it becomes
+the generator after the inner steps, or is drawn anew.
+
+References:
+  Fang et al., Up to 100x Faster Data-free Knowledge Distillation, AAAI 2022,
+  https://arxiv.org/abs/2112.06253, section 3.2.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import lax
+
+from dfkd_jax import parallel
+from dfkd_jax.messages import FieldError, check_option
+from dfkd_jax.synth import generators
+from dfkd_jax.synth.inner_loop import Minimum, StepOutput
+from dfkd_jax.synth.inversion import InnerLoop
+from dfkd_jax.synth.layout import Layout
+from dfkd_jax.synth.replay import ReplayBuffer
+from dfkd_jax.types import Array, Metrics, Moments, PRNGKey, PyTree
+
+META = ('fomaml', 'reptile', 'sequential', 'reinit')
+
+
+class State(struct.PyTreeNode):
+  """A generator that goes on from call to call, and the images so far."""
+
+  latents: PyTree | None = parallel.sharded()  # [M, B, Z], only if they are carried
+  step: Array  # [] int32, calls so far
+  meta_params: PyTree  # of the generator
+  meta_opt_state: PyTree
+  past: dict[str, Moments]  # of the teacher's inputs, averaged over the calls so far
+  buffer: ReplayBuffer
+  ema: PyTree | None = None  # moving average of the generator after its inner steps
+
+
+class Inversions(NamedTuple):
+  """Results of the inversions of one call."""
+
+  meta_grads: PyTree  # averaged over tasks and devices, as everything but `kept` and `latents`
+  moments: dict[str, Moments]  # of the last inner step
+  metrics: Metrics  # each [num_steps]
+  params: PyTree  # of the generators after their inner steps
+  kept: dict[str, Array]  # [M, B, ...], from each task's best (or last) step
+  latents: PyTree  # [M, B, Z], after the inner steps
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterLoop:
+  """The outer loop.
+
+  Attributes:
+    meta: 'fomaml'; 'reptile'; 'sequential' (the generator after the inner steps is kept, without
+      an outer optimizer); or 'reinit' (as 'sequential', with a generator that is drawn anew).
+    meta_lr: Learning rate of the outer Adam; None: `generator_lr * num_steps`, as published.
+    reptile_scale: Factor of Reptile's gradient. Under Adam it matters through epsilon only.
+    redraw_every: With 'reinit', calls for which a generator lasts; None: one.
+    redraw_std: With 'reinit', deviation of `generators.redraw`; None: the generator's own
+      initialisers.
+    reset_after: Calls before the generator's first layers are drawn anew, once; None: never.
+  """
+
+  meta: str = 'fomaml'
+  meta_lr: float | None = None
+  reptile_scale: float = 67.0
+  redraw_every: int | None = None
+  redraw_std: float | None = 0.02
+  reset_after: int | None = None
+
+  def __post_init__(self):
+    check_option('meta', self.meta, META)
+    is_reinit = self.meta == 'reinit'
+    if is_reinit and self.reset_after is not None:
+      raise FieldError(
+          'reset_after', f"reset_after is {self.reset_after}, must be None where meta is 'reinit'.")
+    if self.redraw_every is not None and (not is_reinit or self.redraw_every < 1):
+      raise FieldError('redraw_every', f'redraw_every is {self.redraw_every}, must be at least 1, '
+                       "and None where meta is not 'reinit'.")
+    if self.redraw_std is not None and self.redraw_std <= 0:
+      raise FieldError(
+          'redraw_std', f'redraw_std is {self.redraw_std}, must be above 0, or None.')
+
+  @property
+  def learns(self) -> bool:
+    """Whether an outer optimizer moves the generator."""
+    return self.meta in ('fomaml', 'reptile')
+
+  @property
+  def is_new_every_call(self) -> bool:
+    """Whether each call has a generator of its own."""
+    return self.meta == 'reinit' and self.redraw_every in (None, 1)
+
+  def optimizer(self, inner: InnerLoop) -> optax.GradientTransformation:
+    """Returns the outer Adam."""
+    published = inner.generator_lr * inner.num_steps
+    return inner.adam(published if self.meta_lr is None else self.meta_lr)
+
+  def is_new(self, step: Array) -> Array:
+    """Whether the generator of call `step` does not go on from the call before."""
+    if self.meta == 'reinit':
+      return step % (self.redraw_every or 1) == 0
+    return (step == 0) | (False if self.reset_after is None else step == self.reset_after)
+
+  def renew(
+      self, key: PRNGKey, params: PyTree, step: Array, generator: nn.Module,
+      latent_shape: tuple[int, ...],
+  ) -> PyTree:
+    """Draws the generator, or its first layers, anew if call `step` begins with that.
+
+    Args:
+      key: PRNG key.
+      params: Of the generator after the call before.
+      step: [] int32, calls so far.
+      generator: Names its `first_layers`.
+      latent_shape: [B, ...] of its latents.
+    """
+    if self.meta == 'reinit':
+      def draw(params):
+        if self.redraw_std:
+          return generators.redraw(key, params, self.redraw_std)
+        return generators.init(generator, key, latent_shape)
+      return lax.cond(self.is_new(step), draw, lambda params: params, params)
+    if self.reset_after is None:
+      return params
+    reset = lambda params: generators.reset(key, params, generator.first_layers)
+    return lax.cond(step == self.reset_after, reset, lambda params: params, params)
+
+  def invert(
+      self, key: PRNGKey, loss_fn: Callable[[PyTree, PRNGKey, Array], tuple[Array, StepOutput]],
+      params: PyTree, latents: PyTree, labels: Array, inner: InnerLoop, layout: Layout,
+  ) -> Inversions:
+    """Runs the inner loops of all tasks, each from a copy of the generator.
+
+    Args:
+      key: PRNG key.
+      loss_fn: (variables, key, labels [B]) -> (loss [], StepOutput); its `aux` are moments.
+      params: Of the generator, where all inversions start.
+      latents: [M, B, Z], where they start.
+      labels: [M, B], the requested classes.
+      inner: The inner loop.
+      layout: Of the tasks.
+    """
+
+    def invert_task(inputs):
+      latents, labels, key_task = inputs
+      found = inner.minimize(
+          key_task, lambda variables, k: loss_fn(variables, k, labels), params, latents)
+      averaged = self.gradient(params, found), found.aux, found.metrics, found.variables['params']
+      return averaged, found.kept, found.variables['latents']
+
+    averaged, kept, latents = layout.map(invert_task, (latents, labels, layout.keys(key)))
+    return Inversions(*layout.mean(averaged), kept, latents)
+
+  def gradient(self, params: PyTree, minimum: Minimum) -> PyTree:
+    """Returns the meta-gradient of one inversion that started at `params`."""
+    if self.meta == 'fomaml':  # First order: the gradients summed over the inner steps.
+      return minimum.grads['params']
+    scale = self.reptile_scale if self.meta == 'reptile' else 1.0
+    return jax.tree.map(
+        lambda start, end: scale * (start - end), params, minimum.variables['params'])
+
+  def update(
+      self, tx: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree
+  ) -> tuple[PyTree, PyTree]:
+    """Moves the generator by the averaged meta-gradient.
+
+    Args:
+      tx: From `optimizer`.
+      grads: Averaged over tasks and devices.
+      opt_state: Of `tx`.
+      params: Of the generator, where the inversions started.
+
+    Returns:
+      Parameters and optimizer state.
+    """
+    if not self.learns:
+      return jax.tree.map(jnp.subtract, params, grads), opt_state
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
