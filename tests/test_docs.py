@@ -10,7 +10,7 @@ The info string of a block says how it runs:
   text           is no code
 """
 
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -181,7 +181,11 @@ def test_names_in_the_text_exist(page, fields):
   """Fields, files and extras in inline code."""
   whole = page.read_text()
   sections = {field.partition('.')[0] for field in fields if '.' in field}
-  for code in re.findall(r'`([^`\n]+)`', doc_pages.BLOCK.sub('', whole)):
+  old_names = r'^\| `dfkd_jax[^|]*'  # First column of a table in CHANGELOG.
+  text = re.sub(old_names, '', doc_pages.BLOCK.sub('', whole), flags=re.MULTILINE)
+  for code in re.findall(r'`([^`\n]+)`', text):
+    if re.fullmatch(r'dfkd_jax(\.\w+)+', code):
+      assert is_in_package(code.removeprefix('dfkd_jax.')), code
     for field in re.findall(r'--config\.([\w.]+)', code):
       own = field.startswith('method.') and f"{field.removeprefix('method.')}=" in whole  # Of the walkthrough.
       assert field in fields or '.options.' in field or field == 'FIELD' or own, code
@@ -195,5 +199,10 @@ def test_names_in_the_text_exist(page, fields):
 
 
 def is_in_package(name):
-  module, _, attribute = f'dfkd_jax.{name}'.rpartition('.')
-  return hasattr(importlib.import_module(module), attribute)
+  """Whether `dfkd_jax.NAME` is a module or an attribute of one."""
+  package, _, last = f'dfkd_jax.{name}'.rpartition('.')
+  try:
+    return hasattr(importlib.import_module(package), last) or bool(
+        importlib.util.find_spec(f'dfkd_jax.{name}'))
+  except ImportError:
+    return False
