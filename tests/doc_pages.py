@@ -21,7 +21,8 @@ from dfkd_jax.data.prepare.__main__ import main as prepare_main
 ROOT = toy_runs.ROOT
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'^```([^\n`]*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
-FILES = ('teacher.safetensors', 'resnet34.pth', 'resnet56_cifar10.th', 'efficientnet-lite0.pth', 'ResNet50')
+FILES = (
+    'teacher.safetensors', 'resnet34.pth', 'resnet56_cifar10.th', 'efficientnet-lite0.pth', 'ResNet50')
 PARSE_ONLY = '''
 import argparse, os, runpy, sys
 
@@ -83,9 +84,10 @@ def shrink(config, teacher=None):
       network.source = tiny_source(data.num_classes, data.image_shape[-1])
   is_spatial = config.generator.name == 'spatial_generator'
   config.generator.options = dict(widths=(2, 2)) if is_spatial else dict(width=2)
-  at_most(config.method, num_steps=2, batch_size=4, capacity=8 * tasks, latent_dim=5, bank_size=8 * tasks,
-          num_negatives=3, projection_size=4, redraw_every=2, restart_every=2)
-  at_most(config.distill, calls_per_round=1, steps_per_round=2, distill_after=1, batch_size=2 * tasks)
+  at_most(config.method, num_steps=2, batch_size=4, capacity=8 * tasks, latent_dim=5,
+          bank_size=8 * tasks, num_negatives=3, projection_size=4, redraw_every=2, restart_every=2)
+  at_most(config.distill, calls_per_round=1, steps_per_round=2, distill_after=1,
+          batch_size=2 * tasks)
   config.distill.rounds = max(2, min(4, config.distill.rounds // 40))
   at_most(config.train, epochs=1, batch_size=8)
   at_most(config.preflight, batch_size=4)
@@ -106,7 +108,8 @@ def fill(folder):
     (folder / name).write_bytes(b'weights')
   draw = np.random.default_rng(0)
   images = draw.integers(0, 256, (100, 32, 32, 3), np.uint8)
-  prepare.write('cifar100', dict.fromkeys(('train', 'test'), (images, np.arange(100))), folder / 'data')
+  splits = dict.fromkeys(('train', 'test'), (images, np.arange(100)))
+  prepare.write('cifar100', splits, folder / 'data')
   np.savez(folder / 'images.npz', images=images[:37], labels=np.arange(37))
   for label, image in enumerate(images[:37]):
     (folder / f'photos/{label:02}').mkdir(parents=True)
@@ -114,8 +117,9 @@ def fill(folder):
   labels = np.arange(30, dtype=np.uint8)[:, None] % 10
   records = np.concatenate([labels, images[:30].reshape(30, -1)], axis=1).tobytes()
   names = b'\n'.join(b'class%d' % label for label in range(10))
+  batches = [f'data_batch_{index}.bin' for index in range(1, 6)]
   with tarfile.open(folder / 'cifar-10-binary.tar.gz', 'w:gz') as archive:
-    for name in (*(f'data_batch_{index}.bin' for index in range(1, 6)), 'test_batch.bin', 'batches.meta.txt'):
+    for name in (*batches, 'test_batch.bin', 'batches.meta.txt'):
       content = names if name.endswith('.txt') else records
       header = tarfile.TarInfo(f'cifar-10-batches-bin/{name}')
       header.size = len(content)
@@ -123,7 +127,7 @@ def fill(folder):
 
 
 def commands(text):
-  """Words of each command, without comments and without the part that starts it on several hosts."""
+  """Words of each command, without comments and without the start on several hosts."""
   for line in text.replace('\\\n', ' ').splitlines():
     for command in filter(None, map(str.strip, line.split('&&'))):
       words = shlex.split(command, comments=True)
@@ -156,11 +160,12 @@ def check_extras(target):
 
 
 def check_script(path, arguments):
-  """Asserts that a script takes these arguments, in a process of its own that ends once they are parsed."""
+  """Asserts that a script takes these arguments; its process ends once they are parsed."""
   assert path.exists(), path
   if 'argparse' in path.read_text():
     done = subprocess.run(
-        [sys.executable, '-c', PARSE_ONLY, str(path), *arguments], capture_output=True, text=True, check=False)
+        [sys.executable, '-c', PARSE_ONLY, str(path), *arguments], capture_output=True, text=True,
+        check=False)
     assert done.returncode == 0, done.stderr
   else:
     assert not arguments, path

@@ -2,7 +2,7 @@
 
 The info string of a block says how it runs:
 
-  python         all blocks of a page share one namespace, which has `my_linen_module` and `my_variables`
+  python         blocks of a page share a namespace with `my_linen_module` and `my_variables`
   python FILE    is the content of FILE, in a copy of the tree
   bash           each config is checked whole, then run with small networks and few steps
   bash sketch    cannot run here; flags, fields and files are checked
@@ -31,17 +31,19 @@ KINDS = ('python', 'bash', 'bash sketch', 'bash set-up', 'text')
 WALKTHROUGH = 'adding_a_method.md'
 SMALL = {  # Replaced in a page's Python, so that it takes seconds.
     'README.md': {
-        'models.Generator(image_shape=(32, 32, 3))': 'models.Generator(image_shape=(32, 32, 3), width=2)',
-        'num_steps=5)': 'num_steps=1, batch_size=4, sample_batch_size=6, capacity=8)', 'range(100)': 'range(2)'},
+        'Generator(image_shape=(32, 32, 3))': 'Generator(image_shape=(32, 32, 3), width=2)',
+        'num_steps=5)': 'num_steps=1, batch_size=4, sample_batch_size=6, capacity=8)',
+        'range(100)': 'range(2)'},
     'how_it_works.md': {
         'models.Generator(image_shape=shape)': 'models.Generator(image_shape=shape, width=2)',
-        'adversarial_after=10)': 'adversarial_after=0, batch_size=4, sample_batch_size=6, capacity=8)',
+        'after=10)': 'after=0, batch_size=4, sample_batch_size=6, capacity=8)',
         "'resnet20', num_classes=10": "'convnet', num_classes=10, widths=(2, 3), strides=(2, 2)",
         'num_steps=100': 'num_steps=2', 'range(100)': 'range(2)'}}
 NUM_CLASSES = {'no_real_images.md': 37}  # Of `my_linen_module`.
 TINY_FLAGS = (  # For the quick start in a process of its own.
-    '--config.distill.rounds=2', '--config.distill.steps_per_round=2', '--config.optimizer.warmup_steps=0',
-    '--config.control=False', '--config.dataset.test_split=test[:20]', '--config.distill.batch_size=4')
+    '--config.distill.rounds=2', '--config.distill.steps_per_round=2', '--config.control=False',
+    '--config.distill.batch_size=4', '--config.optimizer.warmup_steps=0',
+    '--config.dataset.test_split=test[:20]')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -63,7 +65,7 @@ MADE = {}  # Small runs of this process: {config without its seed: (workdir, sum
 
 
 class CheckedRuns:
-  """In the place of `train.run`: checks the whole config, then runs a small one, unless `only_check`.
+  """Replaces `train.run`: checks the whole config, then runs a small one, unless `only_check`.
 
   A small run that an earlier command made, but for its seed, is copied.
   """
@@ -85,14 +87,19 @@ class CheckedRuns:
     return MADE[key][1]
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if page.name != WALKTHROUGH], ids=lambda page: page.name)
+def by_page(pages):
+  return pytest.mark.parametrize('page', pages, ids=lambda page: page.name)
+
+
+@by_page([page for page in PAGES if page.name != WALKTHROUGH])
 def test_blocks_run(page, place, monkeypatch):
   runs = CheckedRuns()
   monkeypatch.setattr(train, 'run', runs)
   if page.name != 'own_teacher.md':  # That page prepares the set itself.
     assert prepare_main(['cifar10', '--source=cifar-10-binary.tar.gz']) == 0
   module, variables = doc_pages.tiny_network(NUM_CLASSES.get(page.name, 10))
-  namespace, small = {'my_linen_module': module, 'my_variables': variables}, SMALL.get(page.name, {})
+  namespace = {'my_linen_module': module, 'my_variables': variables}
+  small = SMALL.get(page.name, {})
   for old in small:
     assert page.read_text().count(old) == 1, old
   for info, text in doc_pages.blocks(page):
@@ -108,7 +115,7 @@ def test_blocks_run(page, place, monkeypatch):
 
 
 def test_the_walkthrough_adds_a_method(tmp_path):
-  """Followed literally in a copy of the tree: two files, a run, the contract test, and nothing edited."""
+  """Two files in a copy of the tree, a run and the contract test; no other file is edited."""
   tree = tmp_path / 'tree'
   keep = shutil.ignore_patterns('.git', '.venv', 'runs', '__pycache__', '*.egg-info')
   shutil.copytree(ROOT, tree, ignore=keep)
@@ -124,7 +131,8 @@ def test_the_walkthrough_adds_a_method(tmp_path):
     for words in doc_pages.commands(text):
       flags = TINY_FLAGS if words[1] == 'main.py' else ()
       done = subprocess.run(
-          [sys.executable, *words[1:], *flags], cwd=tree, capture_output=True, text=True, timeout=600, check=False)
+          [sys.executable, *words[1:], *flags], cwd=tree, capture_output=True, text=True,
+          timeout=600, check=False)
       assert done.returncode == 0, done.stdout + done.stderr
   method = pathlib.Path(written[0]).stem
   assert written == [f'dfkd_jax/synth/methods/{method}.py', f'configs/methods/{method}.py']
@@ -149,7 +157,7 @@ def anchors(path):
   return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-@pytest.mark.parametrize('page', MARKDOWN, ids=lambda page: page.name)
+@by_page(MARKDOWN)
 def test_links_lead_somewhere(page):
   for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
     if target.startswith('https://'):
@@ -172,11 +180,12 @@ def names_of(section, prefix=''):
 def fields():
   """Dotted names of all fields of the configs."""
   methods = [name for name in synth.names() if name != 'noise']
-  names = ['imagenet.py', *(f'{file}.py:{method}' for file in ('default', 'cifar10') for method in methods)]
-  return {field for name in names for field in names_of(doc_pages.main.load(f'configs/{name}').to_dict())}
+  names = [f'{file}.py:{method}' for file in ('default', 'cifar10') for method in methods]
+  configs = [doc_pages.main.load(f'configs/{name}') for name in (*names, 'imagenet.py')]
+  return {field for config in configs for field in names_of(config.to_dict())}
 
 
-@pytest.mark.parametrize('page', MARKDOWN, ids=lambda page: page.name)
+@by_page(MARKDOWN)
 def test_names_in_the_text_exist(page, fields):
   """Fields, files and extras in inline code."""
   whole = page.read_text()
@@ -187,8 +196,8 @@ def test_names_in_the_text_exist(page, fields):
     if re.fullmatch(r'dfkd_jax(\.\w+)+', code):
       assert is_in_package(code.removeprefix('dfkd_jax.')), code
     for field in re.findall(r'--config\.([\w.]+)', code):
-      own = field.startswith('method.') and f"{field.removeprefix('method.')}=" in whole  # Of the walkthrough.
-      assert field in fields or '.options.' in field or field == 'FIELD' or own, code
+      in_walkthrough = page.name == WALKTHROUGH and f'{field.rpartition(".")[2]}=' in whole
+      assert field in fields or '.options.' in field or field == 'FIELD' or in_walkthrough, code
     if (match := re.fullmatch(r'([a-z]+)\.([a-z_.]+)(=.*)?', code)) and match[1] in sections:
       name = f'{match[1]}.{match[2]}'
       assert name in fields or name.endswith('.safetensors') or is_in_package(name), code
