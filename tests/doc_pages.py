@@ -22,7 +22,8 @@ ROOT = toy_runs.ROOT
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'^```([^\n`]*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 FILES = (
-    'teacher.safetensors', 'resnet34.pth', 'resnet56_cifar10.th', 'efficientnet-lite0.pth', 'ResNet50')
+    'teacher.safetensors', 'resnet34.pth', 'resnet56_cifar10.th', 'efficientnet-lite0.pth',
+    'ResNet50')
 PARSE_ONLY = '''
 import argparse, os, runpy, sys
 

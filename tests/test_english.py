@@ -8,8 +8,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BANNED = re.compile(
-    r'\b(those of|that of|of which|of whose|whose|that which|as it is|else\b|of those|for what|in what|'
-    r'with what|what (?:is|of|a|an|the|they|it|no|was|were|has|have|can|may))\b', re.IGNORECASE)
+    r'\b(those of|that of|of which|of whose|whose|that which|as it is|else\b|of those|for what|'
+    r'in what|with what|what (?:is|of|a|an|the|they|it|no|was|were|has|have|can|may))\b',
+    re.IGNORECASE)
 MOST = 0.02  # Share of the sentences of a group.
 CODE = {
     **{path.name: [*path.rglob('*.py')] for path in sorted((ROOT / 'dfkd_jax').iterdir())
