@@ -1,6 +1,5 @@
 """Blocks of code in Markdown, and small worlds in which they run."""
 
-import importlib.util
 import io
 import re
 import shlex
@@ -14,7 +13,7 @@ import numpy as np
 import toy_runs
 from PIL import Image
 
-from dfkd_jax import models, weights
+from dfkd_jax import cli, models, weights
 from dfkd_jax.data import prepare
 from dfkd_jax.data.prepare.__main__ import main as prepare_main
 
@@ -37,17 +36,6 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 TINY = dict(widths=(2, 3), strides=(2, 2))  # Of a convnet.
-
-
-def load(path):
-  """The module of a script."""
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-main = load(ROOT / 'main.py')
 
 
 def blocks(path):
@@ -144,7 +132,7 @@ def run_command(words):
   elif not program.endswith('python'):
     assert words[:3] == ['python3', '-m', 'venv'], words
   elif arguments[0] == 'main.py':
-    assert main.main(arguments) == 0, words
+    assert cli.main(arguments) == 0, words
   elif arguments[0].startswith('benchmarks/'):
     check_script(ROOT / arguments[0], arguments[1:])
   elif arguments[:2] == ['-m', 'dfkd_jax.prepare']:

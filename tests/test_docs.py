@@ -23,9 +23,10 @@ import pytest
 import toy_runs
 from doc_pages import PAGES, ROOT
 
-from dfkd_jax import synth, train
-from dfkd_jax.config import check as config_check
+from dfkd_jax import train
+from dfkd_jax.config.fields import BY_NAME
 from dfkd_jax.data.prepare.__main__ import main as prepare_main
+from dfkd_jax.runs.loop import Start
 
 KINDS = ('python', 'bash', 'bash sketch', 'bash set-up', 'text')
 WALKTHROUGH = 'adding_a_method.md'
@@ -70,11 +71,11 @@ class CheckedRuns:
   A small run that an earlier command made, but for its seed, is copied.
   """
 
-  def __init__(self):
-    self.only_check, self._run = False, train.run
+  def __init__(self, place):
+    self.only_check, self._run, self._new = False, train.run, str(place / 'new')
 
   def __call__(self, config, workdir, command=None, teacher=None, *, resume=None, signals=False):
-    config_check.check(config, None, teacher)
+    train.check(config, Start(self._new), teacher)
     if self.only_check:
       return {}
     small, workdir = doc_pages.shrink(config), pathlib.Path(workdir).absolute()
@@ -93,7 +94,7 @@ def by_page(pages):
 
 @by_page([page for page in PAGES if page.name != WALKTHROUGH])
 def test_blocks_run(page, place, monkeypatch):
-  runs = CheckedRuns()
+  runs = CheckedRuns(place)
   monkeypatch.setattr(train, 'run', runs)
   if page.name != 'own_teacher.md':  # That page prepares the set itself.
     assert prepare_main(['cifar10', '--source=cifar-10-binary.tar.gz']) == 0
@@ -168,28 +169,10 @@ def test_links_lead_somewhere(page):
     assert not anchor or anchor in anchors(path), target
 
 
-def names_of(section, prefix=''):
-  """Dotted names of all fields below a section."""
-  for name, value in section.items():
-    yield prefix + name
-    if isinstance(value, dict):
-      yield from names_of(value, f'{prefix}{name}.')
-
-
-@pytest.fixture(scope='module')
-def fields():
-  """Dotted names of all fields of the configs."""
-  methods = [name for name in synth.names() if name != 'noise']
-  names = [f'{file}.py:{method}' for file in ('default', 'cifar10') for method in methods]
-  configs = [doc_pages.main.load(f'configs/{name}') for name in (*names, 'imagenet.py')]
-  return {field for config in configs for field in names_of(config.to_dict())}
-
-
 @by_page(MARKDOWN)
-def test_names_in_the_text_exist(page, fields):
-  """Fields, files and extras in inline code."""
-  whole = page.read_text()
-  sections = {field.partition('.')[0] for field in fields if '.' in field}
+def test_names_in_the_text_exist(page):
+  """Fields, modules, files and extras in inline code."""
+  whole, sections = page.read_text(), {field.partition('.')[0] for field in BY_NAME if '.' in field}
   old_names = r'^\| `dfkd_jax[^|]*'  # First column of a table in CHANGELOG.
   text = re.sub(old_names, '', doc_pages.BLOCK.sub('', whole), flags=re.MULTILINE)
   for code in re.findall(r'`([^`\n]+)`', text):
@@ -197,10 +180,10 @@ def test_names_in_the_text_exist(page, fields):
       assert is_in_package(code.removeprefix('dfkd_jax.')), code
     for field in re.findall(r'--config\.([\w.]+)', code):
       in_walkthrough = page.name == WALKTHROUGH and f'{field.rpartition(".")[2]}=' in whole
-      assert field in fields or '.options.' in field or field == 'FIELD' or in_walkthrough, code
+      assert field in BY_NAME or '.options.' in field or field == 'FIELD' or in_walkthrough, code
     if (match := re.fullmatch(r'([a-z]+)\.([a-z_.]+)(=.*)?', code)) and match[1] in sections:
       name = f'{match[1]}.{match[2]}'
-      assert name in fields or name.endswith('.safetensors') or is_in_package(name), code
+      assert name in BY_NAME or name.endswith('.safetensors') or is_in_package(name), code
     for path in re.findall(r'(?:dfkd_jax|configs|tests|benchmarks|docs|colabs)/[\w./*-]+', code):
       assert list(ROOT.glob(path.rstrip('/'))) or '<' in code, code
     if 'pip install' in code or code.startswith("'.["):
