@@ -5,20 +5,29 @@ import importlib.metadata
 import os
 import pathlib
 import signal
+import tempfile
+
+# JAX reads these when it is imported. Tolerances are for CPU, and four devices are needed.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Most of the time goes to compiling programs that run for milliseconds.
+os.environ.setdefault('XLA_FLAGS', ' '.join((
+    '--xla_force_host_platform_device_count=4', '--xla_backend_optimization_level=1',
+    # Halves the time of compiling. Later versions abort at an unknown flag.
+    *(['--xla_cpu_use_fusion_emitters=false']
+      if importlib.metadata.version('jaxlib').startswith('0.10.') else []))))
+os.environ.setdefault('PJRT_NPROC', '32')  # Collectives deadlock without it on two cores.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  # All workers share what they compile. The folder is removed with the process that made it.
+  _programs = tempfile.TemporaryDirectory(prefix='dfkd_jax_programs_')
+  os.environ |= {
+      'JAX_COMPILATION_CACHE_DIR': _programs.name,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
 
 import jax
 import numpy as np
 import pytest
 
-# The tolerances fit the CPU, and the tests want four devices.
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Most of the time goes to compiling programs that run for milliseconds.
-os.environ.setdefault('XLA_FLAGS', ' '.join((
-    '--xla_force_host_platform_device_count=4', '--xla_backend_optimization_level=1',
-    # Halves it where it is known: later versions abort at the name.
-    *(['--xla_cpu_use_fusion_emitters=false']
-      if importlib.metadata.version('jaxlib').startswith('0.10.') else []))))
-os.environ.setdefault('PJRT_NPROC', '32')  # On two cores, loops of collectives deadlock without.
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / 'shared'
 jax.config.update('jax_debug_key_reuse', True)
