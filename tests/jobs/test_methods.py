@@ -44,12 +44,15 @@ def test_whole_runs(name, tmp_path):
   changes = dict(
       dataset__name=None, init_from__student=source, judge__name='convnet', judge__source=judge,
       judge__options=dict(widths=(4,), strides=(1,)))
-  try:
-    summary = train.run(config(name, init_from__generator=source, **changes), tmp_path / 'second')
-  except ValueError as error:
-    assert 'has no generator that lasts' in str(error)
+  with_generator = config(name, init_from__generator=source, **changes)
+  if 'generator' in synth.parameters(name):
+    summary = train.run(with_generator, tmp_path / 'second')
+  else:
+    with pytest.raises(ValueError, match='this method has no generator that lasts'):
+      train.run(with_generator, tmp_path / 'refused')
     summary = train.run(config(name, **changes), tmp_path / 'second')
   last = summary['student']['last']
-  assert all(0 <= last[metric] <= 1 for metric in ('held_out_agreement', 'judge_top1', 'judge_top5'))
+  assert {'held_out_agreement', 'judge_top1', 'judge_top5'} <= last.keys()
+  assert all(0 <= last[name] <= 1 for name in last.keys() - {'round'})
   assert np.isfinite(list(summary['images'].values())).all()
   assert 'init_from.student' in summary['weights']
