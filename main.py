@@ -92,7 +92,7 @@ def _main(argv: Sequence[str], asked: run_signals.StopRequest) -> int:
 
 
 def _silence_libraries() -> None:
-  """Hides all that Orbax and asyncio report of a failed read or write; our error says it in a line."""
+  """Hides the reports of Orbax and asyncio on a failed read or write: the error has one line."""
   absl_logging.set_verbosity(absl_logging.FATAL)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   warnings.filterwarnings('ignore', 'coroutine .* was never awaited', RuntimeWarning)
