@@ -12,32 +12,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import util
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from dfkd_jax import distill, parallel
-from dfkd_jax.config import build
+from dfkd_jax import cli, distill, parallel
+from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.checkpoint import Checkpoints
 from dfkd_jax.synth import replay
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `configs` is not installed.
-spec = util.spec_from_file_location('command_line', ROOT / 'main.py')
-command_line = util.module_from_spec(spec)
-spec.loader.exec_module(command_line)
 
 
-def full_state(config: build.Config) -> dict:
+def full_state(config: ConfigDict) -> dict:
   """Returns the state of a run, with fresh weights and a buffer full of noise."""
   keys = jax.random.split(jax.random.key(0), 3)
   mesh = parallel.make_mesh(1)
-  teacher = build.network(config, 'teacher', keys[0])
-  student = build.network(config, 'student', keys[1])
-  tx = build.optimizer(config, config.distill.rounds, config.distill.steps_per_round)
-  synthesis = programs.init(build.synthesizer(config, 1), mesh, keys[2], teacher)
+  settings = resolve(config)
+  teacher = build.fresh_network(settings.teacher, keys[0])
+  student = build.fresh_network(settings.student, keys[1])
+  tx = build_optimizer.optimizer(
+      settings.optimizer, settings.distill.rounds, settings.distill.steps_per_round)
+  synthesis = programs.init(build_method.synthesizer(settings.method, 1), mesh, keys[2], teacher)
   images = replay.find_buffer(synthesis).images
   noise = np.random.default_rng(0).integers(0, 256, images.shape, np.uint8)
   synthesis = replay.replace_buffer(synthesis, images=jax.device_put(noise, images.sharding))
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
       '--seconds', type=float, help='seconds of a round, to print the share of saves')
   options = parser.parse_args(argv)
-  config = command_line.load(options.config)
+  config = cli.load(options.config)
   with tempfile.TemporaryDirectory() as folder:
     figures = measure(full_state(config), pathlib.Path(folder))
   for name, value in figures.items():

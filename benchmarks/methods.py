@@ -30,8 +30,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import main  # noqa: E402
-from dfkd_jax import synth  # noqa: E402
+from dfkd_jax import cli, synth  # noqa: E402
 
 # Also compared with a moving average of the generator (MAD).
 AVERAGED = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq')
@@ -100,8 +99,8 @@ class Pool:
 
 def config_of(method: str, fields: tuple[str, ...]):
   """Returns the config of a method with fields set."""
-  config = main.load(f'configs/default.py:{method}')
-  main.override(config, [f'--config.{field}' for field in fields])
+  config = cli.load(f'configs/default.py:{method}')
+  cli.override(config, [f'--config.{field}' for field in fields])
   return config
 
 

@@ -37,9 +37,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-import main as command_line  # noqa: E402
-from dfkd_jax import distill, parallel  # noqa: E402
-from dfkd_jax.config import build  # noqa: E402
+from dfkd_jax import augment, cli, distill, parallel  # noqa: E402
+from dfkd_jax.config import build, build_method, build_optimizer  # noqa: E402
+from dfkd_jax.config.records import resolve  # noqa: E402
 from dfkd_jax.runs import programs  # noqa: E402
 
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
@@ -150,16 +150,20 @@ def spread(config, devices: int):
 
 def compile_round(config) -> programs.Programs:
   """Compiles both programs of a round for `DEVICES` devices, from shapes."""
-  mesh, key = parallel.make_mesh(DEVICES), jax.random.key(0)
-  section = config.distill
+  mesh, key, settings = parallel.make_mesh(DEVICES), jax.random.key(0), resolve(config)
+  rounds, method = settings.distill, settings.method
   teacher, student = (
-      jax.eval_shape(lambda role=role: build.network(config, role, key))
-      for role in ('teacher', 'student'))
-  tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
-  synthesis = jax.eval_shape(build.synthesizer(config, 1)(None).init, key, teacher)
+      jax.eval_shape(lambda network=network: build.fresh_network(network, key))
+      for network in (settings.teacher, settings.student))
+  tx = build_optimizer.optimizer(
+      settings.optimizer, rounds.learning_rounds, rounds.steps_per_round)
+  synthesis = jax.eval_shape(build_method.synthesizer(method, 1)(None).init, key, teacher)
   learner = jax.eval_shape(lambda network: distill.init(network, tx), student)
   state = programs.State(synthesis, learner)
-  return programs.compiled(config, mesh, build.synthesizer(config, DEVICES), tx, state, teacher)
+  plan = programs.Plan(
+      mesh, build_method.synthesizer(method, DEVICES), tx, rounds,
+      augment.create(**settings.augment), method.num_tasks // DEVICES)
+  return programs.compile_programs(plan, state, teacher)
 
 
 def round_traffic(call_traffic: dict[str, Traffic], config) -> dict[str, Traffic]:
@@ -173,14 +177,15 @@ def flops_of_round(config) -> float:
   key, section, method = jax.random.key(0), config.distill, config.method
   image = jnp.zeros((1, *config.dataset.image_shape))
   flops = lambda function, *inputs: jax.jit(function).lower(*inputs).cost_analysis()['flops']
-  networks = [jax.eval_shape(lambda role=role: build.network(config, role, key))
-              for role in ('teacher', 'student')]
+  settings = resolve(config)
+  networks = [jax.eval_shape(lambda network=network: build.fresh_network(network, key))
+              for network in (settings.teacher, settings.student)]
   teacher, student = (flops(lambda network, x: network(x).logits, network, image)
                       for network in networks)
   forward = 0.0
   if 'latent_dim' in method:
-    shape, generator = build.latent_dim(config), build.generator(config)
-    latents = jnp.zeros((1, *((shape,) if isinstance(shape, int) else shape)))
+    generator = build_method.generator(settings.method.generator)
+    latents = jnp.zeros(build_method.latent_shape(settings.method, 1))
     variables = jax.eval_shape(lambda: generator.init(key, latents))
     apply = lambda v, z: generator.apply(v, z, mutable=['batch_stats'])[0]
     forward = flops(apply, variables, latents)
@@ -223,8 +228,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
   parser.add_argument('--config', default='configs/cifar10.py:fast_dfkd,fast5,resnet34-resnet18')
   options, overrides = parser.parse_known_args()
-  config = command_line.load(options.config)
-  command_line.override(config, overrides)
+  config = cli.load(options.config)
+  cli.override(config, overrides)
   compiled = compile_round(spread(config, DEVICES))
   by_program = {name: round_traffic(traffic(getattr(compiled, name).as_text()), config)
                 for name in ('synthesize', 'distill')}

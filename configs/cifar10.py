@@ -1,9 +1,9 @@
 """CIFAR-10 at the paper's scale: python main.py --config=configs/cifar10.py:fast_dfkd --workdir=...
 
-Arguments, in any order: a method such as fast_dfkd (or scratch, kd), a pair such as wrn40_2-wrn16_1, and for FastDFKD
-and SSD-KD fast2, fast5 or fast10. Cost and published results stand in configs/methods/METHOD.py. Teachers of the paper:
-95.70 (ResNet-34), 92.25 (VGG-11), 94.87 (WRN-40-2); train yours by configs/teacher_cifar10.py, and name it by
---config.teacher.source=WEIGHTS.
+Arguments, in any order: a method such as fast_dfkd (or scratch, kd), a pair such as
+wrn40_2-wrn16_1, and for FastDFKD and SSD-KD fast2, fast5 or fast10. configs/methods/METHOD.py has
+the cost and the published results. The paper's teachers reach 95.70 (ResNet-34), 92.25 (VGG-11) and
+94.87 (WRN-40-2). configs/teacher_cifar10.py trains yours; --config.teacher.source=WEIGHTS names it.
 """
 
 from configs import cifar

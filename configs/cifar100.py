@@ -1,7 +1,8 @@
-"""CIFAR-100 at the paper's scale: python main.py --config=configs/cifar100.py:fast_dfkd --workdir=...
+"""CIFAR-100 at the paper's scale: python main.py --config=configs/cifar100.py:nayer --workdir=...
 
-Arguments as in configs/cifar10.py; the published scripts change only the data set. Teachers of the paper: 78.05
-(ResNet-34), 71.32 (VGG-11), 75.83 (WRN-40-2); train yours by configs/teacher_cifar100.py.
+Takes the arguments of configs/cifar10.py; the published scripts change only the data set. The
+paper's teachers reach 78.05 (ResNet-34), 71.32 (VGG-11) and 75.83 (WRN-40-2).
+configs/teacher_cifar100.py trains yours.
 """
 
 from configs import cifar

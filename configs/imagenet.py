@@ -1,31 +1,37 @@
-r"""FastDFKD on ImageNet, from a teacher that nobody here trained:
+r"""FastDFKD on ImageNet, with a published teacher:
 
-  python main.py --config=configs/imagenet.py --config.teacher.source=hf:timm/resnet50.tv_in1k --workdir=runs/imagenet
-  python main.py --config=configs/imagenet.py --config.teacher.source=resnet50.safetensors --config.job=check
+  python main.py --config=configs/imagenet.py --config.teacher.source=hf:timm/resnet50.tv_in1k \
+    --workdir=runs/imagenet
+  python main.py --config=configs/imagenet.py --config.teacher.source=resnet50.safetensors \
+    --config.job=check
 
-The second only looks at the teacher. Arguments: a pair TEACHER-STUDENT of TEACHERS and STUDENTS below, and a size.
+The second command only measures the teacher. Arguments: a pair TEACHER-STUDENT of TEACHERS and
+STUDENTS below, and a size.
 
   full     224x224 pixels and the numbers of the published logs (configs/methods/fast_dfkd.py)
-  px128    images of 128x128 pixels, a third of the cost; the networks take them as they are
-  small    px128 in bfloat16 with maps computed again in the backward pass, a generator with a cheap last stage, half
-           the batch and the newest 100,000 images: for one device of 8 to 16 GB
+  px128    images of 128x128 pixels, a third of the cost; the networks take that size
+  small    px128 in bfloat16 with maps recomputed in the backward pass, a generator with a cheap
+           last stage, half the batch and the newest 100,000 images: for a device of 8 to 16 GB
   cpu      a demonstration for two CPU cores: a quarter of an hour of synthesis, a few student steps
 
-With judge-TEACHER and --config.judge.source, another network than the teacher says what it sees in the images.
+With judge-TEACHER and --config.judge.source, a second network classifies the images too.
 
-Published (arXiv:2112.06253, table 3, torchvision ResNet-50, validation top-1, the best epoch): to ResNet-50 68.61, to
-ResNet-18 53.45, to MobileNetV2 43.02 %. Cost (R50-R18, full): by the layers' formulas 40.4 GFLOP an image and inner
-step, 19.1 an image and student step, 1.9 EFLOP in all (compiled programs count 31.1 and 18.0: README); 540,000 images,
-81 GB, kept in host memory where a device has no room. Each checkpoint is as large, and the host needs it twice while
-one is written: hence a checkpoint every 60 rounds, of which one stays.
+Published (arXiv:2112.06253, table 3, torchvision ResNet-50, validation top-1, the best epoch): to
+ResNet-50 68.61, to ResNet-18 53.45, to MobileNetV2 43.02 %. Cost (R50-R18, full): by the layers'
+formulas 40.4 GFLOP an image and inner step, 19.1 an image and student step, 1.9 EFLOP in all. The
+540,000 images take 81 GB, in host memory if a device has no room. Each checkpoint is as large, and
+the host needs it twice while one is written. So there is a checkpoint every 60 rounds, and one is
+kept.
 
-There are no real images in this unless you have them: the student is then judged by its agreement with the teacher on
-fresh synthetic images. With a prepared set (README), --config.dataset.name=imagenet2012 gives its top-1.
+Without real images the student is evaluated by its agreement with the teacher on fresh synthetic
+images. With a prepared data set, --config.dataset.name=imagenet2012 gives its top-1.
 
-Keras' own ResNet-50 (layers called conv2_block1_1_conv) wants --config.teacher.options.epsilon=1.001e-5.
+Keras' own ResNet-50 (layers named conv2_block1_1_conv) needs
+--config.teacher.options.epsilon=1.001e-5.
 
-The moments term of the published teacher is torchvision's ResNet-50's. Other teachers get relative_batch_norm, which
-needs no tuning to the scale of a network; the preflight says how terms weigh, for any teacher.
+The factor of the moments term is tuned to torchvision's ResNet-50, the published teacher. Other
+teachers get relative_batch_norm, which needs no tuning to the scale of a network. The preflight
+compares the terms for any teacher.
 """
 
 from ml_collections import config_dict
@@ -36,26 +42,28 @@ from configs.methods import fast_dfkd
 _TORCHVISION = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 _TENSORFLOW = dict(mean=(127 / 255,), std=(128 / 255,))
 _CAFFE = dict(mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,), bgr=True)
-TEACHERS = {  # The name of the model, and what its published weights expect.
+TEACHERS = {  # model, and the preprocessing of its published weights
     'resnet50': ('resnet50_imagenet', _TORCHVISION),
     'resnet34': ('resnet34_imagenet', _TORCHVISION),
-    'resnet50_keras': ('resnet50_keras', _CAFFE | dict(options=dict(epsilon=1e-3))),  # As public files of it state.
+    'resnet50_keras': ('resnet50_keras', _CAFFE | dict(options=dict(epsilon=1e-3))),  # of its files
     'efficientnet_lite0': ('efficientnet_lite0', _TENSORFLOW),
     'vgg16_bn': ('vgg16_bn', _TORCHVISION),
 }
-STUDENTS = {'resnet18': 'resnet18_imagenet', 'resnet50': 'resnet50_imagenet', 'mobilenetv2': 'mobilenetv2_imagenet'}
-PAIRS = tuple(f'{teacher}-{student}' for teacher in TEACHERS for student in STUDENTS)  # The first is the default.
+STUDENTS = {'resnet18': 'resnet18_imagenet', 'resnet50': 'resnet50_imagenet',
+            'mobilenetv2': 'mobilenetv2_imagenet'}
+PAIRS = tuple(f'{teacher}-{student}' for teacher in TEACHERS for student in STUDENTS)
 JUDGES = tuple(f'judge-{teacher}' for teacher in TEACHERS)
 SIZES = ('full', 'px128', 'small', 'cpu')
-_ADVERSARIAL = {'resnet18': 1.0}  # By student; 0.1 for all others, as logged.
+_ADVERSARIAL = {'resnet18': 1.0}  # by student; 0.1 for all others, as logged
 
 
 def get_config(arguments: str = ''):
-  """PAIR, SIZE and a JUDGE, in any order."""
+  """Makes the config of a PAIR, a SIZE and a JUDGE, in any order."""
   picked = common.pick(arguments, pair=PAIRS, size=SIZES, judge=(None, *JUDGES))
   teacher, student = picked['pair'].split('-')
   config = common.base()
-  config.dataset.update(image_shape=(224, 224, 3), num_classes=1000, test_split='validation', crop=0.875)
+  config.dataset.update(
+      image_shape=(224, 224, 3), num_classes=1000, test_split='validation', crop=0.875)
   config.teacher.update(name=TEACHERS[teacher][0], **TEACHERS[teacher][1])
   if picked['judge']:
     name, expected = TEACHERS[picked['judge'].removeprefix('judge-')]
@@ -83,13 +91,15 @@ def _small(config):
 
 
 def _cpu(config):
-  """Ours: fresh latents that move fast, and moments of each batch alone, as there are few calls."""
+  """Sets our numbers for few calls: fresh, fast latents, and the moments of each batch alone."""
   config.generator.options = dict(widths=(64, 64, 32, 32, 32), last='subpixel')
   config.method.update(
-      num_steps=40, generator_lr=3e-3, latent_lr=0.1, meta='fomaml', meta_lr=config_dict.placeholder(float),
-      carry_latents=False, restart_every=config_dict.placeholder(int), keep='best', moments_momentum=0.0,
+      num_steps=40, generator_lr=3e-3, latent_lr=0.1, meta='fomaml',
+      meta_lr=config_dict.placeholder(float), carry_latents=False,
+      restart_every=config_dict.placeholder(int), keep='best', moments_momentum=0.0,
       adversarial_after=10, batch_size=32, capacity=1_280)
-  config.factors.adversarial = 0.0  # A student of so few steps is no adversary.
-  config.distill.update(rounds=40, calls_per_round=1, steps_per_round=5, distill_after=10, batch_size=32)
+  config.factors.adversarial = 0.0  # a student of so few steps is no adversary
+  config.distill.update(
+      rounds=40, calls_per_round=1, steps_per_round=5, distill_after=10, batch_size=32)
   config.preflight.batch_size = 8
   config.checkpoint.every = 10

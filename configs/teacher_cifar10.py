@@ -1,6 +1,6 @@
 """A CIFAR-10 teacher: python main.py --config=configs/teacher_cifar10.py:wrn40_2 --workdir=...
 
-Writes WORKDIR/weights.safetensors, to be named by --config.teacher.source.
+Writes WORKDIR/weights.safetensors, which --config.teacher.source takes.
 """
 
 from configs import cifar10, cifar_teachers

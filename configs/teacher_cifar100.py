@@ -1,6 +1,6 @@
 """A CIFAR-100 teacher: python main.py --config=configs/teacher_cifar100.py:wrn40_2 --workdir=...
 
-Writes WORKDIR/weights.safetensors, to be named by --config.teacher.source.
+Writes WORKDIR/weights.safetensors, which --config.teacher.source takes.
 """
 
 from configs import cifar100, cifar_teachers

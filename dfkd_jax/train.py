@@ -1,81 +1,130 @@
-"""Data-free distillation as a run: rounds of synthesis and of student steps, evaluation, checkpoints, report."""
+"""Runs a config: checks it, joins the processes, and hands it to its job."""
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
 
 from dfkd_jax import parallel, paths
-from dfkd_jax.config import build, check_fields, records
-from dfkd_jax.config import check as config_check
-from dfkd_jax.jobs import preflight, supervised
-from dfkd_jax.jobs.distillation import run_distillation
+from dfkd_jax.config.check import find_problems, is_single_process
+from dfkd_jax.config.problems import caught, raise_problems
+from dfkd_jax.config.records import Settings, resolve
+from dfkd_jax.config.values import check_structure, check_values
+from dfkd_jax.jobs import distillation, preflight, supervised
+from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
-from dfkd_jax.runs import checkpoint_format, config_diff
+from dfkd_jax.runs import checkpoint_format, config_diff, init_from
 from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import signals as run_signals
+from dfkd_jax.runs.loop import Start
 
 
 def run(
-    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None, *,
-    resume: str | None = None, signals: bool | run_signals.StopRequest = False,
+    config: ConfigDict, workdir: str, command: str | None = None, teacher: Network | None = None,
+    *, resume: str | None = None, signals: bool | run_signals.StopRequest = False
 ) -> dict[str, Any]:
-  """Runs a config; results go to `workdir`, and come back as the summary.
+  """Runs a config, writes the results to `workdir`, and returns the summary.
 
-  The same config in the same folder goes on where it stopped, bit for bit; if it had come to its end, its summary is
-  returned. One that was asked to end early returns what `stopping.Stopped` says, and has saved all it did.
-  Of several processes (`processes.initialize`) all must call this, with the same config and a folder that all see.
+  The same config in the same folder resumes where it stopped, bit for bit. If the run has finished,
+  its summary is returned. A run that was asked to end early saves its state and returns the summary
+  of `run_signals.Stopped`. Of several processes (`launch.initialize`) all must call this, with the
+  same config and a folder that all see.
 
   Args:
-    config: With the fields of configs/common.py.
-    workdir: Made if missing.
-    command: That started the run, for the record.
-    teacher: A network of yours (`models.bind`), in the place of the one that the config's section `teacher` names.
-    resume: None; 'force', to go on in a folder that holds a run of another config; or 'force:FIELD,...', of one that
-      differs in these alone. What was changed, and after which round, is kept in the summary.
-    signals: Whether SIGTERM and SIGINT are listened to, so that a run ends after its round, and is saved; or what
-      `stopping.signals` gave, where that listens already.
+    config: All fields of `config.fields.base`.
+    workdir: Folder of the results; made if missing.
+    command: Command that started the run, for the record.
+    teacher: A network of yours (`models.bind`) that replaces the config's teacher.
+    resume: 'force' resumes a run of another config. 'force:FIELD,...' resumes one that differs in
+      these fields only. The summary keeps what changed, and after which round.
+    signals: Whether to end after the current round on SIGTERM or SIGINT; or the value of
+      `run_signals.signals` if it listens already.
 
   Raises:
-    stopping.Interrupted: A KeyboardInterrupt: a signal was listened to, and came before there was anything to save.
-    ValueError: Something in the config, the data or the weights does not fit; in one line, or where the config has
-      several mistakes as `validation.InvalidError` with one for each; nothing was written. Or a number was not finite,
-      or the disk refuses a file.
+    run_signals.Interrupted: A signal came before there was anything to save.
+    InvalidError: The config or the folder has problems, one line each. Nothing was written.
+    ValueError: Data or weights do not fit, a number was not finite, or the disk refuses a file.
   """
   with contextlib.ExitStack() as stack:
-    asked = stack.enter_context(run_signals.signals(signals)) if isinstance(signals, bool) else signals
+    stop_request = signals
+    if isinstance(signals, bool):
+      stop_request = stack.enter_context(run_signals.signals(signals))
     try:
-      return _run(config, workdir, command, teacher, resume, asked)
+      return _run(config, Start(workdir, command, resume, stop_request), teacher)
     except run_signals.Stopped as early:
       return early.summary
 
 
-def _run(
-    config: build.Config, workdir: str, command: str | None, teacher: Network | None, resume: str | None,
-    asked: run_signals.StopRequest) -> dict[str, Any]:
-  if not config_check.alone(config):
-    check_fields.check(config)  # Before anybody waits for others.
-    asked.defer()  # As they will for this one.
-  launch.initialize(**config.distributed.to_dict())
-  asked.install_handlers()
+def _run(config: ConfigDict, start: Start, teacher: Network | None) -> dict[str, Any]:
+  raise_problems(check_structure, config)
+  settings = resolve(config)
+  if not is_single_process(settings.distributed):
+    raise_problems(check_values, config)  # before waiting for others
+    start.stop_request.defer()  # others wait for this process
+  launch.initialize(**settings.distributed._asdict())
+  start.stop_request.install_handlers()
   if jax.process_count() > 1:
-    asked.defer()
-    parallel.check_same_on_all(config_diff.fingerprint(records.to_json(config)), 'The config')
+    start.stop_request.defer()
+    parallel.check_same_on_all(config_diff.fingerprint(settings.run.config), 'The config')
   with parallel.raise_on_all_processes():
-    config_check.check(config, workdir, teacher, resume)
-  if jax.process_count() > 1 and config.job != 'check':  # Else some would go on with it, and others not.
+    check(config, start, teacher)
+  if jax.process_count() > 1 and settings.job != 'check':
     with parallel.raise_on_all_processes():
-      there = run_folder.read_stored(paths.expand_path(workdir, 'workdir'))
-    parallel.check_same_on_all(checkpoint_format.hash_json(there), f'What is seen of {workdir}')
-  if config.precision:
-    jax.config.update('jax_default_matmul_precision', config.precision)
-  if config.compilation_cache:
-    jax.config.update('jax_compilation_cache_dir', str(paths.expand_path(config.compilation_cache)))
-    compilation_cache.reset_cache()  # Else it is ignored where anything was compiled before.
-  if config.job == 'check':
-    return preflight.run(config, workdir, command, teacher)
-  if config.job == 'train':
-    return supervised.run(config, workdir, command, resume, asked)
-  return run_distillation(config, workdir, command, teacher, resume, asked)
+      stored = run_folder.read_stored(paths.expand_path(start.workdir, 'workdir'))
+    parallel.check_same_on_all(
+        checkpoint_format.hash_json(stored), f'The run in {start.workdir}')
+  _configure_jax(settings)
+  if settings.job == 'check':
+    return preflight.run(settings, teacher)
+  if settings.job == 'train':
+    return supervised.run(settings, start)
+  return distillation.run(settings, start, teacher)
+
+
+def _configure_jax(settings: Settings) -> None:
+  if settings.precision:
+    jax.config.update('jax_default_matmul_precision', settings.precision)
+  if settings.compilation_cache:
+    folder = paths.expand_path(settings.compilation_cache)
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    compilation_cache.reset_cache()  # or JAX ignores the folder after its first compilation
+
+
+def check(config: ConfigDict, start: Start, teacher: Network | None = None) -> None:
+  """Checks the config and the folder, loads nothing and writes nothing.
+
+  Raises:
+    InvalidError: Has a line for each problem.
+  """
+  raise_problems(check_structure, config)
+  problems = find_problems(config, teacher)
+  if config.job != 'check':
+    folder = functools.partial(_check_folder, start=start, is_wrong=problems.affect)
+    problems.run(folder, resolve(config))
+  problems.raise_if_any()
+
+
+def _check_folder(
+    settings: Settings, start: Start, is_wrong: Callable[[str], bool]) -> Iterator[FieldError]:
+  """Yields problems of the folder, of the runs to begin from, and of resuming."""
+  stored = {}
+  try:
+    workdir = paths.expand_path(start.workdir, 'workdir')
+    run_folder.check_place(workdir)
+    run_folder.check_not_running(workdir)
+    stored = run_folder.read_stored(workdir)
+  except ValueError as error:
+    yield FieldError('workdir', str(error))
+  unread = init_from.unread_sources(settings.init_from, stored, settings.control)
+  for name, source in sorted(unread._asdict().items()):
+    if source is not None:
+      yield from caught(f'init_from.{name}', init_from.source_path, name, source)
+  if not is_wrong('workdir'):
+    yield from caught('workdir', config_diff.config_changes, stored,
+                      config_diff.run_identity(settings.run.config), workdir,
+                      start.resume, is_wrong)

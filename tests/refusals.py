@@ -1,7 +1,6 @@
 """How bad input must be refused, and how much of each kind is generated."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import pathlib
@@ -11,14 +10,13 @@ import hypothesis
 import toy_runs
 from hypothesis import Phase, settings
 
-spec = importlib.util.spec_from_file_location('main', toy_runs.ROOT / 'main.py')
-main = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(main)
-# Bad inputs of each kind that are really run; the first half in test_bad_inputs, the other in test_bad_files.
+from dfkd_jax import cli
+
+# Bad inputs of each kind; the first half in test_bad_inputs, the other in test_bad_files.
 COUNTS = {
-    'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45, 'workdirs': 17,
-    'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20, 'arrays to prepare': 25,
-    'folders to prepare': 12, 'arguments of prepare': 19}
+    'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45,
+    'workdirs': 17, 'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20,
+    'arrays to prepare': 25, 'folders to prepare': 12, 'arguments of prepare': 19}
 CONFIG = """
 import toy_runs
 
@@ -36,11 +34,11 @@ def get_config(arguments=''):
 
 
 def generate(family, strategy, run):
-  """Runs as many different inputs of a family as `COUNTS` wants; `run` asserts that each is refused."""
+  """Runs `COUNTS[family]` different inputs; `run` asserts that each is refused."""
   seen = set()
 
-  @settings(max_examples=6 * COUNTS[family], derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(hypothesis.HealthCheck))
+  @settings(max_examples=6 * COUNTS[family], derandomize=True, deadline=None, database=None,
+            phases=[Phase.generate], suppress_health_check=list(hypothesis.HealthCheck))
   @hypothesis.given(strategy)
   def each(drawn):
     if repr(drawn) not in seen and len(seen) < COUNTS[family]:
@@ -70,7 +68,7 @@ def state(folder):
 
 
 def refused(function, folder, *pieces):
-  """Asserts that a command is refused in at most three lines that name all pieces, and leaves nothing."""
+  """Asserts that a command is refused in three lines at most with all pieces."""
   before, out, err = state(folder), io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     status = function()
@@ -91,4 +89,4 @@ def run_main(*arguments, config=None, kind=''):
     path = toy_runs.folder() / 'toy.py'
     path.write_text(CONFIG)
     config = f'{path}:{kind}' if kind else str(path)
-  return lambda: main.main(['main.py', f'--config={config}', *map(str, arguments)])
+  return lambda: cli.main(['main.py', f'--config={config}', *map(str, arguments)])

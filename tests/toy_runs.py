@@ -1,4 +1,4 @@
-"""A data set, a teacher and a config so small that a whole run takes seconds once it is compiled."""
+"""A data set, a teacher and a config for runs of seconds."""
 
 import contextlib
 import functools
@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # For configs, which are no package.
 COMPILED = '/jax/core/compile/backend_compile_duration'
 IMAGE, CLASSES = (12, 8, 1), 5
-NETWORKS = {'teacher': dict(widths=(3, 6), strides=(1, 2)), 'student': dict(widths=(2, 3), strides=(1, 2))}
+NETWORKS = {'teacher': dict(widths=(3, 6), strides=(1, 2)),
+            'student': dict(widths=(2, 3), strides=(1, 2))}
 
 
 @functools.cache
@@ -35,12 +36,14 @@ def folder() -> pathlib.Path:
 
 @functools.cache
 def data_dir() -> str:
-  """Where the data sets 'toy', and 'grey' with images that tell their class by their brightness, are prepared."""
+  """Prepares the data sets 'toy' and 'grey' (brightness is the class) in a folder."""
   draw = np.random.default_rng(0)
-  labels = {'train': draw.permutation(np.arange(61) % CLASSES), 'test': draw.permutation(np.arange(23) % CLASSES)}
-  toy = {split: (draw.integers(0, 256, (len(of), *IMAGE), np.uint8), of) for split, of in labels.items()}
-  grey = {split: ((30 + 45 * of[:, None, None, None] + draw.integers(0, 20, (len(of), *IMAGE))).astype(np.uint8), of)
-          for split, of in labels.items()}
+  labels = {'train': draw.permutation(np.arange(61) % CLASSES),
+            'test': draw.permutation(np.arange(23) % CLASSES)}
+  noise = lambda of: draw.integers(0, 256, (len(of), *IMAGE), np.uint8)
+  toy = {split: (noise(of), of) for split, of in labels.items()}
+  shade = lambda of: 30 + 45 * of[:, None, None, None] + draw.integers(0, 20, (len(of), *IMAGE))
+  grey = {split: (shade(of).astype(np.uint8), of) for split, of in labels.items()}
   for name, splits in (('toy', toy), ('grey', grey)):
     prepare.write(name, splits, folder() / 'data')
   return str(folder() / 'data')
@@ -52,26 +55,30 @@ def teacher_file(widths: tuple[int, ...] = (3, 6)) -> str:
   module = models.create('convnet', CLASSES, widths=widths, strides=(1, 2)[:len(widths)])
   network = models.create_network(module, jax.random.key(7), IMAGE)
   path = folder() / f'teacher_{len(widths)}.safetensors'
-  weights.save_safetensors(path, {'params': network.params, 'batch_stats': moved(network.batch_stats)})
+  weights.save_safetensors(
+      path, {'params': network.params, 'batch_stats': moved(network.batch_stats)})
   return str(path)
 
 
 def moved(batch_stats):
   """Running moments off their start, as any training leaves them."""
-  return jax.tree.map(lambda leaf: leaf + np.random.default_rng(leaf.size).uniform(-0.3, 0.3, leaf.shape), batch_stats)
+  return jax.tree.map(
+      lambda leaf: leaf + np.random.default_rng(leaf.size).uniform(-0.3, 0.3, leaf.shape),
+      batch_stats)
 
 
 def config(**changes):
-  """A distillation of 5 rounds of which the first has no student steps; `changes` are fields, '__' for a dot."""
+  """A distillation of 5 rounds, the first without student steps; `changes` have '__' for dots."""
   found = common.base()
   found.num_devices = 1
   found.dataset.update(name='toy', data_dir=data_dir(), image_shape=IMAGE, num_classes=CLASSES)
-  found.teacher.update(name='convnet', options=NETWORKS['teacher'], source=teacher_file(), mean=(0.4,), std=(0.3,))
+  found.teacher.update(name='convnet', options=NETWORKS['teacher'], source=teacher_file(),
+                       mean=(0.4,), std=(0.3,))
   found.student.update(name='convnet', options=NETWORKS['student'], mean=(0.4,), std=(0.3,))
   found.generator.options = dict(width=2)
   found.method.update(
-      name='fast_dfkd', num_steps=2, generator_lr=3e-3, latent_lr=0.1, latent_dim=7, adversarial_after=1,
-      batch_size=4, capacity=12, num_tasks=1)
+      name='fast_dfkd', num_steps=2, generator_lr=3e-3, latent_lr=0.1, latent_dim=7,
+      adversarial_after=1, batch_size=4, capacity=12, num_tasks=1)
   found.factors.update(batch_norm=10.0, one_hot=1.0, adversarial=1.0)
   found.augment.update(synthesis=dict(name='shift', pad=2), student=dict(name='shift', pad=2))
   found.distill.update(rounds=5, steps_per_round=3, distill_after=1, batch_size=4, temperature=4.0)
@@ -80,7 +87,8 @@ def config(**changes):
   found.preflight.batch_size = 6
   found.checkpoint.every = 2
   found.compilation_cache = str(folder() / 'programs')
-  found.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
+  found.update_from_flattened_dict(
+      {name.replace('__', '.'): value for name, value in changes.items()})
   return found
 
 
@@ -97,14 +105,15 @@ def process(*arguments, cwd) -> subprocess.CompletedProcess:
   """`python main.py` to its end, on one device and compiled as by default."""
   environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'}
   return subprocess.run(
-      [sys.executable, str(ROOT / 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
-      env=environment, check=False)
+      [sys.executable, str(ROOT / 'main.py'), *arguments], cwd=cwd, capture_output=True, text=True,
+      timeout=300, env=environment, check=False)
 
 
 @contextlib.contextmanager
 def quick():
   """Within: programs are compiled without much ado, and kept for the next run."""
-  folder, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+  folder = jax.config.jax_compilation_cache_dir
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_disable_most_optimizations', True)
   try:
@@ -117,7 +126,7 @@ def quick():
 
 
 def observed(config, workdir):
-  """Runs, and returns the summary, the last state, and programs compiled by round: [{name: count}, ...]."""
+  """Runs; returns the summary, the last state, and the names of compiled programs by round."""
   states, compiled = [], [[]]
   active = True
 
@@ -160,7 +169,7 @@ def stopped(config, workdir, rounds):
 
 @functools.cache
 def whole(**changes):
-  """The summary and metrics of a run without a stop, in `folder() / 'whole'` where nothing is changed."""
+  """Runs without a stop; returns the summary and metrics."""
   workdir = folder() / '_'.join(['whole', *changes])
   return train.run(config(**changes), workdir), metrics(workdir)
 
@@ -168,7 +177,8 @@ def whole(**changes):
 def metrics(workdir) -> list[dict]:
   """Lines of metrics.jsonl, without what depends on the clock."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{name: value for name, value in line.items() if not name.startswith('seconds_')} for line in lines]
+  return [{name: value for name, value in line.items() if not name.startswith('seconds_')}
+          for line in lines]
 
 
 def tree_of(path: pathlib.Path) -> dict[str, bytes]:
@@ -178,17 +188,20 @@ def tree_of(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def equal(tree, other):
-  return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, tree, other))
+  is_equal = lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype
+  return jax.tree.all(jax.tree.map(is_equal, tree, other))
 
 
 def four_tasks(**changes):
   """With plain SGD: Adam would turn rounding errors of gradients near zero into steps."""
   return config(**{**dict(
-      distill__distill_after=0, distill__batch_size=8, method__num_steps=1, method__num_tasks=4, method__capacity=16,
-      optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0, factors__adversarial=0.0,
-      teacher__options__widths=(3,), teacher__options__strides=(1,), teacher__source=teacher_file((3,)),
+      distill__distill_after=0, distill__batch_size=8, method__num_steps=1, method__num_tasks=4,
+      method__capacity=16,
+      optimizer__momentum=0.0, optimizer__learning_rate=0.3, optimizer__weight_decay=0.0,
+      factors__adversarial=0.0, teacher__options__widths=(3,), teacher__options__strides=(1,),
+      teacher__source=teacher_file((3,)),
       student__options__widths=(2,), student__options__strides=(1,)), **changes})
 
 
-__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'config', 'config_file', 'data_dir', 'folder', 'metrics', 'observed',
-           'process', 'quick', 'teacher_file', 'tree_of', 'whole']
+__all__ = ['CLASSES', 'IMAGE', 'ROOT', 'config', 'config_file', 'data_dir', 'folder', 'metrics',
+           'observed', 'process', 'quick', 'teacher_file', 'tree_of', 'whole']

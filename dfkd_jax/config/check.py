@@ -1,259 +1,243 @@
-"""All that is wrong with a config and a folder, at once and before anything is spent on it.
+"""Checks all that a run stands on, before anything is loaded, compiled or written.
 
-What is found here is what can be found in a second or two, from names, numbers, shapes and paths: nothing is read
-but what says that a data set or a run is there, nothing is compiled, and nothing is written. Weights and images are
-read later.
+Takes a second or two. Reads names, numbers, shapes and paths. Weights and images are read later.
 """
 
-import os
-import pathlib
-import re
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from dfkd_jax import data, distill, parallel, paths
-from dfkd_jax.config import build, build_optimizer, check_fields, image_shapes, records
-from dfkd_jax.config.check_fields import InvalidError, Problems
-from dfkd_jax.losses import inversion
-from dfkd_jax.messages import check_choice
+from dfkd_jax import augment, data, parallel
+from dfkd_jax.config import build, build_method
+from dfkd_jax.config.problems import Problems, caught, wrong_value
+from dfkd_jax.config.records import Distributed, NetworkSettings, Settings, resolve
+from dfkd_jax.config.values import check_values
+from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
-from dfkd_jax.runs import config_diff, init_from, programs
-from dfkd_jax.runs import folder as run_folder
-from dfkd_jax.weights import embeddings
+from dfkd_jax.paths import expand_path
 
-__all__ = ['InvalidError', 'alone', 'check']
+ROLES = ('teacher', 'student', 'judge')
 
 
-def alone(config: build.Config) -> bool:
-  """Whether a run is one process by itself, which waits for no other before it is checked."""
-  given = [config.distributed.get(name) for name in ('coordinator', 'num_processes', 'process_id')]
-  return given in ([None] * 3, [None, 1, None]) and (given[1] == 1 or launch.started_together() == 1)
+def is_single_process(distributed: Distributed) -> bool:
+  """Whether a run is one process, which waits for no other."""
+  if distributed.coordinator is not None or distributed.process_id is not None:
+    return False
+  return distributed.num_processes == 1 or (
+      distributed.num_processes is None and launch.started_together() == 1)
 
 
-def check(
-    config: build.Config, workdir: str | os.PathLike | None = None, teacher: Network | None = None,
-    resume: str | None = None) -> None:
-  """Looks at all that a run of a config stands on, but for the numbers in its files.
+def find_problems(config: ConfigDict, teacher: Network | None = None) -> Problems:
+  """Returns all problems of a config, without those that only follow from another.
 
   Args:
-    config: Of the run.
-    workdir: Of its results; None: there is none, or it is looked at elsewhere.
-    teacher: A network in the place of the config's, if there is one.
-    resume: In what a run that is in the folder may go on with another config, see `config_diff.config_changes`.
-
-  Raises:
-    InvalidError: Has a line for each thing that is wrong by itself, and none for what only follows from another.
+    config: The config of the run; `check_structure` must have passed.
+    teacher: A network that replaces the config's teacher.
   """
-  problems = Problems()
-  check_fields.look(config, problems)
-  there = {}
-  if written := workdir is not None and config.get('job') != 'check':
-    workdir = problems.ask(lambda: paths.expand_path(workdir, 'workdir'), 'workdir')
-    there = _there(problems, workdir)
-  if not problems.concern('fields'):
-    _look(config, problems, teacher, there)
-  if written:  # At last, so that what is wrong by itself is not told as different, too.
-    problems.ask(lambda: config_diff.config_changes(
-        there, config_diff.run_identity(records.to_json(config)), workdir, resume, problems.concern), 'workdir', on=['fields'])
-  problems.tell()
+  problems, settings = Problems(), resolve(config)
+  problems.run(check_values, config)
+  numbers = settings.method.numbers.items()
+  method = settings.method._replace(numbers={
+      name: value for name, value in numbers if not problems.affect(f'method.{name}')})
+  settings = settings._replace(
+      method=method, teacher=settings.teacher if teacher is None else None)
+  for check, reads in CHECKS:
+    problems.run(check, settings, reads)
+  return problems
 
 
-def _there(problems: Problems, workdir: pathlib.Path | None) -> dict:
-  """Whether the folder may be written; what is known of the run that it holds."""
-  problems.ask(lambda: run_folder.check_place(workdir), 'workdir')
-  problems.ask(lambda: run_folder.check_not_running(workdir), 'workdir')
-  return problems.ask(lambda: run_folder.read_stored(workdir), 'workdir') or {}
-
-
-def _look(config: build.Config, problems: Problems, teacher: Network | None, there: dict) -> None:
-  job = config.job
-  _names(config, problems)
-  if problems.concern('job'):
+def _check_job(settings: Settings) -> Iterator[FieldError]:
+  """Fields that a job needs, or has no use for."""
+  if settings.control and settings.dataset.name is None:
+    yield wrong_value('control', True, 'False where dataset.name is None: a control is evaluated '
+                      'on real images.')
+  if settings.job != 'train':
     return
-  if job == 'train':
-    _training(config, problems, teacher)
+  if settings.teacher is None:
+    yield FieldError('teacher', "teacher is a network, must be None where job is 'train', which "
+                     'reads it from teacher.source.')
+  if settings.run.images is not None:
+    yield wrong_value('budget.images', settings.run.images, "None where job is 'train', which "
+                      'synthesises no image.')
+  if settings.dataset.name is None:
+    yield wrong_value('dataset.name', None, "the name of a prepared data set where job is 'train'.")
+  if not (settings.train.label_factor or settings.train.teacher_factor):
+    yield FieldError('train.label_factor', 'train.label_factor and train.teacher_factor are 0, '
+                     'one must be above: there is nothing to learn.')
+
+
+def _check_rounds(settings: Settings) -> Iterator[FieldError]:
+  section = settings.distill
+  if settings.job == 'distill' and section.distill_after >= section.rounds:
+    yield wrong_value('distill.distill_after', section.distill_after, 'below distill.rounds, '
+                      f'{section.rounds}, so that the student learns.')
+
+
+def _check_calls(settings: Settings) -> Iterator[FieldError]:
+  steps, calls = settings.distill.steps_per_round, settings.distill.calls_per_round
+  if settings.job == 'distill' and steps % calls:
+    yield wrong_value('distill.steps_per_round', steps,
+                      f'a multiple of {calls}, distill.calls_per_round.')
+
+
+def _check_warmup(settings: Settings) -> Iterator[FieldError]:
+  steps, schedule = settings.optimizer.warmup_steps, settings.optimizer.schedule
+  if steps and schedule != 'cosine_by_step':
+    yield wrong_value('optimizer.warmup_steps', steps, f'0 with the schedule {schedule!r}.')
+
+
+def _check_cache(settings: Settings) -> Iterator[FieldError]:
+  if settings.compilation_cache is not None:
+    path = expand_path(settings.compilation_cache, 'compilation_cache')
+    if path == path.parent or (path.exists() and not path.is_dir()):
+      yield wrong_value('compilation_cache', str(path), 'a folder for compiled programs alone.')
+
+
+def _check_channels(settings: Settings) -> Iterator[FieldError]:
+  channels = settings.dataset.image_shape[-1]
+  for network in filter(None, (settings.teacher, settings.student, settings.judge)):
+    for name in ('mean', 'std'):
+      value = network.preprocessing[name]
+      if isinstance(value, tuple) and len(value) not in (1, channels):
+        yield wrong_value(f'{network.role}.{name}', value,
+                          f'one number, or one for each of the {channels} channels.')
+
+
+def _used_networks(settings: Settings, role: str) -> Iterator[tuple[NetworkSettings, bool]]:
+  """Yields the networks of a role that the job makes, and whether it loads their weights."""
+  teacher, student, judge = settings.teacher, settings.student, settings.judge
+  if settings.job == 'train':
+    used = [(getattr(settings, settings.train.network), False),
+            (teacher if settings.train.teacher_factor else None, True)]
+  elif settings.job == 'check':
+    used = [(teacher, True), (student if student.name else None, False)]
   else:
-    _method(config, problems)
-    image_shapes.network(config, problems, 'student', needed=job == 'distill')
-    if teacher is None:
-      _teacher(config, problems)
-  if job == 'distill':
-    _judge(config, problems)
-    _distillation(config, problems)
-  if job != 'check':
-    _dataset(config, problems)
-    unread = init_from.unread_sources(records.InitFrom(**config.init_from), there, config.control)
-    for which, source in unread._asdict().items():
-      if source is not None:
-        problems.ask(lambda which=which, source=source: init_from.source_path(which, source), f'init_from.{which}')
+    used = [(teacher, True), (student, False),
+            (judge if judge.name or judge.source else None, True)]
+  yield from ((network, loads) for network, loads in used if network and network.role == role)
 
 
-def _names(config: build.Config, problems: Problems) -> None:
-  """Those that any job looks up."""
-  if config.compute_dtype is not None:
-    problems.ask(lambda: check_choice(config.compute_dtype, build.DTYPES, 'compute_dtype'), 'compute_dtype')
-  problems.ask(lambda: _precision(config.precision), 'precision')
-  problems.ask(lambda: check_choice(config.labels, build.LABELS, 'labels'), 'labels')
-  problems.ask(lambda: _cache(config.compilation_cache), 'compilation_cache')
+def _check_source(settings: Settings, role: str) -> Iterator[FieldError]:
+  for network, loads in _used_networks(settings, role):
+    if loads:
+      yield from caught(f'{role}.source', build.check_source, network)
 
 
-def _precision(name: str | None) -> None:
-  """Matrix products', as JAX calls them."""
-  if name:
+def _check_network(settings: Settings, role: str) -> Iterator[FieldError]:
+  for network, _ in _used_networks(settings, role):
+    yield from caught(f'{role}.options', build.module, network)
+
+
+def _check_factors(settings: Settings) -> Iterator[FieldError]:
+  if settings.job == 'train':
+    return
+  has_factors = 'factors' in build_method.parameters(settings.method)
+  if has_factors and not any(settings.method.factors):
+    yield FieldError('factors', 'all factors are 0, at least one must be above.')
+
+
+def _check_generator(settings: Settings) -> Iterator[FieldError]:
+  method, shape = settings.method, settings.dataset.image_shape
+  if settings.job == 'train' or 'generator' not in build_method.parameters(method):
+    return
+  generator = build_method.generator(method.generator)
+  latents = jax.ShapeDtypeStruct(build_method.latent_shape(method, 2), jnp.float32)
+  try:
+    images, _ = jax.eval_shape(generator.init_with_output, jax.random.key(0), latents)
+  except Exception as error:  # a width of 0, or of another type, may raise anything
+    yield wrong_value('generator.options', method.generator.options, 'options with which generator '
+                      f'{method.generator.name!r} makes images {shape}: {error}')
+    return
+  if images.shape[1:] != shape:
+    yield wrong_value('dataset.image_shape', shape, f'{images.shape[1:]}, as the generator makes.')
+
+
+def _check_augmentation(settings: Settings, which: str) -> Iterator[FieldError]:
+  shape, field = settings.dataset.image_shape, f'augment.{which}'
+  if settings.job == 'check' or (which == 'synthesis' and settings.job == 'train'):
+    return
+  options = settings.method.augment if which == 'synthesis' else settings.augment
+  pad, scale = options.get('pad', 0), options.get('scale', (0, 1))
+  if pad >= max(shape[:2]):
+    yield wrong_value(f'{field}.pad', pad, f'below {max(shape[:2])}, the size of the images.')
+  if scale[0] > scale[1]:
+    yield wrong_value(f'{field}.scale', scale, '(least, most) of an image.')
+  try:
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    jax.eval_shape(augment.create(**options), jax.random.key(0), images)
+  except Exception as error:  # an option of another type may raise anything
+    yield wrong_value(field, options, f'an augmentation of images {shape}: {error}')
+
+
+def _check_devices(settings: Settings) -> None:
+  if settings.job != 'check':
+    field, number = build.shared_number(settings)
+    parallel.even_share(number, build.make_mesh(settings).size, field)
+
+
+def _check_tasks(settings: Settings) -> Iterator[FieldError]:
+  method = settings.method
+  if settings.job == 'distill':
+    yield from caught('distill.batch_size', build_method.batch_share, method)
+    for name in sorted(build_method.SHARED & method.numbers.keys()):
+      yield from caught(f'method.{name}', build_method.task_share, method, name)
+
+
+def _check_method(settings: Settings) -> Iterator[FieldError]:
+  """The method's own checks, repeated without each number that it refuses."""
+  method = settings.method
+  while settings.job == 'distill':
     try:
-      with jax.default_matmul_precision(name):
-        pass
-    except ValueError as error:
-      raise ValueError(f'precision is {name!r}, must be a precision of JAX: {error}') from error
-
-
-def _cache(folder: str | None) -> None:
-  if not folder:
-    return
-  path = paths.expand_path(folder, 'compilation_cache')
-  if os.path.lexists(path) and not path.is_dir():
-    raise ValueError(f'compilation_cache is {folder!r}, must be a folder: it is a file.')
-  if path == path.parent:
-    raise ValueError(f'compilation_cache is {folder!r}, must be a folder of its own: every program is a file in it.')
-
-
-def _training(config: build.Config, problems: Problems, teacher: Network | None) -> None:
-  """The job 'train'."""
-  section = config.train
-  if teacher is not None:
-    problems.add("teacher is a network, must be None where job is 'train': it is read from teacher.source.")
-  which = problems.ask(
-      lambda: check_choice(section.network, ('teacher', 'student'), 'train.network'), 'train.network')
-  if not problems.concern('train.label_factor', 'train.teacher_factor') and not (
-      section.label_factor or section.teacher_factor):
-    problems.add('train.label_factor and train.teacher_factor are 0, one must be above: there is nothing to learn.')
-  if section.teacher_factor and teacher is None:
-    _teacher(config, problems)
-  if which is not None:
-    image_shapes.network(config, problems, which)
-  mesh = problems.ask(lambda: build.mesh(config), 'num_devices', on=['train.batch_size'])
-  if mesh is not None:
-    problems.ask(
-        lambda: parallel.even_share(section.batch_size, mesh.size, 'train.batch_size'), 'train.batch_size')
-  image_shapes.augmentation(config, problems, 'student')
-  _optimizer(config, problems, section.epochs, 1)
-
-
-def _teacher(config: build.Config, problems: Problems) -> None:
-  image_shapes.network(config, problems, 'teacher')
-  problems.ask(lambda: _weights(config, 'teacher'), 'teacher.source')
-
-
-def _weights(config: build.Config, which: str) -> str | None:
-  """What the weights are called, if they are there, as far as this machine knows."""
-  found = build.source(config, which)
-  if found is not None and found.startswith('hf:'):
-    build.check_hub(found, f'{which}.source')
-  elif found is not None:
-    build.weights_path(found, f'{which}.source')
-  return found
-
-
-def _judge(config: build.Config, problems: Problems) -> None:
-  named = problems.ask(lambda: _weights(config, 'judge'), 'judge.source')
-  if named or config.judge.name is not None:
-    image_shapes.network(config, problems, 'judge')
-
-
-def _method(config: build.Config, problems: Problems) -> None:
-  """The method and the numbers that any job needs of it, and the generator."""
-  taken = problems.ask(lambda: build.method_takes(config.method.name), 'method.name') or ()
-  if 'factors' in taken and not problems.concern('factors') and not any(config.factors.to_dict().values()):
-    problems.add('all factors are 0, at least one must be above: there is nothing to minimise.', 'factors')
-  if 'generator' in taken and not problems.concern('method.latent_dim'):
-    image_shapes.takes_images(config, problems, image_shapes.generator, 'generator')
-  adversary = config.method.get('adversary')
-  if isinstance(adversary, build.Config) and 'divergence' in adversary:
-    like = jnp.zeros((1, 2))
-    problems.ask(lambda: inversion.adversarial(like, like, divergence=adversary.divergence),
-                 'method.adversary.divergence')
-
-
-def _distillation(config: build.Config, problems: Problems) -> None:
-  section = config.distill
-  like = jnp.zeros((1, 2))
-  problems.ask(lambda: distill.divergence(section.divergence, like, like, 1.0), 'distill.divergence')
-  problems.ask(lambda: programs.steps_per_call(config), 'distill.steps_per_round', on=['distill.calls_per_round'])
-  for which in ('synthesis', 'student'):
-    image_shapes.augmentation(config, problems, which)
-  _optimizer(config, problems, section.rounds - section.distill_after if not problems.concern(
-      'distill.rounds', 'distill.distill_after') else 1, section.steps_per_round)
-  mesh = problems.ask(lambda: build.mesh(config), 'num_devices', on=['method.num_tasks'])
-  if mesh is not None:
-    problems.ask(lambda: build.local_tasks_of(config, mesh.size), 'method.num_tasks')
-  problems.ask(lambda: build.share_of_batch(config), 'distill.batch_size', on=['method.num_tasks'])
-  if not problems.concern('method.name'):
-    _shares(config, problems)
-    _numbers_of_method(config, problems, mesh)
-
-
-def _shares(config: build.Config, problems: Problems) -> None:
-  """Numbers of the method, each by itself."""
-  numbers, taken = config.method, (*build.method_takes(config.method.name), 'generator_schedule')
-  for name in numbers:
-    if name != 'name':
-      problems.ask(lambda name=name: check_choice(name, taken, f'argument of {numbers.name}'), f'method.{name}')
-  for name in ('capacity', 'bank_size'):
-    if numbers.get(name) is not None:
-      problems.ask(lambda name=name: build.share_of(config, name), f'method.{name}',
-                   on=['method.num_tasks', 'method.batch_size'])
-  if numbers.get('generator_schedule') is not None:
-    problems.ask(lambda: check_choice(numbers.generator_schedule, build.GENERATOR_SCHEDULES, 'generator schedule'),
-                 'method.generator_schedule')
-  if numbers.get('embeddings') is not None:
-    problems.ask(lambda: embeddings.load(numbers.embeddings), 'method.embeddings')
-
-
-def _numbers_of_method(config: build.Config, problems: Problems, mesh: jax.sharding.Mesh | None) -> None:
-  """What the method itself says of its numbers, but for those that are known to be wrong already."""
-  on = ('method.num_tasks', 'distill.batch_size', 'generator', 'labels', 'augment.synthesis', 'factors')
-  if mesh is None or problems.concern(*on, *image_shapes.ON_IMAGES):
-    return
-  left = build.Config(config.to_dict())
-  dropped = [name for name in config.method if name != 'name' and problems.concern(f'method.{name}')]
-  for name in dropped:
-    del left.method[name]
-  while True:
-    try:
-      build.synthesizer(left, mesh.size)(None)
+      build_method.synthesizer(method, build.make_mesh(settings).size)(None)
       return
-    except ValueError as error:
-      line = str(error)
-    except Exception as error:  # Whatever a number of another type leads to.
-      line = f'method is {build.plain(left.method)}, of which no method can be made: {str(error)[:200]}'
-    if any(re.search(rf'\b{name}\b', line) for name in dropped):
-      return  # It may be wrong only beside what took the place of another.
-    problems.add(line, 'method.numbers')
-    named = re.match(r'(?:method\.)?(\w+)( of a ramp)? (?:is|are) ', line)
-    name = named and ('adversarial' if named[2] else named[1])
-    if name in (None, 'name') or name not in left.method:
+    except FieldError as error:
+      yield error
+      name = error.field.removeprefix('method.')
+    except Exception as error:  # a number of another type may raise anything
+      prefix = f'Cannot create method {method.name!r} from {method.numbers}: '
+      yield FieldError('method', f'{prefix * (not isinstance(error, ValueError))}{error}')
       return
-    dropped.append(name)
-    del left.method[name]
+    if name not in method.numbers:
+      return
+    method = method._replace(numbers={
+        number: value for number, value in method.numbers.items() if number != name})
 
 
-def _optimizer(config: build.Config, problems: Problems, rounds: int, steps: int) -> None:
-  section = config.optimizer
-  problems.ask(lambda: check_choice(section.name, build_optimizer.NAMES, 'optimizer'), 'optimizer.name')
-  problems.ask(lambda: check_choice(section.schedule, build_optimizer.SCHEDULES, 'schedule'), 'optimizer.schedule')
-  numbers = ('learning_rate', 'warmup_steps', 'milestones', 'gamma', 'end_value', 'schedule')
-  if not problems.concern('distill.steps_per_round', *(f'optimizer.{name}' for name in numbers)):
-    problems.ask(lambda: build.schedule(section, rounds, steps), 'optimizer.schedule')
-
-
-def _dataset(config: build.Config, problems: Problems) -> None:
-  section = config.dataset
-  if section.name is None:
+def _check_dataset(settings: Settings) -> Iterator[FieldError]:
+  dataset = settings.dataset
+  if settings.job == 'check' or dataset.name is None:
     return
-  prepared = problems.ask(lambda: data.is_prepared(section.name, section.data_dir), 'dataset.data_dir')
-  for which in ('test', *(('train',) if config.job == 'train' else ())):
-    split = section[f'{which}_split']
-    problems.ask(lambda split=split: data.check_prepared(section.name, split, section.data_dir),
-                 f'dataset.{which}_split' if prepared else 'dataset.name', on=['dataset.data_dir'])
+  is_prepared = data.is_prepared(dataset.name, dataset.data_dir)
+  for which in ('test', 'train') if settings.job == 'train' else ('test',):
+    field = f'dataset.{which}_split'
+    yield from caught(field if is_prepared else 'dataset.name', data.check_prepared, dataset.name,
+                      getattr(dataset, f'{which}_split'), dataset.data_dir)
+
+
+_SHAPES = ('job', 'dataset.image_shape', 'dataset.num_classes', 'compute_dtype')
+CHECKS = (  # with the fields that each reads
+    (_check_job, ('job', 'dataset.name', 'train.label_factor', 'train.teacher_factor')),
+    (_check_rounds, ('job', 'distill.rounds', 'distill.distill_after')),
+    (_check_calls, ('job', 'distill.steps_per_round', 'distill.calls_per_round')),
+    (_check_warmup, ('optimizer.warmup_steps', 'optimizer.schedule')),
+    (_check_cache, ('compilation_cache',)),
+    (_check_channels, ('dataset.image_shape',)),
+    *((functools.partial(_check_source, role=role), ('job', 'train.network', f'{role}.source'))
+      for role in ROLES),
+    *((functools.partial(_check_network, role=role),
+       (*_SHAPES, 'train.network', f'{role}.name', f'{role}.options', f'{role}.resize'))
+      for role in ROLES),
+    (_check_factors, ('job', 'method.name')),
+    (_check_generator, (*_SHAPES, 'method.name', 'method.latent_dim', 'generator')),
+    *((functools.partial(_check_augmentation, which=which),
+       ('job', f'augment.{which}', 'dataset.image_shape')) for which in ('synthesis', 'student')),
+    (_check_devices, ('job', 'num_devices', 'method.num_tasks', 'train.batch_size')),
+    (_check_tasks, ('job', 'method.num_tasks', 'method.batch_size', 'distill.batch_size')),
+    (_check_method, (*_SHAPES, 'method.name', 'method.num_tasks', 'num_devices', 'generator',
+                     'distill.batch_size', 'labels', 'augment.synthesis', 'factors')),
+    (_check_dataset, ('job', 'dataset.name', 'dataset.data_dir')),
+)

@@ -1,93 +1,195 @@
-"""The fields of a config: which there are, of which kind they are, and where their numbers lie."""
+"""The table of config fields: one row a field. Defaults, checks, --help and docs come from it."""
 
-import ml_collections
+import functools
+from typing import Any
 
-from dfkd_jax.synth import objective
+from ml_collections import config_dict
 
-# All fields by section, but for those of a method, of options and of an augmentation, which these know themselves.
-_NETWORK = ('name', 'options', 'mean', 'std', 'bgr', 'resize')
-FIELDS = {
-    '': ('job', 'seed', 'num_devices', 'precision', 'compute_dtype', 'remat', 'buffer', 'device_memory_gb', 'labels',
-         'control', 'compilation_cache'),
-    'dataset': ('name', 'data_dir', 'image_shape', 'num_classes', 'train_split', 'test_split', 'crop'),
-    'teacher': (*_NETWORK, 'source'), 'student': _NETWORK, 'judge': (*_NETWORK, 'source'),
-    'generator': ('name', 'options'), 'method': ('name',), 'factors': objective.Factors._fields,
-    'preflight': ('enabled', 'batch_size', 'fallback'), 'augment.synthesis': ('name',), 'augment.student': ('name',),
-    'distill': ('rounds', 'calls_per_round', 'steps_per_round', 'distill_after', 'batch_size', 'temperature',
-                'divergence', 'attention_factor'),
-    'train': ('network', 'epochs', 'batch_size', 'label_factor', 'teacher_factor', 'temperature', 'label_smoothing'),
-    'optimizer': ('name', 'learning_rate', 'momentum', 'nesterov', 'weight_decay', 'schedule', 'end_value',
-                  'warmup_steps', 'milestones', 'gamma'),
-    'evaluate': ('every', 'batch_size'), 'checkpoint': ('every', 'max_to_keep', 'keep_best'),
-    'budget': ('minutes', 'images'), 'faults': ('reseed',), 'init_from': ('student', 'generator'),
-    'grid': ('columns', 'rows'),
-    'distributed': ('coordinator', 'num_processes', 'process_id', 'timeout'),
-}
-OPEN = ('method', 'augment.synthesis', 'augment.student', 'generator.options',
-         *(f'{which}.options' for which in ('teacher', 'student', 'judge')))
-TEXTS = (
-    'job', 'buffer', 'labels', 'precision', 'compute_dtype', 'compilation_cache', 'dataset.name', 'dataset.data_dir',
-    'dataset.train_split', 'dataset.test_split', 'teacher.name', 'teacher.source', 'student.name', 'judge.name',
-    'judge.source', 'generator.name', 'method.name', 'augment.synthesis.name', 'augment.student.name',
-    'distill.divergence', 'train.network', 'optimizer.name', 'optimizer.schedule', 'distributed.coordinator',
-    'init_from.student', 'init_from.generator')
-FLAGS = (
-    'remat', 'control', 'teacher.bgr', 'student.bgr', 'judge.bgr', 'preflight.enabled', 'preflight.fallback',
-    'optimizer.nesterov', 'checkpoint.keep_best')
-VALUES = (str, bool, int, float, ml_collections.ConfigDict)  # Those of JSON, by themselves and in tuples.
-NONE = (  # May be left open.
-    'precision', 'compute_dtype', 'compilation_cache', 'dataset.name', 'dataset.data_dir', 'teacher.name',
-    'teacher.source', 'student.name', 'judge.name', 'judge.source', 'method.name', 'distributed.coordinator',
-    'num_devices', 'device_memory_gb', 'dataset.crop', 'teacher.resize', 'student.resize', 'judge.resize',
-    'distributed.num_processes', 'distributed.process_id', 'init_from.student', 'init_from.generator',
-    'budget.minutes', 'budget.images')
-# Where a number must lie; what a method or an augmentation does not have, or leaves open, is passed over.
-RANGES = {
-    '[0, 4294967296)': ('seed',),
-    '[2, inf)': ('dataset.num_classes',),
-    '[1, inf)': (
-        'num_devices', 'distributed.num_processes', 'distributed.timeout',
-        'dataset.image_shape', 'distill.rounds', 'distill.calls_per_round', 'distill.steps_per_round',
-        'distill.batch_size',
-        'train.epochs', 'train.batch_size', 'evaluate.every', 'evaluate.batch_size', 'checkpoint.every',
-        'checkpoint.max_to_keep', 'budget.images', 'grid.columns', 'grid.rows', 'method.num_steps', 'method.batch_size',
-        'method.capacity', 'method.num_tasks', 'method.latent_dim', 'method.bank_size', 'method.num_negatives',
-        'method.projection_size', 'method.redraw_every', 'method.restart_every', 'preflight.batch_size',
-        'method.adversarial.every', 'teacher.resize', 'student.resize', 'judge.resize'),
-    '[0, inf)': (
-        'distributed.process_id', 'faults.reseed',
-        'distill.distill_after', 'train.label_factor', 'train.teacher_factor', 'optimizer.weight_decay',
-        'optimizer.end_value', 'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after',
-        'augment.synthesis.pad', 'augment.student.pad', 'method.adversarial.init_value', 'method.adversarial.slope',
-        'method.adversarial.begin', 'method.adversarial.end', 'method.reset_after', 'method.gamma',
-        'method.beta', 'method.threshold_growth', 'distill.attention_factor',
-        *(f'factors.{name}' for name in objective.Factors._fields)),
-    '(0, inf)': (
-        'device_memory_gb', 'budget.minutes', 'teacher.std', 'student.std', 'judge.std', 'distill.temperature',
-        'train.temperature', 'optimizer.learning_rate',
-        'method.generator_lr', 'method.latent_lr', 'method.meta_lr', 'method.learning_rate', 'method.head_lr',
-        'method.contrast_temperature', 'method.threshold_start', 'method.balance_temperature', 'method.epsilon',
-        'method.adversary.temperature', 'method.init_std', 'method.redraw_std', 'method.clip_weights'),
-    '[0, 1)': (
-        'train.label_smoothing', 'optimizer.momentum', 'method.adam_b1', 'method.adam_b2', 'method.moments_momentum',
-        'method.ema_decay'),
-    '(0, 1]': ('optimizer.gamma', 'dataset.crop', 'augment.synthesis.scale', 'augment.student.scale'),
-    '(0, 1)': ('method.ema_share',),
-    '(-inf, inf)': ('teacher.mean', 'student.mean', 'judge.mean'),
-}
-# Those that count something.
-WHOLE = (
-    'seed', 'dataset.num_classes', *RANGES['[1, inf)'], 'distributed.process_id', 'distill.distill_after',
-    'optimizer.warmup_steps', 'optimizer.milestones', 'method.adversarial_after', 'method.reset_after',
-    'faults.reseed', 'method.adversarial.begin', 'method.adversarial.end')
-MOST = 2**31 - 1  # Of what is counted, where JAX counts in 32 bits.
-PATHS = (
-    'dataset.data_dir', 'dataset.name', 'teacher.source', 'judge.source', 'init_from.student', 'init_from.generator',
-    'compilation_cache', 'method.embeddings')
-NO_PATHS = ('hf:', 'embedded:')  # What a source begins with that is none.
-NEEDED = ('method.batch_size', 'method.num_steps', 'method.num_tasks')  # Of a method that has them.
+from dfkd_jax.config.field import NO_DEFAULT, Field
+
+FROM_1, FROM_0, ABOVE_0, ANY = '[1, inf)', '[0, inf)', '(0, inf)', '(-inf, inf)'
+SHARE, DECAY = '(0, 1]', '[0, 1)'
+PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
+SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 
-def every() -> list[str]:
-  """Dotted names of all of FIELDS."""
-  return [f'{section}.{field}'.lstrip('.') for section, fields in FIELDS.items() for field in fields]
+def _network(role: str, doc: str) -> tuple[Field, ...]:
+  """Rows of a network's section."""
+  return (
+      Field(f'{role}.name', None, str, '', f'{doc}, one of `models.names()`', 'none'),
+      Field(f'{role}.options', {}, dict, '', 'further arguments of the model'),
+      Field(f'{role}.mean', (0.0,), float, ANY, 'mean of images in [0, 1], by channel', '', 0),
+      Field(f'{role}.std', (1.0,), float, ABOVE_0, 'standard deviation, by channel', '', 0),
+      Field(f'{role}.bgr', False, bool, '', 'whether it takes channels in reverse order'),
+      Field(f'{role}.resize', None, int, FROM_1, '(height, width) of its images', 'none', 2))
+
+
+def _source(role: str) -> Field:
+  doc = 'weights: a file, a folder, hf:OWNER/REPO or embedded:NAME'
+  return Field(f'{role}.source', None, str, '', doc, 'none path')
+
+
+def _augmentation(name: str) -> tuple[Field, ...]:
+  """Rows of an augmentation; a number of None has the default of the function."""
+  return (
+      Field(f'{name}.name', 'crop_and_flip', str, '', 'a function of dfkd_jax/augment.py'),
+      Field(f'{name}.pad', None, int, FROM_0, 'pixels of its border', 'none'),
+      Field(f'{name}.scale', None, float, SHARE, '(least, most) area of a crop', 'none', 2),
+      Field(f'{name}.align_corners', None, bool, '', 'how it resizes a crop', 'none'))
+
+
+RUN_FIELDS = (
+    Field('job', 'distill', str, ('distill', 'train', 'check'),
+          'distil without data, train on real data, or only measure the teacher'),
+    Field('seed', 0, int, '[0, 4294967296)', 'seed of all random numbers'),
+    Field('num_devices', None, int, FROM_1, 'None: as many as the tasks fill', 'none free'),
+    Field('precision', None, str, PRECISIONS, "of matrix products; None: JAX's default", 'none'),
+    Field('compute_dtype', None, str, ('float32', 'bfloat16'),
+          'dtype in networks and generator; parameters stay float32', 'none'),
+    Field('remat', False, bool, '', 'whether the backward pass recomputes the maps within blocks'),
+    Field('buffer', 'auto', str, ('auto', 'device', 'host'),
+          'memory for the images; auto: the host if no device has room', 'free'),
+    Field('device_memory_gb', None, float, ABOVE_0, 'None: as a device reports', 'none free'),
+    Field('dataset.name', None, str, '', 'real images; a distillation only evaluates on them; '
+          'None: fresh synthetic images replace them', 'none path'),
+    Field('dataset.data_dir', None, str, '', "folder of data sets; None: the embedded ones, then "
+          "TFDS' folder", 'none path free'),
+    Field('dataset.image_shape', (32, 32, 3), int, FROM_1, '(height, width, channels)', '', 3),
+    Field('dataset.num_classes', 10, int, '[2, inf)', 'number of classes'),
+    Field('dataset.train_split', 'train', str, '', 'split to train on'),
+    Field('dataset.test_split', 'test', str, '', 'split to evaluate on'),
+    Field('dataset.crop', None, float, SHARE, 'share of the short side of photos', 'none'),
+    *_network('teacher', 'the teacher'), _source('teacher'), *_network('student', 'the student'),
+    *_network('judge', 'a second trained network that looks at the images'), _source('judge'),
+    Field('generator.name', 'generator', str, ('generator', 'spatial_generator'), 'the generator'),
+    Field('generator.options', {}, dict, '', 'further arguments of the generator'),
+    Field('method.name', None, str, '', 'the method, one of `synth.names()`', 'none'),
+    Field('factors.one_hot', 0.0, float, FROM_0, 'of the cross-entropy with requested classes'),
+    Field('factors.batch_norm', 0.0, float, FROM_0, "of the distance from the teacher's moments"),
+    Field('factors.relative_batch_norm', 0.0, float, FROM_0, 'of the same, relative to each layer'),
+    Field('factors.adversarial', 0.0, float, FROM_0, 'of the disagreement of student and teacher'),
+    Field('factors.balance', 0.0, float, FROM_0, 'of the balance of classes in a batch'),
+    Field('factors.activation', 0.0, float, FROM_0, "of the size of the teacher's features"),
+    Field('factors.total_variation', 0.0, float, FROM_0, 'of the total variation of images'),
+    Field('factors.l2', 0.0, float, FROM_0, 'of the squared norm of images'),
+    Field('factors.student_batch_norm', 0.0, float, FROM_0, "of the same to the student's moments"),
+    Field('factors.contrast', 0.0, float, FROM_0, "of CMI's contrast"),
+    Field('preflight.enabled', True, bool, '', 'whether to measure the teacher before a run'),
+    Field('preflight.batch_size', 32, int, FROM_1, 'images to measure it on'),
+    Field('preflight.fallback', False, bool, '', 'whether smoothness may replace missing moments'),
+    Field('labels', 'uniform', str, ('uniform', 'stratified', 'balanced'), 'requested classes'),
+    *_augmentation('augment.synthesis'), *_augmentation('augment.student'),
+    Field('distill.rounds', 220, int, FROM_1, 'rounds: calls of the method and student steps'),
+    Field('distill.calls_per_round', 1, int, FROM_1, 'calls of the method in a round'),
+    Field('distill.steps_per_round', 400, int, FROM_1, 'student steps, shared by the calls'),
+    Field('distill.distill_after', 20, int, FROM_0, 'rounds before the first student step'),
+    Field('distill.batch_size', 256, int, FROM_1, 'images of a student step, on all devices'),
+    Field('distill.temperature', 20.0, float, ABOVE_0, 'temperature of the divergence kl'),
+    Field('distill.divergence', 'kl', str, ('kl', 'l1', 'l2'), "the student's loss"),
+    Field('distill.attention_factor', 0.0, float, FROM_0, "factor of ZSKT's attention transfer"),
+    Field('train.network', 'student', str, ('teacher', 'student'), 'network to train'),
+    Field('train.epochs', 200, int, FROM_1, 'epochs'),
+    Field('train.batch_size', 128, int, FROM_1, 'images of a step, on all devices'),
+    Field('train.label_factor', 1.0, float, FROM_0, 'factor of the cross-entropy with labels'),
+    Field('train.teacher_factor', 0.0, float, FROM_0, 'factor of the divergence from a teacher'),
+    Field('train.temperature', 1.0, float, ABOVE_0, 'temperature of that divergence'),
+    Field('train.label_smoothing', 0.0, float, DECAY, 'smoothing of labels'),
+    Field('optimizer.name', 'sgd', str, ('sgd', 'adam'), 'the optimizer'),
+    Field('optimizer.learning_rate', 0.1, float, ABOVE_0, 'its highest learning rate'),
+    Field('optimizer.momentum', 0.9, float, DECAY, 'momentum of sgd'),
+    Field('optimizer.nesterov', False, bool, '', "whether sgd's momentum is Nesterov's"),
+    Field('optimizer.weight_decay', 1e-4, float, FROM_0, 'coupled weight decay'),
+    Field('optimizer.schedule', 'cosine_by_round', str, SCHEDULES, 'schedule of the learning rate'),
+    Field('optimizer.end_value', 0.0, float, FROM_0, 'learning rate at the end of a cosine'),
+    Field('optimizer.warmup_steps', 0, int, FROM_0, 'steps of warm-up before cosine_by_step'),
+    Field('optimizer.milestones', (), int, FROM_0, 'epochs of the schedule steps', '', 0),
+    Field('optimizer.gamma', 0.1, float, SHARE, 'multiplier of the rate at each milestone'),
+    Field('control', False, bool, '', 'whether to train a second student on noise, for comparison'),
+    Field('evaluate.every', 1, int, FROM_1, 'rounds or epochs between evaluations'),
+    Field('evaluate.batch_size', 500, int, FROM_1, 'images of an evaluation batch'),
+    Field('checkpoint.every', 10, int, FROM_1, 'rounds or epochs between checkpoints'),
+    Field('checkpoint.max_to_keep', 2, int, FROM_1, 'checkpoints to keep'),
+    Field('checkpoint.keep_best', True, bool, '', 'whether to keep the best student too'),
+    Field('budget.minutes', None, float, ABOVE_0, 'of one start; ends a run early', 'none free'),
+    Field('budget.images', None, int, FROM_1, 'synthesised images of the run', 'none free'),
+    Field('faults.reseed', 0, int, FROM_0, 'repeats of a round with non-finite numbers', 'free'),
+    Field('init_from.student', None, str, '', "an old run's folder, or weights", 'none path'),
+    Field('init_from.generator', None, str, '', "an old run's folder", 'none path'),
+    Field('grid.columns', 10, int, FROM_1, 'columns of images.png'),
+    Field('grid.rows', 5, int, FROM_1, 'rows of images.png'),
+    Field('compilation_cache', None, str, '', 'folder of compiled programs', 'none path free'),
+    Field('distributed.coordinator', None, str, '', 'host:port of process 0, or auto', 'none free'),
+    Field('distributed.num_processes', None, int, FROM_1, '1: this process alone', 'none free'),
+    Field('distributed.process_id', None, int, FROM_0, 'number of this process', 'none free'),
+    Field('distributed.timeout', 300, int, FROM_1, 'seconds to wait for the others', 'free'),
+)
+
+
+def _number(name: str, kind: type, allowed: str | tuple, doc: str, flags: str = 'none') -> Field:
+  return Field(f'method.{name}', NO_DEFAULT, kind, allowed, doc, flags)
+
+
+METHOD_FIELDS = (  # in a config if its method has them; None: the method's own default
+    _number('num_steps', int, FROM_1, 'inner steps of a call', ''),
+    _number('batch_size', int, FROM_1, 'images of a task in a call', ''),
+    _number('num_tasks', int, FROM_1, 'inversions in a call, on all devices', ''),
+    _number('capacity', int, FROM_1, 'images in the replay buffer, on all devices'),
+    _number('latent_dim', int, FROM_1, 'size of a latent'),
+    _number('adversarial_after', int, FROM_0, 'calls before the adversarial term starts'),
+    _number('generator_lr', float, ABOVE_0, 'learning rate of the generator'),
+    _number('generator_schedule', str, ('constant', 'cosine'), 'its schedule over the run'),
+    _number('latent_lr', float, ABOVE_0, 'learning rate of the latents'),
+    _number('learning_rate', float, ABOVE_0, 'learning rate of the pixels'),
+    _number('adam_b1', float, DECAY, "decay of Adam's first moment"),
+    _number('adam_b2', float, DECAY, "decay of Adam's second moment"),
+    _number('moments_momentum', float, DECAY, 'share of former calls in the matched moments'),
+    _number('ema_decay', float, DECAY, "decay of the generator's moving average"),
+    _number('ema_share', float, '(0, 1)', "share of the student's images from that average"),
+    _number('meta_lr', float, ABOVE_0, 'learning rate of the meta-generator'),
+    _number('reset_after', int, FROM_0, 'calls before the first layers are redrawn'),
+    _number('restart_every', int, FROM_1, 'calls between fresh latents, if latents are carried'),
+    _number('redraw_every', int, FROM_1, 'calls that a redrawn generator lasts'),
+    _number('redraw_std', float, ABOVE_0, 'standard deviation of redrawn weights'),
+    _number('init_std', float, ABOVE_0, "standard deviation of the generator's first weights"),
+    _number('adversary.temperature', float, ABOVE_0, 'temperature of the adversarial term', ''),
+    _number('adversary.divergence', str, ('kl', 'js', 'l1'), 'its divergence', ''),
+    _number('adversarial.init_value', float, FROM_0, 'first factor of a ramp'),
+    _number('adversarial.slope', float, FROM_0, 'increase of the factor in an epoch'),
+    _number('adversarial.begin', int, FROM_0, 'epoch after which the ramp rises'),
+    _number('adversarial.end', int, FROM_0, 'epoch in which the ramp ends'),
+    _number('adversarial.every', int, FROM_1, 'calls of an epoch'),
+    _number('balance_temperature', float, ABOVE_0, 'temperature of the balance term'),
+    _number('bank_size', int, FROM_1, 'images in the memory bank, on all devices'),
+    _number('num_negatives', int, FROM_1, 'rows of the bank in a contrast'),
+    _number('projection_size', int, FROM_1, 'size of a projected feature'),
+    _number('contrast_temperature', float, ABOVE_0, 'temperature of the contrast'),
+    _number('head_lr', float, ABOVE_0, 'learning rate of the projection head'),
+    _number('embeddings', str, '', 'file with an embedding of each class', 'none path'),
+    _number('gamma', float, FROM_0, 'exponent of the difficulty'),
+    _number('beta', float, FROM_0, 'exponent of the importance weights'),
+    _number('epsilon', float, ABOVE_0, 'least priority'),
+    _number('clip_weights', float, ABOVE_0, 'largest importance weight'),
+    _number('threshold_start', float, ABOVE_0, "the curriculum's first threshold"),
+    _number('threshold_growth', float, FROM_0, 'growth of the threshold in a step'),
+)
+BY_NAME = {field.name: field for field in (*RUN_FIELDS, *METHOD_FIELDS)}
+FREE = frozenset(field.name for field in RUN_FIELDS if 'free' in field.flags)
+# Sections that may have other fields too: arguments of a method, an augmentation or a network.
+OPEN = ('method', 'augment.synthesis', 'augment.student',
+        *(field.name for field in RUN_FIELDS if field.kind is dict))
+
+
+def base() -> config_dict.ConfigDict:
+  """Returns a config with all fields at their defaults, without the numbers of any method."""
+  sections: dict[str, Any] = {}
+  for field in RUN_FIELDS:
+    *parents, name = field.name.split('.')
+    section = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, sections)
+    kind = field.kind if field.length is None else tuple
+    section[name] = config_dict.placeholder(kind) if field.default is None else field.default
+  return config_dict.create(**sections)
+
+
+def is_open(name: str) -> bool:
+  """Whether a field lies in a section that may have fields without a row."""
+  return name.startswith(tuple(f'{section}.' for section in OPEN))

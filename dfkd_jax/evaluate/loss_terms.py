@@ -14,51 +14,61 @@ from dfkd_jax.synth import generators, objective
 from dfkd_jax.types import Array, PRNGKey
 
 MOMENTS = ('batch_norm', 'relative_batch_norm')
-# Pull of the moments over that of one_hot. Runs that went well had 0.07 (the quick start) and 0.9 (ResNet-56); with 11
-# the classes asked for went unheard (ResNet-56 with the published factors). AIM is in the middle.
+# Ratio of gradient norms, the moments term over one_hot, factors included. Good runs had 0.07 (the
+# quick start) and 0.9 (ResNet-56). With 11 the images ignored the requested classes (ResNet-56 with
+# the published factors). TARGET_RATIO is in the middle.
 BALANCED = (0.02, 5.0)
-AIM = 0.5
-SMOOTHNESS = 0.1  # Pull of total_variation over that of one_hot, where it has to stand in for the moments.
-ALIKE = 1e-4  # Of the logits' range: less spread than that from image to image is none.
+TARGET_RATIO = 0.5
+SMOOTHNESS_RATIO = 0.1  # the same of total_variation, where it replaces the moments
+MIN_SPREAD = 1e-4  # of logits between images, relative to their range; less is no spread
 
 
 class LogitStats(NamedTuple):
-  """What a network says of a batch of images: scalars."""
+  """Statistics of a network's predictions for a batch of images: scalars."""
 
-  spread: Array  # deviation of logits from image to image, root mean square over classes
-  range: Array  # deviation of logits over classes, of the mean image
+  spread: Array  # deviation of logits between images, root mean square over classes
+  range: Array  # deviation between classes of the logits averaged over images
   confidence: Array  # mean highest probability
-  classes: Array  # how many are the highest of some image
-  finite: Array  # whether all logits are
+  classes: Array  # how many classes are predicted
+  finite: Array  # whether all logits are finite
 
 
 class Measurement(NamedTuple):
-  """What the program of `measure` finds."""
+  """The result of `measure`; terms are before their factors."""
 
-  noise: LogitStats  # of uniform noise
-  generated: LogitStats  # of images of a fresh generator
-  values: dict[str, Array]  # of each term, before its factor
-  pulls: dict[str, Array]  # norm of each term's gradient by the images, before its factor
-  layers: dict[str, Array]  # of the batch_norm term, by path of the layer
+  noise: LogitStats  # on uniform noise
+  generated: LogitStats  # on images of a fresh generator
+  values: dict[str, Array]  # by term
+  gradient_norms: dict[str, Array]  # norm of each term's gradient by the images
+  layers: dict[str, Array]  # the batch_norm term by path of the layer
+
+
+class Verdict(NamedTuple):
+  """Conclusions from a measurement."""
+
+  refusal: str | None  # why there is nothing to invert, in one line
+  notes: tuple[str, ...]  # for the user
+  suggested: dict[str, float]  # balanced factors of the terms that are out of balance
+  factors: objective.Factors  # to go on with
 
 
 def measure(
     key: PRNGKey, teacher: Network, student: Network | None, *, generator: nn.Module | None,
-    latent_shape: tuple[int, ...], image_shape: tuple[int, int, int], task: tasks.Task, factors: objective.Factors,
-    adversary: objective.Adversary = objective.Adversary(),
+    latent_shape: tuple[int, ...], image_shape: tuple[int, int, int], task: tasks.Task,
+    factors: objective.Factors, adversary: objective.Adversary = objective.Adversary(),
 ) -> Measurement:
-  """Looks at noise and at a fresh generator's images; one compiled program.
+  """Measures the terms on noise and on a fresh generator's images, in one compiled program.
 
   Args:
     key: PRNG key.
-    teacher: To be looked at.
-    student: Needed if a term of `factors` is.
-    generator: Whose images are looked at; None: noise takes their place.
-    latent_shape: [B, ...] of its latents; B is that of the noise, too.
+    teacher: The network to measure.
+    student: The adversary, if a term of `factors` needs one.
+    generator: Makes the images; None: they are noise.
+    latent_shape: [B, ...] of its latents; there are B noise images too.
     image_shape: [H, W, C].
-    task: What the teacher was trained for.
-    factors: Says which terms are active; sizes do not matter.
-    adversary: The measure of the adversarial term.
+    task: The task of the teacher.
+    factors: Says which terms are active; their sizes do not matter.
+    adversary: Measure of the adversarial term.
   """
 
   @jax.jit
@@ -68,128 +78,129 @@ def measure(
     images = noise
     if generator is not None:
       latents = jax.random.normal(key_latents, latent_shape)
-      images = generators.render(generator, generator.init(key_params, latents)['params'], latents)
+      params = generator.init(key_params, latents)['params']
+      images = generators.render(generator, params, latents)
     asked = task.sample_labels(key_labels, latent_shape[0], None) if task.asks else None
 
-    def means(images):
+    def mean_terms(images):
       outputs = teacher(images)
-      found = objective.terms(
-          factors, outputs, images, task.labels_from(outputs.logits, asked), teacher=teacher, student=student,
-          adversary=adversary, reduce=task.reduce)
-      return {name: jnp.mean(term) for name, term in found.items()}, outputs
+      terms = objective.terms(
+          factors, outputs, images, task.labels_from(outputs.logits, asked), teacher=teacher,
+          student=student, adversary=adversary, reduce=task.reduce)
+      return {name: jnp.mean(term) for name, term in terms.items()}, outputs
 
-    values, pull_back, outputs = jax.vjp(means, images, has_aux=True)
-    names = sorted(values)
-    basis = {name: jnp.asarray([name == other for other in names], values[name].dtype) for name in names}
-    # In a loop: the backward pass is compiled once, not once a term.
-    norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), basis) if names else ()
-    pulls = dict(zip(names, norms, strict=True))
+    values, pull_back, outputs = jax.vjp(mean_terms, images, has_aux=True)
+    norms = _gradient_norms(values, pull_back)
     running = teacher.running()
     layers = inversion.batch_norm_by_layer(outputs.moments, running) if running else {}
-    return Measurement(_logit_stats(teacher(noise).logits), _logit_stats(outputs.logits), values, pulls, layers)
+    return Measurement(_logit_stats(teacher(noise).logits), _logit_stats(outputs.logits), values,
+                       norms, layers)
 
   return jax.device_get(program(key, teacher, student))
 
 
-class Verdict(NamedTuple):
-  """What follows from what was measured."""
-
-  refusal: str | None  # why there is nothing to invert, in one line
-  notes: tuple[str, ...]  # what a user should know
-  suggested: dict[str, float]  # factors that would be in balance, of those that are not
-  factors: objective.Factors  # to go on with
+def _gradient_norms(values: dict[str, Array], pull_back) -> dict[str, Array]:
+  """Returns the norm of each value's gradient; a loop, so that one backward pass is compiled."""
+  names = sorted(values)
+  if not names:
+    return {}
+  basis = {name: jnp.asarray([name == other for other in names], values[name].dtype)
+           for name in names}
+  norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), basis)
+  return dict(zip(names, norms, strict=True))
 
 
 def suggest_factors(
-    measured: Measurement, teacher: Network, factors: objective.Factors, *, momentum: float = 0.0, fallback: bool = False
-) -> Verdict:
-  """Weighs the terms, and says whether there is something to invert.
+    measurement: Measurement, teacher: Network, factors: objective.Factors, *,
+    momentum: float = 0.0, fallback: bool = False) -> Verdict:
+  """Compares the terms, and says whether there is something to invert.
 
   Args:
-    measured: By `measure`, with a total_variation term if there may be a fallback.
-    teacher: That was looked at.
-    factors: As wanted.
-    momentum: Share of former batches in the moments that are matched: the rest is the share of the pull that stays.
-    fallback: Whether to go on without a moments term, by smoothness of the images, where the teacher has no moments.
+    measurement: From `measure`, with a total_variation term if `fallback` is set.
+    teacher: The network that was measured.
+    factors: The factors of the config.
+    momentum: Share of former batches in the matched moments; the gradient shrinks by it.
+    fallback: Whether smoothness of the images may replace moments that the teacher lacks.
   """
-  refusal = _refusal(measured, factors)
-  if refusal:
+  if refusal := _refusal(measurement):
     return Verdict(refusal, (), {}, factors)
-  lacking = missing_moments(teacher)
-  wanted = [name for name in MOMENTS if factors.active(name)]
-  if lacking and wanted and not fallback:
+  missing, active = missing_moments(teacher), [name for name in MOMENTS if factors.active(name)]
+  if missing and active and not fallback:
     return Verdict(
-        f'factors.{wanted[0]} is {getattr(factors, wanted[0])}, must be 0: {lacking}. '
-        'preflight.fallback=True goes on by the smoothness of images instead.', (), {}, factors)
-  if lacking and wanted:
-    factors = _without_moments(measured, factors)
-    return Verdict(None, (
-        f'{lacking}: goes on without {" and ".join(wanted)}, by one_hot {factors.one_hot:.3g} and '
-        f'total_variation {factors.total_variation:.3g}',), {}, factors)
-  suggested = {name: factor for name in wanted if (factor := _balanced(measured, factors, name, momentum))}
+        f'factors.{active[0]} is {getattr(factors, active[0])}, must be 0: {missing}. '
+        'preflight.fallback=True uses the smoothness of images instead.', (), {}, factors)
+  if missing and active:
+    factors = _smooth_factors(measurement, factors)
+    note = (f'{missing}: goes on without {" and ".join(active)}, with one_hot '
+            f'{factors.one_hot:.3g} and total_variation {factors.total_variation:.3g}')
+    return Verdict(None, (note,), {}, factors)
+  ratios = {name: gradient_ratio(measurement, factors, name, momentum) for name in active}
+  suggested = {name: float(f'{getattr(factors, name) * TARGET_RATIO / ratio:.2g}')
+               for name, ratio in ratios.items() if _is_unbalanced(ratio)}
   notes = tuple(
-      f'the pull of {name} is {pull_ratio(measured, factors, name, momentum):.3g} times that of one_hot, '
-      f'{"the classes asked for" if pull_ratio(measured, factors, name, momentum) > 1 else "the moments"} may go '
-      f'unheard; --config.factors.{name}={factor:.2g} would balance them' for name, factor in suggested.items())
+      f'gradient norm of {name} is {ratios[name]:.3g}x the norm of one_hot: images may ignore the '
+      f'{"requested classes" if ratios[name] > 1 else "moments"}; --config.factors.{name}='
+      f'{factor:.2g} would balance them' for name, factor in suggested.items())
   return Verdict(None, notes, suggested, factors)
 
 
-def pull_ratio(measured: Measurement, factors: objective.Factors, name: str, momentum: float) -> float:
-  """The pull of a moments term over that of one_hot, factors included; NaN if that has none."""
-  other = factors.one_hot * measured.pulls.get('one_hot', np.nan)
-  return float(getattr(factors, name) * (1 - momentum) * measured.pulls[name] / other) if other else np.nan
+def gradient_ratio(
+    measurement: Measurement, factors: objective.Factors, name: str, momentum: float) -> float:
+  """Returns the ratio of gradient norms, a moments term over one_hot, with factors, or NaN."""
+  one_hot = factors.one_hot * measurement.gradient_norms.get('one_hot', np.nan)
+  norm = getattr(factors, name) * (1 - momentum) * measurement.gradient_norms[name]
+  return float(norm / one_hot) if one_hot else np.nan
+
+
+def _is_unbalanced(ratio: float) -> bool:
+  return bool(np.isfinite(ratio)) and ratio > 0 and not BALANCED[0] <= ratio <= BALANCED[1]
 
 
 def missing_moments(teacher: Network) -> str | None:
-  """Why the running moments of a teacher are nothing to match, or None if they are."""
-  running = teacher.running()
+  """Returns why the teacher has no running moments to match, or None if it has."""
+  running = jax.device_get(teacher.running())
   if not running:
-    return 'the teacher has no batch norm whose moments could be matched'
-  running = jax.device_get(running)
+    return 'the teacher has no batch norm with moments to match'
   for path, (mean, var) in sorted(running.items()):
     if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
       return f'the running moments of {path!r} are not finite, or a variance is below 0'
   if all((mean == 0).all() and (var == 1).all() for mean, var in running.values()):
-    return f'the running moments of all {len(running)} batch norms are 0 and 1, as before any training'
+    return (f'the running moments of all {len(running)} batch norms are 0 and 1, as before any '
+            'training')
   return None
 
 
-def _refusal(measured: Measurement, factors: objective.Factors) -> str | None:
-  """What stands in the way of any inversion."""
-  if not any(factors.active(name) for name in factors._fields):
-    return 'all factors are 0, at least one must be above: there is nothing to minimise'
-  for where, sight in (('noise', measured.noise), ('generated images', measured.generated)):
-    if not sight.finite:
-      return f'the logits of the teacher on {where} are not finite: weights or preprocessing do not fit'
-  spread = max(measured.noise.spread, measured.generated.spread)
-  if spread <= ALIKE * max(measured.noise.range, measured.generated.range, ALIKE):
-    return (f'the teacher answers all images alike (its logits vary by {spread:.3g}): '
+def _refusal(measurement: Measurement) -> str | None:
+  """Returns why no inversion can work, or None."""
+  noise, generated = measurement.noise, measurement.generated
+  for images, stats in (('noise', noise), ('generated images', generated)):
+    if not stats.finite:
+      return (f"the teacher's logits on {images} are not finite: weights or preprocessing do not "
+              'fit')
+  spread = max(noise.spread, generated.spread)
+  if spread <= MIN_SPREAD * max(noise.range, generated.range, MIN_SPREAD):
+    return (f'the teacher predicts the same for all images (its logits vary by {spread:.3g}): '
             'weights or preprocessing do not fit, and there is nothing to invert')
   return None
 
 
-def _balanced(measured: Measurement, factors: objective.Factors, name: str, momentum: float) -> float | None:
-  """The factor that brings a moments term near one_hot, if it is far."""
-  ratio = pull_ratio(measured, factors, name, momentum)
-  if not np.isfinite(ratio) or ratio <= 0 or BALANCED[0] <= ratio <= BALANCED[1]:
-    return None
-  return float(f'{getattr(factors, name) * AIM / ratio:.2g}')
-
-
-def _without_moments(measured: Measurement, factors: objective.Factors) -> objective.Factors:
-  """Factors of a teacher without moments: the generator and smooth images are all that is known of images."""
+def _smooth_factors(measurement: Measurement, factors: objective.Factors) -> objective.Factors:
+  """Replaces the moments by smoothness: it is all that is known of images then."""
   one_hot = float(factors.one_hot) or 1.0
-  found = factors._replace(**dict.fromkeys(MOMENTS, 0.0), one_hot=one_hot)
+  factors = factors._replace(**dict.fromkeys(MOMENTS, 0.0), one_hot=one_hot)
   if factors.active('total_variation'):
-    return found
-  pull = measured.pulls['total_variation']
-  smooth = SMOOTHNESS * one_hot * measured.pulls['one_hot'] / pull if pull else 1e-3
-  return found._replace(total_variation=float(f'{smooth:.2g}'))
+    return factors
+  norms = measurement.gradient_norms
+  smooth = 1e-3
+  if norms['total_variation']:
+    smooth = SMOOTHNESS_RATIO * one_hot * norms['one_hot'] / norms['total_variation']
+  return factors._replace(total_variation=float(f'{smooth:.2g}'))
 
 
 def _logit_stats(logits: Array) -> LogitStats:
   flat = logits.reshape(-1, logits.shape[-1])
-  seen = jnp.zeros(flat.shape[-1]).at[flat.argmax(-1)].set(1.0)
+  predicted = jnp.zeros(flat.shape[-1]).at[flat.argmax(-1)].set(1.0)
   return LogitStats(
-      spread=jnp.sqrt(flat.var(0).mean()), range=flat.mean(0).std(), confidence=jax.nn.softmax(flat).max(-1).mean(),
-      classes=seen.sum(), finite=jnp.isfinite(flat).all())
+      spread=jnp.sqrt(flat.var(0).mean()), range=flat.mean(0).std(),
+      confidence=jax.nn.softmax(flat).max(-1).mean(), classes=predicted.sum(),
+      finite=jnp.isfinite(flat).all())

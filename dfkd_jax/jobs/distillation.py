@@ -1,168 +1,192 @@
 """Distillation without data: rounds of synthesis and of student steps."""
 
-import functools
 import json
-import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from dfkd_jax import distill, parallel
-from dfkd_jax.config import build, records
+from dfkd_jax import augment, distill, parallel
+from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config.records import Settings
 from dfkd_jax.evaluate import synthetic_images
-from dfkd_jax.jobs import noise_control, preflight, sample_images, supervised
+from dfkd_jax.jobs import noise_control, preflight, sample_images
+from dfkd_jax.jobs.round import Round
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import init_from, non_finite, programs
-from dfkd_jax.runs import signals as run_signals
-from dfkd_jax.runs.loop import Experiment
-from dfkd_jax.synth import host_replay, objective
+from dfkd_jax.runs.loop import Experiment, Start
+from dfkd_jax.runs.results import write_networks
+from dfkd_jax.synth import host_replay
+from dfkd_jax.synth.objective import Factors
 from dfkd_jax.types import PRNGKey
 
-_FOR_LOOKING = 1 << 31  # Rounds are counted below it.
+_EVALUATIONS = 1 << 31  # plus the rounds done, folded into the run's key; rounds are below
 
 
-def run_distillation(
-    config: build.Config, workdir: str, command: str | None = None, teacher: Network | None = None,
-    resume: str | None = None, asked: run_signals.StopRequest | None = None,
-) -> dict[str, Any]:
-  """Distils the teacher, that of the config unless another is given, into the student without data.
+class _Keys(NamedTuple):
+  student: PRNGKey
+  method: PRNGKey
+  rounds: PRNGKey
+  control: PRNGKey
+  picture: PRNGKey
 
-  Writes metrics.jsonl, summary.json, images.png, student.safetensors, student_best.safetensors and checkpoints.
-  Arguments are those of `run`; `asked` says whether to end early.
+
+def run(settings: Settings, start: Start, teacher: Network | None = None) -> dict[str, Any]:
+  """Distils the teacher into the student without data.
+
+  Writes metrics.jsonl, summary.json, images.png, student.safetensors, student_best.safetensors and
+  checkpoints.
+
+  Args:
+    settings: The resolved config.
+    start: Folder, command and stop request.
+    teacher: A network that replaces the teacher of the settings.
   """
-  section = config.distill
-  mesh = build.mesh(config)
   with parallel.raise_on_all_processes():
-    make = build.synthesizer(config, mesh.size)
-    make(None)  # Whatever is wrong with its numbers is said before anything is loaded.
-    programs.steps_per_call(config)
-    build.augmentation(config.augment.student)
-    tx = build.optimizer(config, section.rounds - section.distill_after, section.steps_per_round)
-    experiment = Experiment(config, workdir, 'round', command, resume, asked)
-    with experiment.ledger.part('setup'):
-      keys = jax.random.split(jax.random.key(config.seed), 5)
-      student_key, init_key, run_key, control_key, picture_key = keys
-      source = None if teacher else config.teacher.source
-      teacher, judge = teacher or build.teacher(config), build.judge(config)
-      card = build.card(teacher, source)
-      sources, stored = records.InitFrom(**config.init_from), experiment.store.stored
-      unread = init_from.unread_sources(sources, stored, config.control)
-      experiment.store.check_identity(
-          teacher=card.sha256, judge=judge and build.card(judge, config.judge.source, 'judge').sha256,
-          **init_from.source_digests(sources, unread, stored))
-    if (summary := experiment.store.finished_summary()) is not None:
+    job = _Distillation(settings, start)
+    job.load_networks(teacher)
+    if (summary := job.store.finished_summary()) is not None:
       return summary
-    with experiment.ledger.part('setup'):
-      # On the host, since what is placed will be donated, and the control starts from the same.
-      network = init_from.load_student(
-          build.network(config, 'student', student_key), unread.student, tuple(config.dataset.image_shape))
-      network = jax.tree.map(np.array, network)
-    factors = _factors(experiment, teacher, network, card)
-    make = build.synthesizer(config, mesh.size, factors)
-    teacher, judge = (of and parallel.place(mesh, of) for of in (teacher, judge))
-  parallel.check_same_on_all(json.dumps([experiment.store.meta['weights'], factors]), "The weights of the teacher and judge")
-  with experiment.ledger.part('setup'):
-    synthesis = programs.init(make, mesh, init_key, teacher)
-    with parallel.raise_on_all_processes():
-      synthesis = init_from.load_generator(make(None), synthesis, unread.generator, mesh)
-    state = programs.State(synthesis, parallel.place(mesh, distill.init(network, tx)))
-  with experiment.ledger.part('compile'):
-    compiled, state = programs.placed(config, mesh, make, tx, state, teacher, judge)
-    finite = non_finite.compile_finite_check((state.student, host_replay.strip_images(state.synthesis)))
-    look = _held_out(experiment, mesh, make, state, teacher, judge)
-  with experiment:  # All that can be wrong was found by now.
-    build.tell_unused_devices(config, mesh.size)
-    state, done = experiment.store.resume(state, 'round', section.rounds)
+    job.init_student()
+    job.choose_factors()
+  job.make_method()
+  state = job.compile(job.init_state())
+  with job.experiment:  # nothing is written before
+    state = job.run_rounds(state)
+    return job.report(state)
+
+
+class _Distillation:
+  """The stages of a distillation, in order; each sets what later ones need."""
+
+  def __init__(self, settings: Settings, start: Start):
+    self.settings, self.rounds, self.method = settings, settings.distill, settings.method
+    self.mesh = build.make_mesh(settings)
+    self.keys = _Keys(*jax.random.split(jax.random.key(settings.run.seed), 5))
+    self.experiment = Experiment(settings, start, 'round')
+    self.ledger, self.store = self.experiment.ledger, self.experiment.store
+
+  def load_networks(self, teacher: Network | None) -> None:
+    """Loads teacher and judge; notes which weights the run stands on."""
+    settings, source = self.settings, None
+    with self.ledger.part('setup'):
+      if teacher is None:
+        teacher, source = build.trained_network(settings.teacher), settings.teacher.source
+      self.teacher, self.card = teacher, build.make_card(teacher, source)
+      self.judge, judge_card = None, None
+      if settings.judge.source is not None:
+        self.judge = build.trained_network(settings.judge)
+        judge_card = build.make_card(self.judge, settings.judge.source, 'judge')
+      sources, stored = settings.init_from, self.store.stored
+      self.unread = init_from.unread_sources(sources, stored, settings.control)
+      self.store.check_identity(
+          teacher=self.card.sha256, judge=judge_card and judge_card.sha256,
+          **init_from.source_digests(sources, self.unread, stored))
+
+  def init_student(self) -> None:
+    """Makes the student on the host: the control needs it after the run has donated its copy."""
+    with self.ledger.part('setup'):
+      student = build.fresh_network(self.settings.student, self.keys.student)
+      student = init_from.load_student(
+          student, self.unread.student, self.settings.dataset.image_shape)
+      self.student = jax.tree.map(np.array, student)
+
+  def choose_factors(self) -> None:
+    """Takes the preflight's factors, which a resumed run keeps; None: the settings' own."""
+    findings = self.store.stored.get('preflight')
+    if self.settings.preflight.enabled and findings is None:
+      with self.ledger.part('preflight'):
+        findings = preflight.report(self.settings, self.teacher, self.student, self.card)
+    self.store.meta['preflight'] = findings
+    self.factors = findings and Factors(**findings['factors'])
+
+  def make_method(self) -> None:
+    """Plans the programs; places the networks that never change."""
+    parallel.check_same_on_all(json.dumps([self.store.meta['weights'], self.factors]),
+                               'The weights of the teacher and judge')
+    rounds, settings = self.rounds, self.settings
+    self.teacher, self.judge = (
+        network and parallel.place(self.mesh, network) for network in (self.teacher, self.judge))
+    self.plan = programs.Plan(
+        self.mesh, build_method.synthesizer(self.method, self.mesh.size, self.factors),
+        build_optimizer.optimizer(
+            settings.optimizer, rounds.learning_rounds, rounds.steps_per_round),
+        rounds, augment.create(**settings.augment), self.method.num_tasks // self.mesh.size)
+
+  def init_state(self) -> programs.State:
+    """Returns the state before the first round, without the images of a buffer."""
+    with self.ledger.part('setup'):
+      synthesis = programs.init(self.plan.make, self.mesh, self.keys.method, self.teacher)
+      with parallel.raise_on_all_processes():
+        synthesis = init_from.load_generator(
+            self.plan.make(None), synthesis, self.unread.generator, self.mesh)
+      student = distill.init(self.student, self.plan.tx)
+      return programs.State(synthesis, parallel.place(self.mesh, student))
+
+  def compile(self, state: programs.State) -> programs.State:
+    """Compiles all programs; returns the state where they take it."""
+    with self.ledger.part('compile'):
+      compiled, state = programs.place_and_compile(
+          self.plan, state, self.teacher, self.judge, buffer=self.settings.buffer,
+          memory=parallel.memory_limit(self.settings.device_memory_gb))
+      finite = non_finite.compile_finite_check(
+          (state.student, host_replay.strip_images(state.synthesis)))
+      self.advance = Round(self.rounds, compiled, finite, self.ledger, self.keys.rounds,
+                           self.teacher, self.method.images_per_call)
+      self.measure = None
+      if self.experiment.test is None or self.judge is not None:
+        self.measure = synthetic_images.compile_metrics(
+            self.mesh, self.plan.make, state.synthesis, self.teacher, state.student.network,
+            self.judge)
+    return state
+
+  def run_rounds(self, state: programs.State) -> programs.State:
+    """Runs all rounds that are not done."""
+    build.note_idle_devices(self.settings, self.mesh.size)
+    state, done = self.store.resume(state, 'round', self.rounds.rounds)
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
-    metrics_of_teacher = experiment.follow(teacher) if experiment.test else None
-    advance = functools.partial(_round, experiment, compiled, finite, run_key, teacher)
-    evaluate = functools.partial(_evaluate, experiment, look, run_key)
-    state = experiment.loop(state, done, section.rounds, advance, evaluate)
-    files = supervised.write_students(experiment, 'student', state.student.network)
-    looked_at = sample_images.write(experiment, mesh, make, state.synthesis, teacher, judge, picture_key)
-    noise = noise_control.run(experiment, mesh, tx, network, teacher, control_key) if config.control else None
-    return experiment.summary(
-        num_devices=mesh.size, files=(*files, 'images.png'), teacher=metrics_of_teacher, control=noise,
-        preflight=experiment.store.meta['preflight'], images=looked_at, selection=experiment.selection,
-        rates=_rates(config, experiment.ledger.seconds()), external_prior=config.method.get('embeddings'),
-        parameters={'student': network.num_params(), 'teacher': teacher.num_params()})
+    self.teacher_metrics = None
+    if self.experiment.test is not None:
+      self.teacher_metrics = self.experiment.cache_teacher_predictions(self.teacher)
+    return self.experiment.loop(state, done, self.rounds.rounds, self.advance, self.evaluate)
+
+  def evaluate(self, state: programs.State, done: int) -> dict[str, float]:
+    """Evaluates the student on real images, if there are any, and on fresh synthetic ones."""
+    network, metrics = state.student.network, {}
+    if self.experiment.test is not None:
+      metrics = self.experiment.evaluate(network)
+    if self.measure is not None:
+      with self.ledger.part('evaluation'):
+        fresh = self.measure(
+            host_replay.strip_images(state.synthesis),
+            jax.random.fold_in(self.keys.rounds, _EVALUATIONS + done), self.teacher, network,
+            self.judge)
+        metrics |= {name: float(np.asarray(value)) for name, value in fresh.items()}
+    return metrics
+
+  def report(self, state: programs.State) -> dict[str, Any]:
+    """Writes networks, images and summary; trains the control."""
+    settings, experiment = self.settings, self.experiment
+    files = write_networks(experiment.workdir, 'student', state.student.network,
+                           self.store.best_network, settings.student)
+    images = sample_images.show(experiment, self.plan, settings.grid, state.synthesis,
+                                self.teacher, self.judge, self.keys.picture)
+    control = None
+    if settings.control:
+      control = noise_control.run(experiment, self.plan, self.student, self.teacher,
+                                  settings.dataset.image_shape, self.keys.control)
+    return experiment.write_summary(
+        num_devices=self.mesh.size, files=(*files, 'images.png'), teacher=self.teacher_metrics,
+        control=control, preflight=self.store.meta['preflight'], images=images,
+        selection=experiment.selection, rates=_rates(settings, self.ledger.seconds()),
+        external_prior=self.method.numbers.get('embeddings'),
+        parameters={'student': self.student.num_params(), 'teacher': self.teacher.num_params()})
 
 
-def _factors(experiment: Experiment, teacher: Network, student: Network, card) -> objective.Factors | None:
-  """What the preflight goes on with; that of a run which is gone on with was at its beginning. None: the config's."""
-  found = experiment.store.stored.get('preflight')
-  if experiment.config.preflight.enabled and found is None:
-    with experiment.ledger.part('preflight'):
-      _, found = preflight.report(experiment.config, teacher, student, card)
-  experiment.store.meta['preflight'] = found
-  return found and objective.Factors(**found['factors'])
-
-
-def _held_out(experiment, mesh: Mesh, make, state: programs.State, teacher: Network, judge: Network | None):
-  """(synthesis, key, student) -> metrics on fresh images; None with real images and no judge."""
-  if experiment.test is not None and judge is None:
-    return None
-  program = synthetic_images.compile_metrics(mesh, make, state.synthesis, teacher, state.student.network, judge)
-  return lambda synthesis, key, student: program(
-      host_replay.strip_images(synthesis), key, teacher, student, judge)
-
-
-def _evaluate(experiment, look, run_key: PRNGKey, state: programs.State, done: int) -> dict[str, float]:
-  """The student on real images if there are any, and what `look` finds."""
-  found = experiment.evaluate(state.student.network) if experiment.test is not None else {}
-  if look is not None:
-    with experiment.ledger.part('evaluation'):
-      key = jax.random.fold_in(run_key, _FOR_LOOKING + done)
-      found |= {name: float(np.asarray(value)) for name, value in look(
-          state.synthesis, key, state.student.network).items()}
-  return found
-
-
-def _rates(config: build.Config, seconds: dict[str, float]) -> dict[str, float]:
-  """Images a second once compiled: inner steps times images, and images that the student saw."""
-  section, method = config.distill, config.method
-  image_steps = section.rounds * section.calls_per_round * _images_a_call(config) * method.get('num_steps', 0)
-  images = (section.rounds - section.distill_after) * section.steps_per_round * section.batch_size
-  return {'synthesis_image_steps': image_steps / seconds['synthesis'], 'student_images': images / seconds['student']}
-
-
-def _images_a_call(config: build.Config) -> int:
-  return build.tasks_of(config) * config.method.get('batch_size', 0)
-
-
-def _round(
-    experiment, compiled: programs.Programs, finite: non_finite.FiniteCheck, run_key: PRNGKey, teacher: Network,
-    state: programs.State, index: int, reseeded: int):
-  """One round: as many calls as it has, each of synthesis, and of student steps once there is enough to learn from."""
-  section, learnt = experiment.config.distill, []
-  for call in range(section.calls_per_round):
-    key = supervised.round_key(run_key, index * section.calls_per_round + call, reseeded)
-    key_synthesis, key_student = jax.random.split(key)
-    began = time.perf_counter()
-    synthesis, metrics = compiled.synthesize(state.synthesis, key_synthesis, teacher, state.student.network)
-    called, student = time.perf_counter(), state.student
-    if index >= section.distill_after:
-      student, synthesis, found = compiled.distill(student, synthesis, key_student, teacher)
-      learnt.append(found)
-    # Both programs are under way; only now is anything waited for, unless their images are elsewhere.
-    metrics = jax.tree.map(np.asarray, metrics)
-    numbers = {f'synthesis_{name}': float(values[-1]) for name, values in metrics.items()}
-    between = called if compiled.waits else time.perf_counter()
-    jax.block_until_ready(student.step)
-    experiment.ledger.add('synthesis', between - began)
-    experiment.ledger.add('student', time.perf_counter() - between)
-    state = programs.State(synthesis, student)
-    experiment.ledger.count('synthesised', _images_a_call(experiment.config))
-    with non_finite.attach_key(key):
-      non_finite.check_series('synthesis', metrics, call)
-      if learnt:
-        non_finite.check_series('student', {'loss': learnt[-1]['losses']}, call)
-        experiment.ledger.count('seen', programs.steps_per_call(experiment.config) * section.batch_size)
-      finite.check((student, host_replay.strip_images(synthesis)))
-  if learnt:  # `agreement` is that on real images.
-    means = {name: float(np.mean([found[name] for found in learnt])) for name in learnt[0] if name != 'losses'}
-    numbers |= {'loss': means['loss'], 'synthetic_agreement': means['agreement'],
-                **{name: means[name] for name in ('weight', 'weighed_loss')}}
-  return state, numbers
+def _rates(settings: Settings, seconds: dict[str, float]) -> dict[str, float]:
+  """Returns rates of the compiled programs: images times inner steps a second, images a second."""
+  rounds, method = settings.distill, settings.method
+  image_steps = method.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
+  images = rounds.learning_rounds * rounds.steps_per_round * rounds.batch_size
+  return {'synthesis_image_steps': image_steps / seconds['synthesis'],
+          'student_images': images / seconds['student']}

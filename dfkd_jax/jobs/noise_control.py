@@ -1,51 +1,53 @@
-"""What the images of a run are worth: the difference to a student that learns as long from noise."""
+"""A second student that learns from noise: its score shows how much the images are worth."""
 
 import jax
-from jax.sharding import Mesh
 
 from dfkd_jax import distill, parallel, synth
-from dfkd_jax.config import build
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.loop import Experiment
 from dfkd_jax.types import PRNGKey
 
 
-def run(experiment: Experiment, mesh: Mesh, tx, network: Network, teacher: Network, key: PRNGKey) -> dict[str, float]:
-  """Trains it, in as many steps as the student has, and scores it on the test images.
+def run(
+    experiment: Experiment, plan: programs.Plan, student: Network, teacher: Network,
+    image_shape: tuple[int, int, int], key: PRNGKey) -> dict[str, float]:
+  """Trains the control for as many steps as the student, and evaluates it on the test images.
 
-  It is saved as often as the run is, in a folder of its own, and goes on where it stopped.
+  Saves it as often as the run, in a folder of its own, and resumes from there.
 
   Args:
-    experiment: Of the run, entered.
-    mesh: Of its devices.
-    tx: The student's optimizer.
-    network: What the student began as.
-    teacher: On the devices.
-    key: Of the noise.
+    experiment: The run, entered.
+    plan: How the run's student was trained.
+    student: The student as it began.
+    teacher: The teacher on the devices.
+    image_shape: [H, W, C] of the noise.
+    key: Key of the noise.
 
   Raises:
-    stopping.Stopped: The run was asked to end early, and is saved.
+    run_signals.Stopped: The run was asked to end early, and is saved.
   """
-  config = experiment.config
-  section, num_tasks = config.distill, build.local_tasks_of(config, mesh.size)
-  make = lambda axis: synth.create(
-      'noise', image_shape=tuple(config.dataset.image_shape), sample_batch_size=section.batch_size // mesh.size,
-      num_tasks=num_tasks, axis=axis)
+  rounds = plan.distill
+  plan = plan._replace(make=lambda axis: synth.create(
+      'noise', image_shape=image_shape, sample_batch_size=rounds.batch_size // plan.mesh.size,
+      num_tasks=plan.num_tasks, axis=axis))
   with experiment.ledger.part('compile'):
-    state = programs.State(programs.init(make, mesh, key, teacher), parallel.place(mesh, distill.init(network, tx)))
-    program = programs.compiled_steps(config, mesh, make, tx, state, teacher)
-  total = (section.rounds - section.distill_after) * section.calls_per_round
-  every = config.checkpoint.every * section.calls_per_round
+    state = programs.State(
+        programs.init(plan.make, plan.mesh, key, teacher),
+        parallel.place(plan.mesh, distill.init(student, plan.tx)))
+    program = programs.compile_steps(plan, state, teacher)
+  total = rounds.learning_rounds * rounds.calls_per_round
+  save_every = experiment.settings.save_every * rounds.calls_per_round
   state, done = experiment.store.resume_control(state)
   with experiment.ledger.part('control'):
-    student, synthesis = state.student, state.synthesis
     for index in range(done, total):
-      student, synthesis, _ = program(student, synthesis, jax.random.fold_in(key, index), teacher)
-      jax.block_until_ready(student.step)  # Else many calls were under way when the run is asked to end.
-      done = index + 1
-      reason = experiment.reason(minutes=done < total)
-      if reason or done == total or done % every == 0:
-        experiment.store.save_control(done, programs.State(synthesis, student))
-      experiment.stop(reason, section.rounds, section.rounds, f' and call {done} of {total} of the control')
-  return experiment.evaluate(student.network)
+      learner, synthesis, _ = program(
+          state.student, state.synthesis, jax.random.fold_in(key, index), teacher)
+      jax.block_until_ready(learner.step)  # so that a stop request does not find calls queued
+      state, done = programs.State(synthesis, learner), index + 1
+      reason = experiment.stop_reason(minutes=done < total)
+      if reason or done == total or done % save_every == 0:
+        experiment.store.save_control(done, state)
+      experiment.stop(reason, rounds.rounds, rounds.rounds,
+                      f' and call {done} of {total} of the control')
+  return experiment.evaluate(state.student.network)

@@ -11,7 +11,7 @@ from dfkd_jax.messages import short_repr
 from dfkd_jax.report.files import replace_file, reporting_disk_errors, to_json
 
 SUMMARY = 'summary.json'
-PRIVACY = 'Synthetic images carry no privacy guarantee: they may reveal training data of the teacher.'
+PRIVACY = 'Synthetic images carry no privacy guarantee: they may reveal the training data.'
 _FIRST = ('student', 'teacher', 'control', 'parameters', 'seconds', 'wall_seconds', 'seed',
           'command', 'workdir')  # The first keys of the file; the others follow by name.
 

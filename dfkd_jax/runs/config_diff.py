@@ -6,15 +6,11 @@ from typing import Any
 
 import jax
 
+from dfkd_jax.config.fields import FREE
 from dfkd_jax.messages import check_choice, short_repr
 from dfkd_jax.runs.checkpoint import saved_steps
 from dfkd_jax.runs.checkpoint_format import hash_json
 
-# Fields that do not change a run's numbers: paths, devices, budgets. They may change on resume.
-FREE = (
-    'budget.images', 'budget.minutes', 'buffer', 'compilation_cache', 'dataset.data_dir',
-    'device_memory_gb', 'distributed.coordinator', 'distributed.num_processes',
-    'distributed.process_id', 'distributed.timeout', 'faults.reseed', 'num_devices')
 FORCE = 'force'
 _SOURCES = ('teacher.source', 'judge.source')  # The digests of their weights are compared instead.
 _MAX_SHOWN = 4  # Differences that an error lists.

@@ -1,239 +1,245 @@
-"""What every run of a config has: a test set, a ledger, a store, a loop over rounds."""
+"""One run in one folder: its test set, its ledger, its state, and the loop over rounds."""
 
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dfkd_jax import data, evaluate, parallel, paths, report
-from dfkd_jax.config import build, records
+from dfkd_jax import evaluate, parallel, paths, report
+from dfkd_jax.config.build import load_split
+from dfkd_jax.config.records import Settings
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import non_finite
 from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
 from dfkd_jax.types import PyTree
 
+# (state, round, times it was reseeded) -> (state, numbers to log)
 Advance = Callable[[PyTree, int, int], tuple[PyTree, dict[str, float]]]
-_SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # While a run goes on.
-_REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)  # To end early; the last has precedence.
-_BEST = 'student.best is picked on the test images; student.last is not.'
-_BEST_WITHOUT = 'No real image was seen: student.best is picked by held_out_agreement, on fresh synthetic images.'
+Evaluate = Callable[[PyTree, int], dict[str, float]]  # (state, rounds done) -> metrics
+_SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # by the progress bar
+# Reasons to end early; a later one wins.
+_REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
+_NOTES = {  # on how the best student is picked
+    'top1': 'student.best is picked on the test images; student.last is not.',
+    'held_out_agreement': 'No real image was seen: student.best is picked by held_out_agreement, '
+                          'on fresh synthetic images.'}
+
+
+class Start(NamedTuple):
+  """How a run is started."""
+
+  workdir: str  # made if missing
+  command: str | None = None  # for the record
+  resume: str | None = None  # config fields that may differ from the run in the folder
+  stop_request: run_signals.StopRequest | None = None  # says whether to end early
 
 
 class Experiment:
-  """One run in one folder; a context manager, and nothing is written before it is entered.
+  """One run; a context manager that writes nothing before it is entered.
 
   Args:
-    config: Of the run; kept beside the checkpoints, and compared when the run goes on.
-    workdir: Made if missing.
-    unit: What the loop counts, 'round' or 'epoch'.
-    command: That started the run, for the record.
-    resume: In what a run that is there may go on with another config, see `config_diff.config_changes`.
-    asked: Says whether the run is to end early.
+    settings: The resolved config.
+    start: Folder, command and stop request.
+    unit: Name of a round, 'round' or 'epoch'.
 
   Raises:
-    ValueError: The folder cannot be written or holds a run of another config, or the test set is not there.
+    ValueError: The folder cannot be written or holds a run of another config, or the test set is
+      not there.
   """
 
-  def __init__(
-      self, config: build.Config, workdir: str, unit: str, command: str | None = None, resume: str | None = None,
-      asked: run_signals.StopRequest | None = None):
+  def __init__(self, settings: Settings, start: Start, unit: str):
     self._began = time.perf_counter()
-    self.config, self.unit, self.command = config, unit, command
-    self.workdir = paths.expand_path(workdir, 'workdir')
+    self.settings, self.task, self.unit = settings.run, settings.task, unit
+    self._command, self._stop_request = start.command, start.stop_request
+    self.workdir = paths.expand_path(start.workdir, 'workdir')
     self.ledger = report.Ledger()
     with self.ledger.part('setup'):
-      self.store = RunState(records.run_settings(config), self.workdir, self.ledger, resume)
-      self.task = build.task(config)
-      self.test = self.load(config.dataset.test_split, parallel.process_shard()) if config.dataset.name is not None else None
-    self._asked = asked or run_signals.StopRequest()
-    self._at = 0  # The round that is under way.
-    self._answers: np.ndarray | None = None  # The teacher's, on the test images.
-    self._compiled: set = set()  # Modules whose evaluation is.
+      self.store = RunState(self.settings, self.workdir, self.ledger, start.resume)
+      self.test = None if settings.dataset.name is None else load_split(
+          settings.dataset, settings.dataset.test_split, parallel.process_shard())
+    self._index = 0  # of the current round
+    self._teacher_predictions: np.ndarray | None = None  # on the test images
+    self._compiled: set = set()  # modules with a compiled evaluation
 
   @property
   def selection(self) -> str:
-    """The metric by which the best round is picked."""
+    """The metric that picks the best round."""
     return 'held_out_agreement' if self.test is None else 'top1'
 
   def class_name(self, label: int) -> str:
-    """What a class is called: its number, where no data set names it."""
+    """Returns the name of a class, or its number if no data set names it."""
     return str(label) if self.test is None else self.test.class_names[label]
 
-  def load(self, split: str, shard: tuple[int, int] = (0, 1)) -> data.Dataset:
-    """A split of the data set, or a shard of it; it must be as the config says."""
-    section = self.config.dataset
-    found = data.load(
-        section.name, split, section.data_dir, image_shape=tuple(section.image_shape), crop=section.crop, shard=shard)
-    classes = len(found.class_names)
-    if classes != section.num_classes:
-      raise ValueError(f'dataset.num_classes is {section.num_classes}, must be {classes}, as {section.name!r} has.')
-    return found
-
   def __enter__(self) -> 'Experiment':
-    self._asked.defer()  # From now on there is something to save.
+    if self._stop_request is not None:
+      self._stop_request.defer()  # from now on there is something to save
     self.store.__enter__()
     return self
 
   def __exit__(self, *error) -> None:
     self.store.__exit__(*error)
 
-  def follow(self, teacher: Network) -> dict[str, float]:
-    """Takes the teacher's answers on the test images, for `agreement`; returns its own metrics."""
-    metrics = self.evaluate(teacher)
-    ask = lambda images: evaluate.predict(
-        teacher, images, batch_size=self.config.evaluate.batch_size, shared=True)
+  def cache_teacher_predictions(self, teacher: Network) -> dict[str, float]:
+    """Keeps the teacher's predictions on the test images for `agreement`; returns its metrics."""
+    metrics, batch_size = self.evaluate(teacher), self.settings.evaluate_batch_size
+    predict = lambda images: evaluate.predict(teacher, images, batch_size=batch_size, shared=True)
     with self.ledger.part('compile'):
-      ask(self.test.images[:1])
+      predict(self.test.images[:1])
     with self.ledger.part('evaluation'):
-      self._answers = ask(self.test.images)
+      self._teacher_predictions = predict(self.test.images)
     return metrics
 
   def evaluate(self, network: Network) -> dict[str, float]:
-    """A network on the test set."""
-    judge = lambda images, labels, answers: evaluate.evaluate(
-        network, (images, labels), task=self.task, batch_size=self.config.evaluate.batch_size,
-        teacher_predictions=answers, shared=True)
+    """Evaluates a network on the test images."""
+    run = lambda images, labels, predictions: evaluate.evaluate(
+        network, (images, labels), task=self.task, teacher_predictions=predictions, shared=True,
+        batch_size=self.settings.evaluate_batch_size)
     if network.module not in self._compiled:
       with self.ledger.part('compile'):
-        judge(self.test.images[:1], self.test.labels[:1], None)
+        run(self.test.images[:1], self.test.labels[:1], None)
       self._compiled.add(network.module)
     with self.ledger.part('evaluation'):
-      return judge(self.test.images, self.test.labels, self._answers)
+      return run(self.test.images, self.test.labels, self._teacher_predictions)
 
-  def loop(
-      self, state: PyTree, done: int, total: int, advance: Advance,
-      evaluate: Callable[[PyTree, int], dict[str, float]]
-  ) -> PyTree:
-    """Rounds `done` to `total`: advance, evaluate, write metrics, save.
+  def loop(self, state: PyTree, done: int, total: int, advance: Advance,
+           evaluate: Evaluate) -> PyTree:
+    """Runs rounds `done` to `total`: advances, evaluates, writes metrics, saves.
 
     Args:
-      state: After `done` rounds.
+      state: State after `done` rounds.
       done: Rounds so far.
       total: Rounds of the whole run.
-      advance: (state, round, how often it was reseeded) -> (state, numbers to log).
-      evaluate: (state, rounds done) -> metrics, among them `selection`.
+      advance: Runs a round.
+      evaluate: Returns metrics, among them `selection`.
 
     Returns:
       The state at the end.
 
     Raises:
-      stopping.Stopped: The run was asked to end early, and is saved.
-      ValueError: A number was not finite, more often than may be.
+      run_signals.Stopped: The run was asked to end early, and is saved.
+      ValueError: A round had non-finite numbers more often than `faults.reseed` allows.
     """
-    if self.config.faults.reseed and not done:  # Else there would be nothing to go back to.
-      self.store.save(0, state)
+    if self.settings.reseed and not done:
+      self.store.save(0, state)  # for a first round that fails
     while True:
       try:
-        return self._rounds(state, done, total, advance, evaluate)
+        return self._run_rounds(state, done, total, advance, evaluate)
       except non_finite.Fault as fault:
-        state, done = self._again(fault, state)
+        state, done = self._restart_round(fault, state)
 
-  def _rounds(self, state: PyTree, done: int, total: int, advance: Advance, evaluate: Callable) -> PyTree:
-    every, save_every = self.config.evaluate.every, self.config.checkpoint.every
+  def _run_rounds(self, state: PyTree, done: int, total: int, advance: Advance,
+                  evaluate: Evaluate) -> PyTree:
     with contextlib.ExitStack() as stack:
-      with parallel.raise_on_all_processes():  # What the first process alone writes, and cannot, is told on all.
+      with parallel.raise_on_all_processes():
         writer = stack.enter_context(report.MetricsWriter(self.workdir, resume_step=done))
       progress = stack.enter_context(report.Progress(total, initial=done, unit=self.unit))
-      self.stop(self.reason(images=done < total), done, total)
-      for self._at in range(done, total):
-        state, numbers = advance(state, self._at, self.store.reseeded.get(self._at, 0))
-        done = self._at + 1
-        if done % every == 0 or done == total:
+      self.stop(self.stop_reason(images=done < total), done, total)
+      for self._index in range(done, total):
+        state, numbers = advance(state, self._index, self.store.reseeded.get(self._index, 0))
+        done = self._index + 1
+        if done % self.settings.evaluate_every == 0 or done == total:
           self.store.record_metrics(evaluate(state, done), done, state, self.selection)
-          numbers = numbers | {name: value for name, value in self.store.last.items() if name != 'round'}
+          numbers |= {name: value for name, value in self.store.last.items() if name != 'round'}
         with parallel.raise_on_all_processes():
-          writer.write(done, **numbers, **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
+          writer.write(done, **numbers,
+                       **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
         progress.update(**{name: numbers[name] for name in _SHOWN if name in numbers})
-        reason = self.reason(minutes=done < total, images=done < total)
-        if reason or done == total or done % save_every == 0:
+        reason = self.stop_reason(minutes=done < total, images=done < total)
+        if reason or done == total or done % self.settings.save_every == 0:
           with parallel.raise_on_all_processes():
-            writer.sync()  # No checkpoint is without the lines before it.
+            writer.sync()  # before the checkpoint of these lines
           self.store.save(done, state)
         self.stop(reason, done, total)
     return state
 
-  def reason(self, *, minutes: bool = False, images: bool = False) -> str | None:
-    """Why to end early, if there is a reason; the same on all processes.
+  def stop_reason(self, *, minutes: bool = False, images: bool = False) -> str | None:
+    """Returns why to end early, the same on all processes, or None.
 
     Args:
-      minutes: Whether the budget of time counts. A start that has done nothing yet goes on, or none ever would.
-      images: Whether that of images does.
+      minutes: Whether the time budget counts. Each start does at least one round.
+      images: Whether the budget of images counts.
     """
-    budget, reasons = self.config.budget, {self._asked.signal}
-    if minutes and budget.minutes is not None and time.perf_counter() - self._began >= 60 * budget.minutes:
+    settings, reasons = self.settings, {self._stop_request.signal if self._stop_request else None}
+    seconds = time.perf_counter() - self._began
+    if minutes and settings.minutes is not None and seconds >= 60 * settings.minutes:
       reasons.add('budget.minutes')
-    if images and budget.images is not None and self.ledger.counts()['synthesised'] >= budget.images:
+    synthesised = self.ledger.counts()['synthesised']
+    if images and settings.images is not None and synthesised >= settings.images:
       reasons.add('budget.images')
-    own = max(_REASONS.index(reason) for reason in reasons)
-    return _REASONS[int(parallel.gather_processes(np.int64(own)).max())]
+    strongest = max(_REASONS.index(reason) for reason in reasons)
+    return _REASONS[int(parallel.gather_processes(np.int64(strongest)).max())]
 
   def stop(self, reason: str | None, done: int, total: int, more: str = '') -> None:
-    """Raises stopping.Stopped if there is a reason, after `done` of `total` rounds, and what `more` says."""
+    """Raises `run_signals.Stopped` if there is a reason; `more` completes the note on progress."""
     if reason is None:
       return
     self.store.wait()
-    place = f'saved in {self.workdir}' if done else 'before anything was to be saved'
+    place = f'saved in {self.workdir}' if done else 'before there was anything to save'
     then = f'a larger config.{reason}' if reason == 'budget.images' else 'the same command'
-    report.note(f'Stopped by {reason} after {self.unit} {done} of {total}{more}, {place}; {then} goes on.')
+    report.note(f'Stopped by {reason} after {self.unit} {done} of {total}{more}, {place}; '
+                f'{then} goes on.')
     raise run_signals.Stopped({
-        'stopped': reason, 'done': done, 'total': total, 'student': {'last': self.store.last, 'best': self.store.best},
-        'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(), 'wall_seconds': self.store.wall_seconds(),
+        'stopped': reason, 'done': done, 'total': total, **self._results(),
         'workdir': str(self.workdir)})
 
-  def _again(self, fault: non_finite.Fault, state: PyTree) -> tuple[PyTree, int]:
-    """The state to go on from after a round that failed, and how many rounds are done there.
+  def _restart_round(self, fault: non_finite.Fault, state: PyTree) -> tuple[PyTree, int]:
+    """Returns the state to go on from after a failed round, and its number of rounds.
 
     Raises:
-      ValueError: It has failed too often.
+      ValueError: The round has failed too often.
     """
-    index = self._at
-    times, most = self.store.reseeded.get(index, 0), self.config.faults.reseed
+    index = self._index
+    times, most = self.store.reseeded.get(index, 0), self.settings.reseed
     where, saved = f'{self.unit} {index + 1}: {fault}', None
-    for _ in range(2):  # Once for a checkpoint that could not be written, which is not what went wrong here.
+    for _ in range(2):  # the first call may raise for a checkpoint that could not be written
       with contextlib.suppress(ValueError):
         saved = self.store.latest()
-    # That of a round which is done again stays beside what becomes of it.
-    path = self.workdir / (non_finite.REPORT if times >= most else f'fault_{index + 1}_{times + 1}.json')
+    repeats = times < most  # the report of a repeated round keeps a name of its own
+    path = self.workdir / (f'fault_{index + 1}_{times + 1}.json' if repeats else non_finite.REPORT)
     non_finite.write_report(path, fault.about | {
-        self.unit: index + 1, 'reseeded': times, 'seed': self.config.seed, 'checkpoint': saved,
-        'config_hash': self.store.meta['hash'], 'command': self.command})
-    if times >= most:
-      kept = 'No checkpoint was written yet' if saved is None else f'The checkpoint of {self.unit} {saved} is kept'
+        self.unit: index + 1, 'reseeded': times, 'seed': self.settings.seed, 'checkpoint': saved,
+        'config_hash': self.store.meta['hash'], 'command': self._command})
+    if not repeats:
+      kept = 'No checkpoint was written yet' if saved is None else (
+          f'The checkpoint of {self.unit} {saved} is kept')
       raise ValueError(
-          f'In {where}. {kept}; {path} has what repeats it; '
-          f'--config.faults.reseed={most + 1} does the {self.unit} again with other keys.') from fault
+          f'In {where}. {kept}; {path} tells how to repeat it; --config.faults.reseed={most + 1} '
+          f'repeats the {self.unit} with other keys.') from fault
     self.store.reseeded[index] = times + 1
     self.ledger.count('reseeded')
-    report.note(f'In {where}. It is done again with other keys, from {self.unit} {saved} on.')
+    report.note(f'In {where}. Repeating it with other keys from {self.unit} {saved} on.')
     return self.store.restore_latest(state)
 
-  def summary(self, *, num_devices: int, files: tuple[str, ...], **results: Any) -> dict[str, Any]:
-    """Writes summary.json, prints it for a reader, and returns it.
+  def _results(self) -> dict[str, Any]:
+    """Returns metrics, times and counts so far."""
+    return {'student': {'last': self.store.last, 'best': self.store.best},
+            'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(),
+            'wall_seconds': self.store.wall_seconds()}
+
+  def write_summary(self, *, num_devices: int, files: tuple[str, ...],
+                    **results: Any) -> dict[str, Any]:
+    """Writes summary.json, prints it, and returns it.
 
     Args:
-      num_devices: Of the devices at hand, those that were used.
-      files: Names of what the caller wrote to the workdir.
-      **results: As `report.format_summary` takes them.
+      num_devices: Devices that were used.
+      files: Names of the caller's files in the workdir.
+      **results: Further entries for `report.format_summary`.
     """
     self.store.wait()
     meta = self.store.meta
-    found = results | {
-        'student': {'last': self.store.last, 'best': self.store.best},
-        'note': _BEST if self.test is not None else _BEST_WITHOUT,
-        'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(), 'wall_seconds': self.store.wall_seconds(),
-        'seed': self.config.seed, 'config_hash': meta['hash'], 'versions': report.versions(),
+    faults = sorted(path.name for path in self.workdir.glob('fault*.json'))
+    summary = results | self._results() | {
+        'note': _NOTES[self.selection], 'seed': self.settings.seed,
+        'config_hash': meta['hash'], 'versions': report.versions(),
         **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
-        'device': report.device() | {'count': num_devices}, 'command': self.command, 'workdir': str(self.workdir),
-        'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *self._faults()]}
-    with parallel.raise_on_all_processes():  # So that no process reads what the first has not written yet.
-      report.write_summary(self.workdir, found)
+        'device': report.device() | {'count': num_devices}, 'command': self._command,
+        'workdir': str(self.workdir),
+        'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *faults]}
+    with parallel.raise_on_all_processes():  # no process reads it before the first has written it
+      report.write_summary(self.workdir, summary)
     self.store.remove_control()
-    report.say(report.format_summary(found))
-    return found
-
-  def _faults(self) -> list[str]:
-    """Names of the reports of rounds that failed."""
-    return sorted(path.name for path in self.workdir.glob('fault*.json'))
+    report.say(report.format_summary(summary))
+    return summary

@@ -13,18 +13,18 @@ from flax import struct
 from jax.sharding import Mesh
 
 from dfkd_jax import distill, parallel, synth
-from dfkd_jax.config import build
+from dfkd_jax.config.records import Distill
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import buffer_memory, host_replay, replay
-from dfkd_jax.types import PRNGKey, PyTree
+from dfkd_jax.types import Array, PRNGKey, PyTree
 
-Make = Callable[[str | None], synth.Synthesizer]  # From the name of the mapped axis.
+Make = Callable[[str | None], synth.Synthesizer]  # (mapped axis) -> method
 
 
 class State(struct.PyTreeNode):
   """All that changes in a run."""
 
-  synthesis: PyTree  # the method's
+  synthesis: PyTree  # the method's state
   student: distill.Student
 
 
@@ -33,120 +33,124 @@ class Programs(NamedTuple):
 
   synthesize: Any  # (synthesis, key, teacher, student network) -> (synthesis, metrics)
   distill: Any  # (student, synthesis, key, teacher) -> (student, synthesis, metrics)
-  waits: bool = False  # whether calls return only when all, or nearly, is done
+  waits: bool = False  # whether a call returns only when its work is done, or nearly
 
 
-def steps_per_call(config: build.Config) -> int:
-  """The student's steps after each call of the method: a round has one call, or several and as many runs of steps."""
-  section = config.distill
-  return parallel.even_share(section.steps_per_round, section.calls_per_round, 'distill.steps_per_round')
+class Plan(NamedTuple):
+  """The parts of the programs."""
+
+  mesh: Mesh
+  make: Make
+  tx: optax.GradientTransformation  # the student's optimizer
+  distill: Distill
+  augment: Callable[[PRNGKey, Array], Array]  # of the student's images
+  num_tasks: int  # on each device
 
 
 def init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:
-  """The method's state, spread over the mesh; of a buffer's images only their shape and place."""
+  """Initialises the method on the mesh; a buffer's images are shapes only."""
 
-  def whole(key, teacher, *, axis):
+  def init_method(key, teacher, *, axis):
     return make(axis).init(key, teacher)
 
-  def without_images(key, teacher, *, axis):
-    return host_replay.strip_images(whole(key, teacher, axis=axis))
+  def init_without_images(key, teacher, *, axis):
+    return host_replay.strip_images(init_method(key, teacher, axis=axis))
 
-  shapes, one = jax.eval_shape(functools.partial(whole, axis=None), key, teacher), parallel.REPLICATED
-  state = parallel.each_device(
-      without_images, mesh, (one, one), parallel.specs(host_replay.strip_images(shapes)))(key, teacher)
+  one = parallel.REPLICATED
+  shapes = jax.eval_shape(functools.partial(init_method, axis=None), key, teacher)
+  specs = parallel.specs(host_replay.strip_images(shapes))
+  state = parallel.each_device(init_without_images, mesh, (one, one), specs)(key, teacher)
   buffer = replay.find_buffer(shapes)
   return state if buffer is None else host_replay.with_image_shapes(state, buffer.images, mesh)
 
 
-def placed(config, mesh, make, tx, state: State, teacher: Network, *others: PyTree) -> tuple[Programs, State]:
-  """The programs for where a buffer's images are to lie, and the state with them there, or to be made there.
+def place_and_compile(
+    plan: Plan, state: State, teacher: Network, *others: PyTree, buffer: str,
+    memory: int | None) -> tuple[Programs, State]:
+  """Chooses where a buffer's images lie, and compiles the programs for that.
 
-  `others` are what else stays on the devices.
+  Args:
+    plan: What to compile.
+    state: State with shapes in place of the buffer's images.
+    teacher: On the devices.
+    *others: Other arrays that stay on the devices.
+    buffer: 'device', 'host' or 'auto'.
+    memory: Bytes of a device; None: unlimited.
+
+  Returns:
+    The programs, and the state with images in host memory or still to be allocated on devices.
   """
   programs, note = buffer_memory.choose_place(
-      config.buffer, parallel.memory_limit(config.device_memory_gb), (state, teacher, others), state.synthesis,
-      lambda: compiled(config, mesh, make, tx, state, teacher))
+      buffer, memory, (state, teacher, others), state.synthesis,
+      functools.partial(compile_programs, plan, state, teacher))
   if note and parallel.is_first():
     print(note, file=sys.stderr)
   if programs is None:
     state = state.replace(synthesis=buffer_memory.allocate_on_host(state.synthesis))
-    programs = _compiled_for_host(config, mesh, make, tx, state, teacher)
+    programs = _compile_for_host(plan, state, teacher)
   return programs, state
 
 
-def _compiled_for_host(config, mesh, make, tx, state: State, teacher: Network) -> Programs:
-  """As `compiled`, for a state whose buffer's images are in host memory."""
-  num_steps, images = steps_per_call(config), replay.find_buffer(state.synthesis).images
+def compile_programs(plan: Plan, state: State, teacher: Network) -> Programs:
+  """Compiles both programs of a round; of state and teacher only shapes and places matter."""
+  return Programs(_compile_call(plan, state, teacher), compile_steps(plan, state, teacher))
+
+
+def _compile_for_host(plan: Plan, state: State, teacher: Network) -> Programs:
+  """Compiles both programs for a buffer with images in host memory."""
+  num_steps, images = plan.distill.steps_per_call, replay.find_buffer(state.synthesis).images
   state = state.replace(synthesis=host_replay.strip_images(state.synthesis))
-  one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
 
-  def slots(synthesis, key, *, axis):
-    return distill.sampled_indices(synthesis, key, synthesizer=make(axis), num_steps=num_steps)
+  def sample_indices(synthesis, key, *, axis):
+    return distill.sampled_indices(
+        synthesis, key, synthesizer=plan.make(axis), num_steps=num_steps)
 
-  batch, key = (config.distill.batch_size, *images.shape[2:]), jax.random.key(0)
-  chunk = host_replay.steps_per_chunk(num_steps, int(np.prod(batch)) // mesh.size)
-  part = replay.HostBatches(jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((chunk, *batch), jnp.uint8))
-  draw = parallel.each_device(slots, mesh, (spread, one), parallel.BATCHES).lower(state.synthesis, key).compile()
+  places = parallel.specs(state.synthesis), parallel.REPLICATED
+  indices = parallel.each_device(sample_indices, plan.mesh, places, parallel.BATCHES)
+  batch = (plan.distill.batch_size, *images.shape[2:])
+  chunk = host_replay.steps_per_chunk(num_steps, int(np.prod(batch)) // plan.mesh.size)
+  batches = replay.HostBatches(
+      jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((chunk, *batch), jnp.uint8))
   return Programs(
-      host_replay.with_host_writes(_compiled_call(mesh, make, state, teacher)),
+      host_replay.with_host_writes(_compile_call(plan, state, teacher)),
       host_replay.with_host_batches(
-          draw, compiled_steps(config, mesh, make, tx, state, teacher, part), mesh, num_steps, chunk),
+          indices.lower(state.synthesis, jax.random.key(0)).compile(),
+          compile_steps(plan, state, teacher, batches), plan.mesh, num_steps, chunk),
       waits=True)
 
 
-def compiled(
-    config: build.Config, mesh: Mesh, make: Make, tx: optax.GradientTransformation, state: State, teacher: Network
-) -> Programs:
-  """Compiles both programs of a round for the shapes of this state.
-
-  Args:
-    config: Its section `distill` is read.
-    mesh: The devices.
-    make: The name of the mapped axis -> Synthesizer.
-    tx: The student's optimizer.
-    state: Only shapes and places matter.
-    teacher: Likewise.
-  """
-  return Programs(
-      _compiled_call(mesh, make, state, teacher), compiled_steps(config, mesh, make, tx, state, teacher))
-
-
-def _compiled_call(mesh, make, state: State, teacher: Network):
+def _compile_call(plan: Plan, state: State, teacher: Network) -> Any:
 
   def synthesize(synthesis, key, teacher, student, *, axis):
-    return make(axis).synthesize(synthesis, key, teacher, student)
+    return plan.make(axis).synthesize(synthesis, key, teacher, student)
 
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
-  after = spread
+  results = spread
   if (buffer := replay.find_buffer(state.synthesis)) is not None and buffer.images is None:
-    after = replay.replace_buffer(spread, added=parallel.SPREAD)
-  program = parallel.each_device(synthesize, mesh, (spread, one, one, one), (after, one), donate=(0,))
-  return program.lower(state.synthesis, jax.random.key(0), teacher, state.student.network).compile()
+    results = replay.replace_buffer(spread, added=parallel.SPREAD)
+  program = parallel.each_device(
+      synthesize, plan.mesh, (spread, one, one, one), (results, one), donate=(0,))
+  return program.lower(
+      state.synthesis, jax.random.key(0), teacher, state.student.network).compile()
 
 
-def compiled_steps(config, mesh, make, tx, state: State, teacher: Network, part: replay.HostBatches | None = None):
-  """The student's steps after one call, compiled; with a `part`, for those of its images that are handed in."""
-  one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
-  step = distiller(config, make, tx, steps_per_call(config), mesh.size)
-  inputs, places = (state.student, state.synthesis, jax.random.key(0), teacher), (one, spread, one, one)
-  if part is not None:
-    inputs, places = (*inputs, part), (*places, replay.HostBatches(one, parallel.BATCHES))
-  program = parallel.each_device(step, mesh, places, (one, spread, one), donate=(0, 1))
-  return program.lower(*inputs).compile()
-
-
-def distiller(
-    config: build.Config, make: Make, tx: optax.GradientTransformation, num_steps: int, num_devices: int
-) -> Callable:
-  """`distill.distill` with the numbers of a config: (student, synthesis, key, teacher, part=None, *, axis)."""
-  section = config.distill
-  augment = build.augmentation(config.augment.student)
-  num_tasks = build.local_tasks_of(config, num_devices)
+def compile_steps(
+    plan: Plan, state: State, teacher: Network, batches: replay.HostBatches | None = None) -> Any:
+  """Compiles the student's steps after one call; `batches` are images that the host hands in."""
 
   def student_steps(student, synthesis, key, teacher, part=None, *, axis):
     return distill.distill(
-        student, synthesis, key, teacher, synthesizer=make(axis), tx=tx, num_steps=num_steps,
-        temperature=section.temperature, divergence=section.divergence, augment=augment,
-        attention_factor=section.attention_factor, num_tasks=num_tasks, axis=axis, part=part)
+        student, synthesis, key, teacher, synthesizer=plan.make(axis), tx=plan.tx,
+        num_steps=plan.distill.steps_per_call, temperature=plan.distill.temperature,
+        divergence=plan.distill.divergence, augment=plan.augment,
+        attention_factor=plan.distill.attention_factor, num_tasks=plan.num_tasks, axis=axis,
+        part=part)
 
-  return student_steps
+  one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
+  inputs = (state.student, state.synthesis, jax.random.key(0), teacher)
+  places = (one, spread, one, one)
+  if batches is not None:
+    inputs, places = (*inputs, batches), (*places, replay.HostBatches(one, parallel.BATCHES))
+  program = parallel.each_device(
+      student_steps, plan.mesh, places, (one, spread, one), donate=(0, 1))
+  return program.lower(*inputs).compile()

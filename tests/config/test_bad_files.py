@@ -1,4 +1,4 @@
-"""Generated bad files: weights of every format that is read, data sets, embeddings, and what is to be prepared."""
+"""Generated bad files: weights of every format, data sets and embeddings."""
 
 import functools
 import io
@@ -35,8 +35,10 @@ def variables():
   return weights.read(toy_runs.teacher_file())
 
 
-TORCH = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
-KERAS = {'kernel': 'kernel', 'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}
+TORCH = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean',
+         'var': 'running_var'}
+KERAS = {'kernel': 'kernel', 'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean',
+         'var': 'moving_variance'}
 
 
 def named(arrays, leaves, dot):
@@ -46,17 +48,21 @@ def named(arrays, leaves, dot):
     *layers, leaf = path.split('.')[1:]
     name = 'bias' if leaf == 'bias' and layers[-1][:2] != 'bn' else leaves[leaf]
     turned = leaves is TORCH and leaf == 'kernel' and array.ndim > 1
-    found[dot.join([*layers, name])] = np.ascontiguousarray(np.moveaxis(array, (-1, -2), (0, 1)) if turned else array)
+    found[dot.join([*layers, name])] = np.ascontiguousarray(
+        np.moveaxis(array, (-1, -2), (0, 1)) if turned else array)
   return found
 
 
 def nested(arrays):
-  return traverse_util.unflatten_dict({tuple(name.split('.')): array for name, array in arrays.items()})
+  return traverse_util.unflatten_dict({tuple(name.split('.')): array
+      for name, array in arrays.items()})
 
 
 def torch_file(form, path, arrays):
   saver = Saver()
-  path.write_bytes(getattr(saver, form)({name: saver.tensor(a) for name, a in named(arrays, TORCH, '.').items()}))
+  path.write_bytes(getattr(saver,
+                           form)({name: saver.tensor(a)
+                               for name, a in named(arrays, TORCH, '.').items()}))
 
 
 def keras_archive(path, arrays):
@@ -66,7 +72,8 @@ def keras_archive(path, arrays):
 
 def tfjs(path, arrays):
   arrays = named(arrays, KERAS, '/')
-  entries = [{'name': name, 'shape': list(array.shape), 'dtype': array.dtype.name} for name, array in arrays.items()]
+  entries = [{'name': name, 'shape': list(array.shape), 'dtype': array.dtype.name}
+      for name, array in arrays.items()]
   write(path, entries, b''.join(array.tobytes() for array in arrays.values()), cuts=(40,))
 
 
@@ -87,9 +94,10 @@ def npz(path, arrays):
 
 WRITERS = {
     'w.safetensors': lambda path, arrays: path.write_bytes(safetensors(arrays)), 'w.npz': npz,
-    'zip.pth': functools.partial(torch_file, 'zip'), 'legacy.pth': functools.partial(torch_file, 'legacy'),
-    'w.h5': lambda path, arrays: path.write_bytes(h5(named(arrays, KERAS, '/'))), 'w.keras': keras_archive,
-    'tfjs': tfjs, 'orbax': orbax, 'own': own}
+    'zip.pth': functools.partial(torch_file, 'zip'),
+    'legacy.pth': functools.partial(torch_file, 'legacy'),
+    'w.h5': lambda path, arrays: path.write_bytes(h5(named(arrays, KERAS, '/'))),
+    'w.keras': keras_archive, 'tfjs': tfjs, 'orbax': orbax, 'own': own}
 
 
 @functools.cache
@@ -118,8 +126,10 @@ def largest(path):
   """A file, or of a folder the one whose loss is felt: where names or most numbers are."""
   if path.is_file():
     return [path]
-  files = [each for each in path.rglob('*') if each.is_file() and each.name in ('_METADATA', 'model.json')]
-  data = [each for each in path.rglob('*') if each.is_file() and (each.parent.name == 'd' or each.suffix == '.bin')]
+  files = [each for each in path.rglob('*') if each.is_file()
+           and each.name in ('_METADATA', 'model.json')]
+  data = [each for each in path.rglob('*') if each.is_file()
+          and (each.parent.name == 'd' or each.suffix == '.bin')]
   return [*files, max(data, key=lambda each: each.stat().st_size)]
 
 
@@ -133,7 +143,8 @@ def flip(bit, path):
   each = largest(path)[0]
   data = bytearray(each.read_bytes())
   start = 4 if path.suffix == '.safetensors' else 0
-  second = bit // 8 if path.name != 'legacy.pth' else 0  # There it is the protocol's version, and others will do.
+  # The second byte of a legacy file is the protocol's version, and other versions will do.
+  second = bit // 8 if path.name != 'legacy.pth' else 0
   data[start + second] ^= 1 << bit % 8
   each.write_bytes(data)
 
@@ -154,15 +165,19 @@ def no_file(kind, path):
     os.symlink({'loop': path, 'dangling': 'nowhere', 'unreadable': '/proc/self/mem'}[kind], path)
 
 
-OTHERS = (b'', b'\0', b'Nothing of interest.', b'{"a": 1}', b'{', b'\x89PNG\r\n\x1a\n' + bytes(20), b'PK\x03\x04',
-          b'\x80\x02}q\x00.', b'\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.', b'\xff\xd8\xff\xe0' + bytes(9),
-          b'\x89HDF\r\n\x1a\n', bytes(8), bytes(5000), b'\x93NUMPY\x01\0', b'\x1f\x8b\x08', b'[]', b'null')
+OTHERS = (b'', b'\0', b'Nothing of interest.', b'{"a": 1}', b'{', b'\x89PNG\r\n\x1a\n' + bytes(20),
+          b'PK\x03\x04', b'\x80\x02}q\x00.', b'\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.',
+          b'\xff\xd8\xff\xe0' + bytes(9),
+          b'\x89HDF\r\n\x1a\n', bytes(8), bytes(5000), b'\x93NUMPY\x01\0', b'\x1f\x8b\x08', b'[]',
+          b'null')
 DAMAGES = st.tuples(st.sampled_from(sorted(WRITERS)), st.one_of(
     st.tuples(st.just(cut), st.floats(0, 0.95)), st.tuples(st.just(flip), st.integers(0, 15)),
     st.tuples(st.just(replaced), st.sampled_from(OTHERS)),
     st.tuples(st.just(no_file), st.sampled_from(
         ['folder', 'full folder', 'gone', 'loop', 'dangling', 'unreadable'])))).filter(
-    lambda drawn: (drawn[0], drawn[1][0]) not in (('own', flip), ('orbax', flip)))  # JSON, whose spaces do not count.
+    lambda drawn: (drawn[0], drawn[1][0]) not in (('own', flip),
+                                                  ('orbax',
+                                                   flip)))  # JSON, whose spaces do not count.
 
 
 def test_weights_that_are_damaged():
@@ -204,7 +219,8 @@ def changed(arrays, name, **how):
 
 
 FAULTS = st.fixed_dictionaries({
-    'kind': st.sampled_from(['missing', 'surplus', 'shape', 'rank', 'dtype', 'value', 'variance', 'untrained']),
+    'kind': st.sampled_from(['missing', 'surplus', 'shape', 'rank', 'dtype', 'value', 'variance',
+                             'untrained']),
     'number': st.integers(0, 50), 'value': st.sampled_from([np.nan, np.inf, -np.inf])})
 
 
@@ -222,14 +238,19 @@ def test_weights_that_do_not_fit():
       refused(run_main(f'--config.teacher.source={form}', '--workdir=run', kind='bare'), here, form,
               '0 and 1' if how['kind'] == 'untrained' else layer)
 
-  generate('unfit weights', st.tuples(st.sampled_from(sorted(WRITERS)), st.sampled_from(names), FAULTS), run)
+  generate('unfit weights', st.tuples(st.sampled_from(sorted(WRITERS)), st.sampled_from(names),
+                                      FAULTS), run)
 
 
-RECORDS, INFO, FEATURES = 'toy-test.array_record-00000-of-00001', 'dataset_info.json', 'features.json'
+RECORDS = 'toy-test.array_record-00000-of-00001'
+INFO, FEATURES = 'dataset_info.json', 'features.json'
 BROKEN = st.one_of(
-    st.tuples(st.sampled_from([RECORDS, INFO, FEATURES]), st.floats(0, 0.9).map(lambda share: ('cut', share))),
-    st.tuples(st.sampled_from([RECORDS, INFO, FEATURES]), st.sampled_from(OTHERS).map(lambda data: ('data', data))),
-    st.tuples(st.sampled_from([RECORDS, INFO, FEATURES]), st.sampled_from([('folder', 0), ('gone', 0), ('loop', 0)])))
+    st.tuples(st.sampled_from([RECORDS, INFO, FEATURES]),
+              st.floats(0, 0.9).map(lambda share: ('cut', share))),
+    st.tuples(st.sampled_from([RECORDS, INFO, FEATURES]),
+              st.sampled_from(OTHERS).map(lambda data: ('data', data))),
+    st.tuples(st.sampled_from([RECORDS, INFO, FEATURES]),
+              st.sampled_from([('folder', 0), ('gone', 0), ('loop', 0)])))
 
 
 def test_data_sets_that_are_damaged():
@@ -263,11 +284,12 @@ SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple).filter(
 GOOD = np.arange(10.0).reshape(5, 2)
 EMBEDDINGS = st.one_of(
     SHAPES.map(lambda shape: saved(np.random.default_rng(0).normal(size=shape))),
-    st.sampled_from(['O', 'U3', 'c8', 'S2', '?', 'M8[s]']).map(lambda dtype: saved(GOOD.astype(int).astype(dtype))),
+    st.sampled_from(['O', 'U3', 'c8', 'S2', '?', 'M8[s]']).map(
+        lambda dtype: saved(GOOD.astype(int).astype(dtype))),
     st.tuples(st.integers(0, 9), st.sampled_from([np.nan, np.inf])).map(
         lambda drawn: saved(np.where(np.arange(10).reshape(5, 2) == drawn[0], drawn[1], GOOD))),
-    st.floats(0, 0.99).map(lambda share: saved(GOOD)[:int(share * len(saved(GOOD)))]), st.sampled_from(OTHERS),
-    st.just(saved(np.zeros((5, 3)))))
+    st.floats(0, 0.99).map(lambda share: saved(GOOD)[:int(share * len(saved(GOOD)))]),
+    st.sampled_from(OTHERS), st.just(saved(np.zeros((5, 3)))))
 
 
 def test_embeddings_that_are_none():
@@ -275,7 +297,8 @@ def test_embeddings_that_are_none():
   def run(data):
     with folder() as here:
       (here / 'e.npy').write_bytes(data)
-      refused(run_main('--config.method.embeddings=e.npy', '--workdir=run', kind='nayer'), here, 'embeddings')
+      refused(run_main('--config.method.embeddings=e.npy', '--workdir=run', kind='nayer'), here,
+              'embeddings')
 
   generate('embeddings', EMBEDDINGS, run)
 
@@ -285,4 +308,5 @@ def test_a_record_file_that_is_cut_in_half_is_named():
     shutil.copytree(toy_runs.data_dir(), here / 'data')
     path = next((here / 'data' / 'toy').rglob(RECORDS))
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    refused(run_main('--config.dataset.data_dir=data', '--workdir=run'), here, "'toy'", 'cannot be read')
+    refused(run_main('--config.dataset.data_dir=data', '--workdir=run'), here, "'toy'",
+            'cannot be read')

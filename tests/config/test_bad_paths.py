@@ -1,4 +1,4 @@
-"""Paths where nothing can be read to its end, and numbers that no machine counts to: refused before anything begins."""
+"""Refuses paths without an end, and numbers that no machine counts to."""
 
 import os
 
@@ -24,12 +24,11 @@ NUMBERS = {
     'preflight.batch_size=100000000000': ['preflight.batch_size is 100000000000'],
     'evaluate.batch_size=1000000000000': ['evaluate.batch_size is 1000000000000'],
     f'distill.rounds={"9" * 400}': ['distill.rounds is 9999', 'at most 2147483647'],
-    'optimizer.learning_rate=1e300': ['learning_rate is 1e+300', 'in float32'],
-    'distill.temperature=1e-300': ['distill.temperature is 1e-300', 'in float32'],
     'faults.reseed=0.5': ['faults.reseed', '0.5'],
     'dataset.image_shape[0]=5': ['dataset.image_shape[0]', 'the whole tuple'],
     'dataset.image_shape[9]=5': ['dataset.image_shape[9]', 'the whole tuple'],
-    f'optimizer.milestones={"-" * 3000}1': ['optimizer.milestones', '-----'],  # Pythons differ in what fails.
+    f'optimizer.milestones={"-" * 3000}1': ['optimizer.milestones',
+                                            '-----'],  # Pythons differ in what fails.
     f'student.name={"c" * 100_000}': ['Unknown model', 'cccc']}
 
 
@@ -49,7 +48,8 @@ def test_paths_that_lead_nowhere_are_no_old_run(value):
   with folder() as here:
     os.mkfifo('pipe')
     os.symlink('pipe', 'link')
-    refused(run_main(f'--init_from={value}', '--workdir=run'), here, 'init_from.student is ', VALUES[value])
+    refused(run_main(f'--init_from={value}', '--workdir=run'), here, 'init_from.student is ',
+            VALUES[value])
 
 
 @pytest.mark.parametrize('argument', NUMBERS, ids=lambda argument: argument[:40])
@@ -60,7 +60,8 @@ def test_numbers_without_measure_are_refused_by_their_field(argument):
 
 def test_all_is_told_at_once_where_the_folder_is_no_path():
   with folder() as here:
-    refused(run_main('--workdir=~nobody_of_this_name/x', '--config.seed=-1', '--config.labels=odd'), here,
+    refused(run_main('--workdir=~nobody_of_this_name/x', '--config.seed=-1',
+                     '--config.labels=odd'), here,
             'nobody_of_this_name', 'seed is -1', "'odd'")
 
 
@@ -77,16 +78,19 @@ def test_a_path_is_written_out(monkeypatch, tmp_path):
   assert messages.short_repr('x' * 1000) == f"'{'x' * 49} ... {'x' * 49}'"
 
 
-@pytest.mark.parametrize('source', ['pipe', 'link', '/dev/zero', '~nobody_of_this_name/x', 'x' * 300])
+@pytest.mark.parametrize('source', ['pipe', 'link', '/dev/zero', '~nobody_of_this_name/x',
+                                    'x' * 300])
 @pytest.mark.parametrize('what', [['arrays'], ['folder'], ['cifar10']])
 def test_nothing_is_prepared_from_what_has_no_end(what, source, capsys):
   with folder() as here:
     os.mkfifo('pipe')
     os.symlink('pipe', 'link')
-    refused(lambda: __main__.main([*what, '--source', source, '--data_dir', 'data']), here, 'source is ')
+    refused(lambda: __main__.main([*what, '--source', source, '--data_dir', 'data']), here,
+            'source is ')
 
 
 @pytest.mark.parametrize('source', ['/usr/lib', '/', '/proc/self'])
 def test_folders_that_hold_no_weights_are_not_read_through(source):
   with folder() as here:
-    refused(run_main(f'--config.init_from.student={source}', '--workdir=run'), here, 'init_from.student', source)
+    refused(run_main(f'--config.init_from.student={source}', '--workdir=run'), here,
+            'init_from.student', source)

@@ -10,15 +10,17 @@ import pytest
 import toy_runs
 import toys
 
-from dfkd_jax import models, tasks, train
-from dfkd_jax.config import build
+from dfkd_jax import models, tasks, train, weights
+from dfkd_jax.config import build, build_method
+from dfkd_jax.config.records import resolve
 from dfkd_jax.evaluate import loss_terms
 from dfkd_jax.jobs import preflight
 from dfkd_jax.losses import inversion
 from dfkd_jax.synth import Factors, objective
 from dfkd_jax.types import Moments
 
-FACTORS = Factors(one_hot=0.5, batch_norm=2.0, relative_batch_norm=1.0, adversarial=1.0, total_variation=0.1)
+FACTORS = Factors(one_hot=0.5, batch_norm=2.0, relative_batch_norm=1.0, adversarial=1.0,
+                  total_variation=0.1)
 
 
 def measured(teacher, factors=FACTORS, generator=None, batch=6):
@@ -45,7 +47,7 @@ def test_values_and_pulls_are_those_of_the_terms_alone():
   for name, term in by_hand.items():
     value, gradient = toys.jit(jax.value_and_grad(term))(images)
     np.testing.assert_allclose(found.values[name], value, rtol=1e-5)
-    np.testing.assert_allclose(found.pulls[name], np.linalg.norm(gradient), rtol=1e-4)
+    np.testing.assert_allclose(found.gradient_norms[name], np.linalg.norm(gradient), rtol=1e-4)
   logits = np.asarray(teacher(images).logits)
   np.testing.assert_allclose(found.noise.spread, np.sqrt(logits.var(0).mean()), rtol=1e-4)
   assert found.noise.classes == len(set(logits.argmax(-1)))
@@ -59,48 +61,57 @@ def with_pulls(one_hot, batch_norm):
 
 
 @pytest.mark.parametrize(('batch_norm', 'momentum', 'expected'), [
-    (1.0, 0.0, None), (1.0, 0.9, None), (3000.0, 0.0, 3.3e-4), (3000.0, 0.9, 3.3e-3), (1e-3, 0.0, 1e3)])
+    (1.0, 0.0, None), (1.0, 0.9, None), (3000.0, 0.0, 3.3e-4), (3000.0, 0.9, 3.3e-3),
+    (1e-3, 0.0, 1e3)])
 def test_a_moments_term_far_from_balance_gets_a_factor_suggested(batch_norm, momentum, expected):
   factors = Factors(one_hot=0.5, batch_norm=2.0)
-  verdict = loss_terms.suggest_factors(with_pulls(4.0, batch_norm), toys.teacher(), factors, momentum=momentum)
+  verdict = loss_terms.suggest_factors(with_pulls(4.0, batch_norm), toys.teacher(), factors,
+                                       momentum=momentum)
   assert verdict.refusal is None
   assert verdict.factors == factors  # A suggestion is not taken unasked.
-  assert verdict.suggested.get('batch_norm') == (None if expected is None else pytest.approx(expected, rel=0.05))
+  assert verdict.suggested.get('batch_norm') == (None if expected is None
+                                                 else pytest.approx(expected, rel=0.05))
   if expected is not None:
     better = factors._replace(batch_norm=verdict.suggested['batch_norm'])
-    ratio = loss_terms.pull_ratio(with_pulls(4.0, batch_norm), better, 'batch_norm', momentum)
-    assert ratio == pytest.approx(loss_terms.AIM, rel=0.05)
+    ratio = loss_terms.gradient_ratio(with_pulls(4.0, batch_norm), better, 'batch_norm', momentum)
+    assert ratio == pytest.approx(loss_terms.TARGET_RATIO, rel=0.05)
     assert f'--config.factors.batch_norm={expected:.2g}' in verdict.notes[0]
 
 
 def refused(network, factors=FACTORS, **options):
   found = loss_terms.suggest_factors(measured(network, factors._replace(
-      **({} if network.running() else {'batch_norm': 0.0, 'relative_batch_norm': 0.0}))), network, factors, **options)
+      **({} if network.running() else {'batch_norm': 0.0, 'relative_batch_norm': 0.0}))), network,
+      factors, **options)
   return found.refusal
 
 
 def changed(collection, change):
   """The toy teacher with other variables."""
-  return toys.teacher().replace(**{collection: jax.tree.map(change, getattr(toys.teacher(), collection))})
+  return toys.teacher().replace(
+      **{collection: jax.tree.map(change, getattr(toys.teacher(), collection))})
 
 
 def test_refuses_what_offers_nothing():
   assert refused(toys.teacher()) is None
-  assert 'are not finite: weights or preprocessing' in refused(changed('params', lambda leaf: leaf * jnp.nan))
-  alike = changed('params', lambda leaf: leaf * (leaf.ndim == 1))  # Biases alone, whatever the image.
-  assert 'answers all images alike' in refused(alike)
-  assert 'all factors are 0' in refused(toys.teacher(), Factors())
+  assert 'are not finite: weights or preprocessing' in refused(
+      changed('params', lambda leaf: leaf * jnp.nan))
+  alike = changed('params',
+                  lambda leaf: leaf * (leaf.ndim == 1))  # Biases alone, whatever the image.
+  assert 'predicts the same for all images' in refused(alike)
 
 
 def test_a_teacher_without_moments_is_refused_by_name():
   assert loss_terms.missing_moments(toys.teacher()) is None
   plain = toys.teacher_without_batch_norm()
-  assert refused(plain).startswith('factors.batch_norm is 2.0, must be 0: the teacher has no batch norm')
+  assert refused(plain).startswith(
+      'factors.batch_norm is 2.0, must be 0: the teacher has no batch norm')
   fresh = models.create_network(toys.teacher().module, jax.random.key(0), toys.IMAGE)
-  assert loss_terms.missing_moments(fresh) == 'the running moments of all 2 batch norms are 0 and 1, as before any training'
+  assert loss_terms.missing_moments(
+      fresh) == 'the running moments of all 2 batch norms are 0 and 1, as before any training'
   for broken in (Moments(np.full(3, np.nan), np.ones(3)), Moments(np.zeros(3), -np.ones(3))):
     stats = dict(fresh.batch_stats) | {'bn1': broken._asdict()}
-    assert "the running moments of 'bn1' are not finite" in loss_terms.missing_moments(fresh.replace(batch_stats=stats))
+    assert "the running moments of 'bn1' are not finite" in loss_terms.missing_moments(
+        fresh.replace(batch_stats=stats))
 
 
 def test_goes_on_by_smoothness_where_that_is_allowed():
@@ -109,17 +120,21 @@ def test_goes_on_by_smoothness_where_that_is_allowed():
   found = measured(plain, Factors(one_hot=0.5, adversarial=1.0, total_variation=1.0))
   verdict = loss_terms.suggest_factors(found, plain, wanted, fallback=True)
   assert verdict.refusal is None
-  assert (verdict.factors.batch_norm, verdict.factors.one_hot, verdict.factors.adversarial) == (0.0, 0.5, 1.0)
-  pull = verdict.factors.total_variation * found.pulls['total_variation']
-  assert pull == pytest.approx(loss_terms.SMOOTHNESS * 0.5 * found.pulls['one_hot'], rel=0.1)
+  assert (verdict.factors.batch_norm, verdict.factors.one_hot,
+          verdict.factors.adversarial) == (0.0, 0.5, 1.0)
+  pull = verdict.factors.total_variation * found.gradient_norms['total_variation']
+  assert pull == pytest.approx(loss_terms.SMOOTHNESS_RATIO * 0.5 * found.gradient_norms['one_hot'],
+                               rel=0.1)
   assert 'goes on without batch_norm' in verdict.notes[0]
-  own = loss_terms.suggest_factors(found, plain, wanted._replace(total_variation=3.0), fallback=True)
+  own = loss_terms.suggest_factors(found, plain, wanted._replace(total_variation=3.0),
+                                   fallback=True)
   assert own.factors.total_variation == 3.0
 
 
 def test_dense_teachers_have_no_class_to_ask_for():
   found = loss_terms.measure(
-      jax.random.key(0), toys.dense_teacher(), None, generator=None, latent_shape=(3,), image_shape=toys.IMAGE,
+      jax.random.key(0), toys.dense_teacher(), None, generator=None, latent_shape=(3,),
+      image_shape=toys.IMAGE,
       task=tasks.segmentation(toys.CLASSES), factors=Factors(one_hot=1.0, batch_norm=1.0))
   assert set(found.values) == {'one_hot', 'batch_norm'}
   assert all(np.isfinite(value) for value in found.values.values())
@@ -127,11 +142,13 @@ def test_dense_teachers_have_no_class_to_ask_for():
 
 def test_the_lines_say_each_term_and_the_largest_layers(of_toy):
   verdict = loss_terms.suggest_factors(of_toy, toys.teacher(), FACTORS)
-  text = '\n'.join(preflight.lines(of_toy, verdict, FACTORS))
+  text = '\n'.join(preflight.lines(of_toy, verdict))
   for name in ('one_hot', 'batch_norm', 'relative_batch_norm', 'adversarial', 'total_variation'):
     assert f'{float(of_toy.values[name]):12.4g}' in text
   assert 'of 2 layers' in text
-  assert preflight.plain(of_toy, verdict)['pulls']['one_hot'] == float(of_toy.pulls['one_hot'])
+  assert preflight.as_json(of_toy,
+                           verdict)['gradient_norms']['one_hot'] == float(
+                               of_toy.gradient_norms['one_hot'])
 
 
 def check(tmp_path, **changes):
@@ -159,14 +176,14 @@ def test_factors_of_a_config_are_read(tmp_path):
   assert found['suggested']['batch_norm'] < 1e5
   assert '--config.factors.batch_norm=' in printed
   config = toy_runs.config()
-  assert build.synthesizer(config, 1, objective.Factors(one_hot=1.0))(None)
+  assert build_method.synthesizer(resolve(config).method, 1, objective.Factors(one_hot=1.0))(None)
 
 
 def moments_of_init(tmp_path):
   """Weights whose running moments no training has moved."""
-  network = build.network(toy_runs.config(), 'teacher', jax.random.key(3))
+  network = build.fresh_network(resolve(toy_runs.config()).teacher, jax.random.key(3))
   path = tmp_path / 'fresh.safetensors'
-  build.pretrained.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
+  weights.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})
   return str(path)
 
 
@@ -180,7 +197,8 @@ def test_a_file_without_moments_is_refused_or_inverted_by_smoothness(tmp_path):
   assert 'goes on without batch_norm' in printed
   with toy_runs.quick():
     summary = train.run(
-        toy_runs.config(teacher__source=source, preflight__fallback=True, distill__rounds=2), tmp_path / 'whole')
+        toy_runs.config(teacher__source=source, preflight__fallback=True, distill__rounds=2),
+        tmp_path / 'whole')
   assert summary['preflight']['factors'] == found['factors']
 
 

@@ -15,6 +15,7 @@ from run_processes import config, free_port
 
 from dfkd_jax import parallel, train
 from dfkd_jax.config import build
+from dfkd_jax.config.records import resolve
 from dfkd_jax.parallel import launch, processes
 from dfkd_jax.runs.checkpoint import Checkpoints
 
@@ -151,7 +152,8 @@ def test_a_run_is_that_of_one_process(several, single, number):
 @pytest.mark.slow
 def test_the_student_has_moved(single):
   """The comparison above would notice a student that never moves."""
-  network = build.network(config(), 'student', jax.random.split(jax.random.key(2), 5)[0])
+  network = build.fresh_network(
+      resolve(config()).student, jax.random.split(jax.random.key(2), 5)[0])
   _, leaves = contents(single[1][0])
   for layer, weights in network.params.items():
     for name, value in weights.items():
@@ -395,7 +397,7 @@ def test_a_mesh_of_several_processes_has_all_devices(monkeypatch):
     parallel.make_mesh()
   with pytest.raises(
       ValueError, match=r'method\.num_tasks is 6, must be a multiple of 4, the devices of all 2'):
-    build.mesh(config(method__num_tasks=6))
+    build.make_mesh(resolve(config(method__num_tasks=6)))
 
 
 def test_one_process_speaks_with_itself():

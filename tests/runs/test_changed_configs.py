@@ -11,6 +11,7 @@ from toy_runs import stopped
 
 from dfkd_jax import report, train, weights
 from dfkd_jax.config import build
+from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.loop import Experiment
@@ -26,7 +27,7 @@ def _quick():
 
 def counted(monkeypatch, at=None, stop=lambda: None):
   """Calls of the control's program, as they come; at that of a number something happens."""
-  calls, made, compiled = [], [], programs.compiled_steps
+  calls, made, compiled = [], [], programs.compile_steps
 
   def make(*arguments):
     program = compiled(*arguments)
@@ -41,7 +42,7 @@ def counted(monkeypatch, at=None, stop=lambda: None):
       return program(*given)
     return run
 
-  monkeypatch.setattr(programs, 'compiled_steps', make)
+  monkeypatch.setattr(programs, 'compile_steps', make)
   return calls
 
 
@@ -174,8 +175,8 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   with pytest.raises(ValueError, match='has ended, and no checkpoint to continue from'):
     train.run(toy_runs.config(distill__rounds=7), tmp_path, resume='force:distill.rounds')
   other = toy_runs.folder() / 'other.safetensors'
-  variables = weights.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'),
-      toy_runs.IMAGE)
+  variables = weights.load(
+      toy_runs.teacher_file(), build.module(resolve(toy_runs.config()).teacher), toy_runs.IMAGE)
   weights.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
   with pytest.raises(ValueError, match='has ended, and no checkpoint to continue from'):
     train.run(toy_runs.config(teacher__source=str(other)), tmp_path, resume='force:teacher.source')
@@ -188,7 +189,7 @@ def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
   stopped(toy_runs.config(checkpoint__max_to_keep=9), tmp_path, 3)
   other = toy_runs.config(checkpoint__max_to_keep=9, distill__temperature=3.0)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Experiment, 'summary', lambda *arguments, **more: interrupt())
+    patch.setattr(Experiment, 'write_summary', lambda *arguments, **more: interrupt())
     with pytest.raises(KeyboardInterrupt):
       train.run(other, tmp_path, resume='force')
   (tmp_path / 'checkpoints' / '5' / 'state' / 'manifest.ocdbt').write_bytes(b'')
@@ -212,8 +213,8 @@ def test_two_changes_of_an_ended_run_are_both_on_record(tmp_path):
 def test_other_weights_that_were_forced_are_on_record(tmp_path):
   stopped(toy_runs.config(), tmp_path / 'run', 3)
   other = tmp_path / 'teacher.safetensors'
-  variables = weights.load(toy_runs.teacher_file(), build.module(toy_runs.config(), 'teacher'),
-      toy_runs.IMAGE)
+  variables = weights.load(
+      toy_runs.teacher_file(), build.module(resolve(toy_runs.config()).teacher), toy_runs.IMAGE)
   weights.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
   config = toy_runs.config(teacher__source=str(other))
   with pytest.raises(ValueError, match=r'weights\.teacher is .*--resume=force:teacher\.source'):
@@ -260,14 +261,14 @@ def test_the_control_needs_what_the_student_began_with(tmp_path):
 
 def test_a_run_that_came_between_is_noticed_under_the_lock(tmp_path, monkeypatch):
   """Another starts, runs and ends while this one compiles."""
-  other, placed = toy_runs.config(seed=9), programs.placed
+  other, placed = toy_runs.config(seed=9), programs.place_and_compile
 
-  def meanwhile(*arguments):
-    monkeypatch.setattr(programs, 'placed', placed)
+  def meanwhile(*arguments, **more):
+    monkeypatch.setattr(programs, 'place_and_compile', placed)
     stopped(other, tmp_path, 3)
-    return placed(*arguments)
+    return placed(*arguments, **more)
 
-  monkeypatch.setattr(programs, 'placed', meanwhile)
+  monkeypatch.setattr(programs, 'place_and_compile', meanwhile)
   with pytest.raises(ValueError, match=r'Another process has run in .* since this one began'):
     train.run(toy_runs.config(), tmp_path)
   assert train.run(other, tmp_path)['seed'] == 9

@@ -49,7 +49,7 @@ def broken(times, index, what='metrics'):
       return made._replace(synthesize=synthesize, distill=distil), state
     return placed
 
-  return make(programs.placed)
+  return make(programs.place_and_compile)
 
 
 FAULTS = {
@@ -62,7 +62,7 @@ FAULTS = {
 def test_a_number_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, what):
   message, step, name = FAULTS[what]
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, 'placed', broken(1, 3, what))
+    patch.setattr(programs, 'place_and_compile', broken(1, 3, what))
     with pytest.raises(ValueError,
         match=f'In round 4: {message}. The checkpoint of round 2 is kept; .*fault.json'):
       train.run(toy_runs.config(), tmp_path, command='python main.py')
@@ -82,7 +82,7 @@ def test_a_number_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, what):
 @pytest.mark.parametrize('index', [1, 3])
 def test_a_round_may_be_done_again_with_other_keys(tmp_path, monkeypatch, capsys, index):
   """From the checkpoint before, or from the start where there is none; twice."""
-  monkeypatch.setattr(programs, 'placed', broken(2, index))
+  monkeypatch.setattr(programs, 'place_and_compile', broken(2, index))
   summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
   assert summary['counts']['reseeded'] == 2
   text = f'It is done again with other keys, from round {2 if index == 3 else 0} on.'
@@ -101,7 +101,7 @@ def test_faults_in_training_are_named_too(tmp_path):
 
 
 def test_fault_reports_of_rounds_done_again_are_named_among_the_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(programs, 'placed', broken(1, 3))
+  monkeypatch.setattr(programs, 'place_and_compile', broken(1, 3))
   summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
   assert summary['files'][-1] == 'fault_4_1.json'
   assert not (tmp_path / 'fault.json').exists()

@@ -12,7 +12,8 @@ from toy_runs import equal, stopped
 
 from dfkd_jax import models, tasks, train, weights
 from dfkd_jax.config import build
-from dfkd_jax.config import check as config_check
+from dfkd_jax.config.problems import InvalidError
+from dfkd_jax.config.records import resolve
 from dfkd_jax.jobs import preflight
 from dfkd_jax.runs.loop import Experiment
 from dfkd_jax.runs.state import RunState
@@ -60,7 +61,7 @@ def test_a_judge_and_the_teacher_of_a_training_are_weights_too(tmp_path):
   made = toy_runs.config(job='train', train__epochs=1, train__teacher_factor=1.0,
       teacher__source=second)
   assert train.run(made, tmp_path / 'trained')['weights'] == {'teacher': weights.describe(
-      build.teacher(made), second).sha256}
+      build.trained_network(resolve(made).teacher), second).sha256}
   teacher_of(3, second)
   with pytest.raises(ValueError, match=r'weights\.teacher is '):
     train.run(made, tmp_path / 'trained')
@@ -81,7 +82,7 @@ def test_each_process_may_have_images_of_its_own(monkeypatch):
   from dfkd_jax import evaluate, parallel
 
   draw = np.random.default_rng(0)
-  network = build.teacher(toy_runs.config())
+  network = build.trained_network(resolve(toy_runs.config()).teacher)
   images = draw.integers(0, 256, (11, *toy_runs.IMAGE), np.uint8)
   labels, task = draw.integers(0, 5, 11), tasks.classification(5)
   wanted = evaluate.evaluate(network, (images, labels), task=task, batch_size=4, teacher=network)
@@ -112,7 +113,7 @@ def test_the_best_student_is_that_of_its_round(tmp_path, monkeypatch):
   scores = iter([0.1, 0.2, 0.9, 0.3, 0.3, 0.2])
   monkeypatch.setattr(Experiment, 'evaluate', lambda self,
       network: {'top1': next(scores), 'count': 23.0})
-  monkeypatch.setattr(Experiment, 'follow', lambda self, teacher: None)
+  monkeypatch.setattr(Experiment, 'cache_teacher_predictions', lambda self, teacher: None)
   seen = []
 
   def record_metrics(self, metrics, done, state, selection):
@@ -124,7 +125,7 @@ def test_the_best_student_is_that_of_its_round(tmp_path, monkeypatch):
   stopped(toy_runs.config(), tmp_path, 5)
   summary = train.run(toy_runs.config(), tmp_path)
   assert summary['student']['best']['round'] == 3
-  module = build.module(toy_runs.config(), 'student')
+  module = build.module(resolve(toy_runs.config()).student)
   best = weights.load(tmp_path / 'student_best.safetensors', module, toy_runs.IMAGE)
   last = weights.load(tmp_path / 'student.safetensors', module, toy_runs.IMAGE)
   assert equal(jax.device_get(best['params']), seen[2].params)
@@ -155,7 +156,7 @@ def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
   with pytest.raises(ValueError, match="resume is 'forced', must be 'force'"):
     train.run(other, tmp_path, resume='forced')
   # All that is wrong at once, and each field once.
-  with pytest.raises(config_check.InvalidError) as error:
+  with pytest.raises(InvalidError) as error:
     train.run(toy_runs.config(seed=1, labels='blanced', distill__temperature=-5.0), tmp_path)
   temperature, labels, folder = error.value.problems
   assert 'distill.temperature is -5.0, must be in' in temperature
@@ -210,7 +211,7 @@ def test_a_new_run_begins_with_an_old_ones_networks(tmp_path, monkeypatch):
       distill__rounds=2, init_from__student=str(tmp_path / 'old'),
       init_from__generator=str(tmp_path / 'old'))
   summary = train.run(new, tmp_path / 'new')
-  module = build.module(new, 'student')
+  module = build.module(resolve(new).student)
   wanted = weights.load(tmp_path / 'old' / 'student.safetensors', module, toy_runs.IMAGE)
   assert equal(begun[0].student.network.params, jax.device_get(wanted['params']))
   generator = weights.read_subtree(weights.find_checkpoint(tmp_path / 'old' / 'checkpoints'),

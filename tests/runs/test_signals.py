@@ -60,8 +60,8 @@ def test_a_signal_ends_at_once_what_has_nothing_to_save(heeded, tmp_path, monkey
   """While a run is prepared. The run in the folder stays unchanged."""
   stopped(toy_runs.config(), tmp_path, 3)
   before = toy_runs.tree_of(tmp_path)
-  monkeypatch.setattr(programs, 'placed',
-      lambda *arguments: signal.raise_signal(getattr(signal, name)))
+  monkeypatch.setattr(programs, 'place_and_compile',
+      lambda *arguments, **more: signal.raise_signal(getattr(signal, name)))
   with pytest.raises(run_signals.Interrupted, match=name):
     train.run(toy_runs.config(), tmp_path, signals=True)
   assert toy_runs.tree_of(tmp_path) == before

@@ -18,6 +18,7 @@ from conftest import SHARED
 
 from configs import imagenet  # Found by toy_runs.
 from dfkd_jax.config import build
+from dfkd_jax.config.records import resolve
 
 pytestmark = pytest.mark.slow
 CACHE = pathlib.Path(
@@ -99,4 +100,6 @@ def test_teachers_score_as_published(arguments, weights, published):
   images, labels = samples()
   config = imagenet.get_config(arguments)
   config.teacher.source = str(weights())
-  np.testing.assert_allclose(accuracies(build.teacher(config), images, labels), published, atol=0.3)
+  np.testing.assert_allclose(
+      accuracies(build.trained_network(resolve(config).teacher), images, labels), published,
+      atol=0.3)

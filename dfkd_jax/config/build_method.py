@@ -1,0 +1,139 @@
+"""Makes the method and its generator from resolved settings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from flax import linen as nn
+
+from dfkd_jax import augment, models, parallel, synth
+from dfkd_jax.config.build import set_compute
+from dfkd_jax.config.problems import wrong_value
+from dfkd_jax.config.records import MethodSettings, NetworkSettings
+from dfkd_jax.messages import FieldError, nearest
+from dfkd_jax.synth import objective, schedules
+from dfkd_jax.synth.synthesizer import Synthesizer
+from dfkd_jax.weights import embeddings
+
+SHARED = {'capacity', 'bank_size'}  # numbers that all tasks share
+# A section of the config that a method takes as one argument.
+_SECTIONS = {'adversary': objective.Adversary, 'adversarial': schedules.ramp}
+
+
+def synthesizer(
+    method: MethodSettings, num_devices: int, factors: objective.Factors | None = None,
+) -> Callable[[str | None], Synthesizer]:
+  """Returns a function from the mapped axis to the method.
+
+  Settings count tasks, batches and buffers over all devices. Each device gets its share here, so a
+  run is the same on any number of devices that divides its tasks.
+
+  Args:
+    method: Its settings.
+    num_devices: Devices that share the tasks.
+    factors: Factors of the terms; None: the factors of the settings.
+
+  Raises:
+    FieldError: A number is not allowed; also raised by the returned function.
+  """
+  taken, numbers = parameters(method), method.numbers
+  for name in numbers:
+    if name not in taken and name != 'generator_schedule':
+      raise FieldError(f'method.{name}', f'{name!r} is no argument of {method.name}.'
+                       f'{nearest(name, taken)} It takes {", ".join(taken)}.')
+  local_tasks = parallel.even_share(method.num_tasks, num_devices, 'method.num_tasks')
+  arguments = _arguments(method)
+  arguments |= {name: task_share(method, name) * local_tasks for name in SHARED & numbers.keys()}
+  if 'num_tasks' in numbers:
+    arguments['num_tasks'] = local_tasks
+  if 'generator' in taken:
+    arguments['generator'] = generator(method.generator)
+  offered = {
+      'image_shape': method.generator.image_shape, 'task': method.task,
+      'factors': factors or method.factors, 'augment': augment.create(**method.augment),
+      'sample_batch_size': batch_share(method) * local_tasks}
+  arguments |= {name: value for name, value in offered.items() if name in taken}
+
+  def make(axis: str | None) -> Synthesizer:
+    try:
+      return synth.create(method.name, **arguments, **({'axis': axis} if 'axis' in taken else {}))
+    except FieldError as error:
+      prefix = 'method.' if error.field.partition('.')[0] in numbers else ''
+      raise FieldError(prefix + error.field, str(error)) from None
+
+  return make
+
+
+def parameters(method: MethodSettings) -> tuple[str, ...]:
+  """Returns the arguments that the method takes; raises a FieldError if there is no such method."""
+  if method.name not in synth.names():
+    raise wrong_value('method.name', method.name, f'one of {", ".join(synth.names())}.'
+                      f'{nearest(str(method.name), synth.names())}')
+  return synth.parameters(method.name)
+
+
+def _arguments(method: MethodSettings) -> dict[str, Any]:
+  """Returns the numbers as the constructor takes them."""
+  numbers = dict(method.numbers)
+  if numbers.pop('generator_schedule', None) == 'cosine':
+    numbers['generator_lr'] = optax.cosine_decay_schedule(
+        numbers['generator_lr'], method.total_calls * numbers['num_steps'])
+  if 'latent_dim' in numbers:
+    numbers['latent_dim'] = latent_dim(method)
+  if 'embeddings' in numbers:
+    try:
+      numbers['embeddings'] = embeddings.load(numbers['embeddings'])
+    except ValueError as error:
+      raise FieldError('method.embeddings', str(error)) from None
+  for name in _SECTIONS.keys() & numbers.keys():
+    try:
+      numbers[name] = _SECTIONS[name](**numbers[name])
+    except (TypeError, ValueError) as error:
+      raise FieldError(f'method.{name}', f'method.{name} is {numbers[name]}: {error}') from error
+  return numbers
+
+
+def task_share(method: MethodSettings, name: str) -> int:
+  """Returns a task's share of a number in SHARED."""
+  number, least = method.numbers[name], method.images_per_call
+  if name == 'capacity' and number < least:
+    raise wrong_value('method.capacity', number, f'at least {least}, the images of one call.')
+  return parallel.even_share(number, method.num_tasks, f'method.{name}')
+
+
+def batch_share(method: MethodSettings) -> int:
+  """Returns a task's share of the student's batch."""
+  return parallel.even_share(method.sample_batch_size, method.num_tasks, 'distill.batch_size')
+
+
+def generator(settings: NetworkSettings) -> nn.Module:
+  """Makes the generator.
+
+  Raises:
+    FieldError: It has no such options, or cannot make such images.
+  """
+  shape, options = settings.image_shape, settings.options
+  try:
+    if settings.name == 'spatial_generator':
+      made = models.SpatialGenerator(channels=shape[-1], **options)
+    else:
+      made = models.Generator(image_shape=shape, **options)
+    return set_compute(made, settings)
+  except (TypeError, ValueError) as error:
+    raise FieldError('generator.options', f'generator.options is {options}: {error}') from error
+
+
+def latent_dim(method: MethodSettings) -> int | tuple[int, int, int]:
+  """Returns Z, or (h, w, Z) if latents have the shape of an image."""
+  made, size = generator(method.generator), method.numbers.get('latent_dim', 2)
+  try:
+    shape = getattr(made, 'latent_shape', None)
+    return shape(method.generator.image_shape, size) if shape else size
+  except ValueError as error:
+    raise FieldError('dataset.image_shape', str(error)) from None
+
+
+def latent_shape(method: MethodSettings, batch_size: int) -> tuple[int, ...]:
+  """Returns the shape of a batch of latents, [B, Z] or [B, h, w, Z]."""
+  size = latent_dim(method)
+  return (batch_size, *((size,) if isinstance(size, int) else size))
