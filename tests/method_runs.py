@@ -7,7 +7,6 @@ import pytest
 import toys
 
 from dfkd_jax import augment, parallel
-from dfkd_jax.parallel import devices
 
 
 def run(method, calls=1, in_float64=False):
@@ -62,7 +61,7 @@ def one_by_one(method, num_tasks, networks):
   def call(state, key, task, networks):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(
-          devices, 'task_keys', lambda key, *_: task_keys(key, num_tasks, None)[task][None])
+          parallel, 'task_keys', lambda key, *_: task_keys(key, num_tasks, None)[task][None])
       return method.synthesize(state, key, *networks)
 
   state = toys.jit(method.init)(jax.random.key(0), networks[0])

@@ -65,8 +65,8 @@ def test_seconds_are_latencies_and_a_ring():
   link = scaling.Link(flops=1.0, inner=100.0, outer=10.0, group=4, latencies=(0.5, 2.0))
   found = {'one': {'all-reduce': scaling.Traffic(3, 80, 2)},
            'other': {'all-reduce': scaling.Traffic(1, 20, 1)}}
-  assert scaling.seconds_of(found, link, 4) == pytest.approx((1.5, 2 * 3 / 4 * 100 / 100))
-  assert scaling.seconds_of(found, link, 8) == pytest.approx((6.0, 2 * 7 / 8 * 100 / 10))
+  assert scaling.estimate_seconds(found, link, 4) == pytest.approx((1.5, 2 * 3 / 4 * 100 / 100))
+  assert scaling.estimate_seconds(found, link, 8) == pytest.approx((6.0, 2 * 7 / 8 * 100 / 10))
 
 
 class Normalised(nn.Module):
@@ -154,6 +154,6 @@ def test_operations_of_a_round_at_imagenets_scale():
 
 def test_a_round_runs_a_program_once_a_call():
   config = scaling.cli.load('configs/imagenet.py')
-  found = scaling.of_round({'all-reduce': scaling.Traffic(3, 80, 2)}, config)
+  found = scaling.round_traffic({'all-reduce': scaling.Traffic(3, 80, 2)}, config)
   assert config.distill.calls_per_round == 10
   assert found == {'all-reduce': scaling.Traffic(30, 800, 20)}

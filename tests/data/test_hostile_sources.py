@@ -132,4 +132,4 @@ def test_headers_of_arrays_that_are_none(tmp_path, text, refused):
 def test_arrays_are_bounded_together(tmp_path, refused, monkeypatch):
   monkeypatch.setattr(archives, 'LARGEST', 50_000_000)
   path = npz(tmp_path / 'a.npz', (30_000_000,), ZEROS, unused=ZEROS)
-  assert 'of which at most 50000000 are unpacked' in refused('mine', path)
+  assert 'at most 50000000 are unpacked' in refused('mine', path)

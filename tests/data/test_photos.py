@@ -1,7 +1,6 @@
 """`data.load` on images that differ in size."""
 
 import io
-import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,10 +10,12 @@ from PIL import Image
 
 from configs import common
 from dfkd_jax import data
-from dfkd_jax.config import check_fields
+from dfkd_jax.config import build
+from dfkd_jax.config.problems import raise_problems
+from dfkd_jax.config.records import resolve
+from dfkd_jax.config.values import check_values
 from dfkd_jax.data import images as data_images
 from dfkd_jax.data import prepare
-from dfkd_jax.runs import loop
 
 
 def photo(width, height, mode='RGB', seed=0):
@@ -196,9 +197,9 @@ def test_a_run_crops_as_its_config_says(tmp_path):
   config = common.base()
   config.dataset.update(
       name='tiny', data_dir=str(folder), image_shape=(8, 8, 3), num_classes=2, crop=0.5)
-  read = loop.Experiment.load(types.SimpleNamespace(config=config), 'test')
+  read = build.load_split(resolve(config).dataset, 'test')
   expected = photo(30, 20).resize((24, 16), Image.Resampling.BILINEAR).crop((8, 4, 16, 12))
   np.testing.assert_array_equal(read.images[0], np.asarray(expected))
   config.dataset.crop = 1.25
-  with fails_in_one_line(r'dataset.crop is 1.25, must be in \(0, 1\]'):
-    check_fields.check(config)
+  with fails_in_one_line(r'dataset.crop is 1.25, must be a number in \(0, 1\] or None'):
+    raise_problems(check_values, config)

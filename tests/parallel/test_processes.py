@@ -301,7 +301,8 @@ def test_a_run_says_so_too(tmp_path):
   with pytest.raises(
       ValueError, match=r'distributed\.coordinator and distributed\.num_processes must be set'):
     train.run(config(**fields), tmp_path / 'run')
-  with pytest.raises(ValueError, match=r'distributed\.num_processes is 0, must be in \[1, inf\)'):
+  with pytest.raises(
+      ValueError, match=r'distributed\.num_processes is 0, must be a whole number in \[1, inf\)'):
     train.run(config(distributed__num_processes=0), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 

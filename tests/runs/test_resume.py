@@ -158,9 +158,10 @@ def test_a_run_goes_on_with_chosen_fields_changed(tmp_path):
   # All that is wrong at once, and each field once.
   with pytest.raises(InvalidError) as error:
     train.run(toy_runs.config(seed=1, labels='blanced', distill__temperature=-5.0), tmp_path)
-  temperature, labels, folder = error.value.problems
-  assert 'distill.temperature is -5.0, must be in' in temperature
-  assert "'blanced'. Did you mean 'balanced'" in labels
+  labels, temperature, folder = error.value.problems
+  assert 'distill.temperature is -5.0, must be a number in' in temperature
+  assert "'blanced', must be one of" in labels
+  assert "Did you mean 'balanced'" in labels
   assert 'another config: seed is 0 there, 1 here. Name' in folder
   summary = train.run(other, tmp_path, resume='force:distill')
   assert summary['student']['last']['round'] == 6

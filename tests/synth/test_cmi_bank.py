@@ -13,7 +13,7 @@ from cmi_toys import CONTRAST, cmi, count, features_of, no_rows, projected
 from hypothesis import strategies as st
 from method_runs import Noting, largest_difference, run
 
-from dfkd_jax.synth import Factors, replay
+from dfkd_jax.synth import Factors, contrast, replay
 from dfkd_jax.synth.methods import cmi as method_file
 
 
@@ -21,7 +21,7 @@ from dfkd_jax.synth.methods import cmi as method_file
 @hypothesis.given(st.sampled_from([1, 4, 7]), st.data())
 def test_rows_are_live_and_drawn_without_replacement(capacity, data):
   size, number = data.draw(st.integers(0, capacity)), data.draw(st.integers(1, capacity))
-  slots, live = method_file.random_rows(
+  slots, live = contrast.random_rows(
       jax.random.key(data.draw(st.integers(0, 99))), jnp.int32(size), capacity, number)
   assert slots.shape == live.shape == (number,)
   assert len(set(slots.tolist())) == number
@@ -30,7 +30,7 @@ def test_rows_are_live_and_drawn_without_replacement(capacity, data):
 
 
 def test_every_live_row_is_drawn_equally_often():
-  draw = jax.vmap(lambda key: method_file.random_rows(key, jnp.int32(5), 8, 2))
+  draw = jax.vmap(lambda key: contrast.random_rows(key, jnp.int32(5), 8, 2))
   slots, live = jax.jit(draw)(jax.random.split(jax.random.key(0), 2000))
   assert live.all()
   # A binomial count of 2,000 with chance 2/5 has the standard deviation 22.

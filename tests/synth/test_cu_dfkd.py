@@ -253,10 +253,10 @@ def test_the_generator_starts_from_small_normal_weights():
 
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(curriculum_kind='linear'),
-     r"curriculum_kind is 'linear', must be None or one of \('log', 'soft', 'hard'\)"),
+     r"curriculum_kind is 'linear', must be one of \(None, 'log', 'soft', 'hard'\)"),
     (dict(per='pixel'), r"per is 'pixel', must be one of \('sample', 'batch'\)"),
     (dict(threshold_start=0.0), 'threshold_start is 0.0, must be above 0'),
-    (dict(threshold_growth=-1e-4), 'threshold_growth -0.0001, at least 0'),
+    (dict(threshold_growth=-1e-4), 'threshold_growth is -0.0001, must be at least 0'),
     (dict(init_std=0.0), 'init_std is 0.0, must be above 0, or None'),
     (dict(lambda_0=2.0), "Unknown argument of cu_dfkd 'lambda_0'")])
 def test_bad_arguments_are_named(changes, message):

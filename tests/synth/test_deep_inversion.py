@@ -236,7 +236,7 @@ def test_a_teacher_without_batch_norm_is_refused():
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(keep='first'), r"keep is 'first', must be one of \('best', 'last'\)"),
     (dict(factors=Factors(l2=-1.0)), 'Factor l2 is -1.0'),
-    (dict(capacity=13, num_tasks=4),
+    (dict(capacity=13, num_tasks=4, sample_batch_size=8),
      r'capacity is 13, must be a positive multiple of 4 .*such as 12'),
     (dict(task_map='scan'), "task_map is 'scan'"),
     (dict(latent_dim=3), "Unknown argument of deep_inversion 'latent_dim'")])

@@ -216,9 +216,10 @@ def dafl(**changes):
      "buffer is 'host', must be 'auto' or 'device': the method keeps no images"),
     (ssd_kd, dict(device_memory_gb=1e-6),
      'method.capacity must be lower: the image buffer is .* by priorities.*tries'),
-    (toy_runs.config, dict(buffer='hots'), "Unknown buffer 'hots'. Did you mean 'host'"),
+    (toy_runs.config, dict(buffer='hots'),
+     "buffer is 'hots', must be one of auto, device, host. Did you mean 'host'"),
     (toy_runs.config, dict(device_memory_gb=0.0),
-     r'device_memory_gb is 0.0, must be in \(0, inf\)')])
+     r'device_memory_gb is 0.0, must be a number in \(0, inf\) or None')])
 def test_refusals_take_a_line(make, changes, message, tmp_path):
   with pytest.raises(ValueError, match=message) as error:
     train.run(make(**changes), tmp_path / 'run')

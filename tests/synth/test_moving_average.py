@@ -10,7 +10,7 @@ import toys
 from jax.sharding import PartitionSpec
 
 from dfkd_jax import augment, parallel, synth, tasks
-from dfkd_jax.synth import Factors, replay
+from dfkd_jax.synth import Factors, priorities, replay
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.moving_average import MovingAverage
 
@@ -164,10 +164,10 @@ def test_priorities_are_of_stored_images_only():
 def test_nowhere_is_no_slot():
   buffer = replay.create(3, (2, 1, 1), 2, num_tasks=2, prioritised=True)
   slots, values = jnp.array([4, -1, 0]), jnp.array([2.0, 7.0, 3.0])
-  written = replay.set_weights(replay.set_priorities(buffer, slots, values), slots, values)
+  written = priorities.set_weights(priorities.set_priorities(buffer, slots, values), slots, values)
   np.testing.assert_array_equal(written.priorities, [[3, 0, 0], [0, 2, 0]])
   np.testing.assert_array_equal(written.weights, [[3, 1, 1], [1, 2, 1]])
-  np.testing.assert_array_equal(replay.weights_at(written, slots), [2, 1, 3])
+  np.testing.assert_array_equal(priorities.weights_at(written, slots), [2, 1, 3])
 
 
 @pytest.mark.parametrize('name', ['dfq', 'fast_dfkd'])
