@@ -162,6 +162,8 @@ def load(name: str) -> ConfigDict:
   sys.dont_write_bytecode = True  # leave nothing beside the file
   try:
     spec.loader.exec_module(module)
+    if not callable(getattr(module, 'get_config', None)):
+      raise ValueError('it has no function get_config.')
     config = module.get_config(*filter(None, [arguments]))
   except (Exception, SystemExit) as error:
     raise ValueError(f'--config is {name!r}: {_origin(error, paths[0])}{error}') from error

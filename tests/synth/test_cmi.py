@@ -163,7 +163,7 @@ def test_a_teacher_without_batch_norm_has_no_features():
     (dict(num_negatives=0), 'num_negatives is 0'),
     (dict(bank_size=9, num_tasks=2, capacity=8),
      r'bank_size is 9, must be a positive multiple of 2'),
-    (dict(capacity=13, num_tasks=4, sample_batch_size=8),
+    (dict(capacity=13, num_tasks=4, sample_batch_size=8, bank_size=24),
      'capacity is 13, must be a positive multiple of 4'),
     (dict(factors=Factors(contrast=-1.0)), 'Factor contrast is -1.0'),
     (dict(meta='anew'), r"meta is 'anew', must be one of \('fomaml', "),
