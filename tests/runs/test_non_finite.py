@@ -85,7 +85,7 @@ def test_a_round_may_be_done_again_with_other_keys(tmp_path, monkeypatch, capsys
   monkeypatch.setattr(programs, 'place_and_compile', broken(2, index))
   summary = train.run(toy_runs.config(faults__reseed=2), tmp_path)
   assert summary['counts']['reseeded'] == 2
-  text = f'It is done again with other keys, from round {2 if index == 3 else 0} on.'
+  text = f'Repeating it with other keys from round {2 if index == 3 else 0} on.'
   assert text in capsys.readouterr().err
   lines = toy_runs.metrics(tmp_path)
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 5]

@@ -21,7 +21,7 @@ def test_a_round_may_have_several_calls(tmp_path):
   assert int(state.student.step) == 12
   assert summary['student']['last']['round'] == 3
   with pytest.raises(
-      ValueError, match=r'distill\.steps_per_round is 5, must be a positive multiple of 2'):
+      ValueError, match=r'distill\.steps_per_round is 5, must be a multiple of 2, distill\.calls'):
     train.run(toy_runs.config(distill__calls_per_round=2, distill__steps_per_round=5),
         tmp_path / 'odd')
   assert not (tmp_path / 'odd').exists()
