@@ -14,8 +14,9 @@ CONTRAST = Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.0, contrast=0.8)
 def cmi(**changes):
   """Two inner steps on four images, a bank of nine rows of which up to five are drawn."""
   return synth.create('cmi', **{
-      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
-      'factors': CONTRAST, 'num_steps': 2, 'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12,
+      'generator': toys.generator(), 'image_shape': toys.IMAGE,
+      'task': tasks.classification(toys.CLASSES), 'factors': CONTRAST, 'num_steps': 2,
+      'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12,
       'bank_size': 9, 'num_negatives': 5, 'projection_size': 6, 'augment': augment.identity,
       'local_view': augment.flip, **changes})
 

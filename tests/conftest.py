@@ -5,21 +5,34 @@ import importlib.metadata
 import os
 import pathlib
 import signal
+import tempfile
+
+# JAX reads these when it is imported. Tolerances are for CPU, and four devices are needed.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Most of the time goes to compiling programs that run for milliseconds.
+os.environ.setdefault('XLA_FLAGS', ' '.join((
+    '--xla_force_host_platform_device_count=4', '--xla_backend_optimization_level=1',
+    # Halves the time of compiling. Later versions abort at an unknown flag.
+    *(['--xla_cpu_use_fusion_emitters=false']
+      if importlib.metadata.version('jaxlib').startswith('0.10.') else []))))
+os.environ.setdefault('PJRT_NPROC', '32')  # Collectives deadlock without it on two cores.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  # All workers share what they compile. The folder is removed with the process that made it.
+  _programs = tempfile.TemporaryDirectory(prefix='dfkd_jax_programs_')
+  os.environ |= {
+      'JAX_COMPILATION_CACHE_DIR': _programs.name,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
 
 import jax
 import numpy as np
 import pytest
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # Tolerances are those of CPU, and four devices are wanted.
-os.environ.setdefault('XLA_FLAGS', ' '.join((  # Most of the time here goes to compiling what runs for milliseconds.
-    '--xla_force_host_platform_device_count=4', '--xla_backend_optimization_level=1',
-    # Halves it where it is known: later versions abort at the name.
-    *(['--xla_cpu_use_fusion_emitters=false'] if importlib.metadata.version('jaxlib').startswith('0.10.') else []))))
-os.environ.setdefault('PJRT_NPROC', '32')  # On two cores, loops of collectives deadlock without.
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / 'shared'
 jax.config.update('jax_debug_key_reuse', True)
-gc.set_threshold(100_000, 50, 50)  # Traces allocate much and leave little for the collector to find.
+# Traces allocate much and leave little for the collector to find.
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture
@@ -31,7 +44,7 @@ def x64():
 
 @pytest.fixture
 def heeded():
-  """Signals as a terminal has them, also where the tests are started in the background, which ignores SIGINT."""
+  """Signals as in a terminal, also for tests started in the background, which ignores SIGINT."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)

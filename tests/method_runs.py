@@ -43,7 +43,8 @@ class Noting:
     seen = self.function(key, images)
     # As bytes, since a callback's thread knows nothing of float64.
     as_bytes = (jax.lax.bitcast_convert_type(each, jnp.uint8) for each in (images, seen))
-    note = lambda *both: self.notes.append([np.array(each).view(images.dtype)[..., 0] for each in both])
+    note = lambda *both: self.notes.append(
+        [np.array(each).view(images.dtype)[..., 0] for each in both])
     jax.debug.callback(note, *as_bytes, ordered=True)
     return seen
 
@@ -54,13 +55,14 @@ class Noting:
 
 
 def one_by_one(method, num_tasks, networks):
-  """States and metrics of a method of one task, given in turn the keys of each of `num_tasks` tasks."""
+  """States and metrics of a method of one task, with the keys of `num_tasks` tasks in turn."""
   task_keys = parallel.task_keys
 
   @toys.jit
   def call(state, key, task, networks):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(devices, 'task_keys', lambda key, *_: task_keys(key, num_tasks, None)[task][None])
+      patch.setattr(
+          devices, 'task_keys', lambda key, *_: task_keys(key, num_tasks, None)[task][None])
       return method.synthesize(state, key, *networks)
 
   state = toys.jit(method.init)(jax.random.key(0), networks[0])
@@ -68,7 +70,7 @@ def one_by_one(method, num_tasks, networks):
 
 
 def on_devices(create, networks, size, calls=2):
-  """The state and metrics after calls of four tasks, `create(num_tasks, axis)` on each of `size` devices."""
+  """State and metrics after calls of four tasks, by `create(num_tasks, axis)` on `size` devices."""
   mesh, one = parallel.make_mesh(size), parallel.REPLICATED
   state = toys.jit(create(4, None).init)(jax.random.key(0), networks[0])
   spread = parallel.specs(state)
@@ -83,4 +85,5 @@ def on_devices(create, networks, size, calls=2):
 def abstract_call(method, teacher, student):
   state = jax.eval_shape(method.init, jax.random.key(0), teacher)
   return jax.eval_shape(
-      lambda state, key, teacher: method.synthesize(state, key, teacher, student), state, jax.random.key(1), teacher)
+      lambda state, key, teacher: method.synthesize(state, key, teacher, student), state,
+      jax.random.key(1), teacher)

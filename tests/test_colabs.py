@@ -12,7 +12,8 @@ COLABS = pathlib.Path(__file__).resolve().parent.parent / 'colabs'
 def test_notebook_runs(path, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   cells = json.loads(path.read_text())['cells']
-  assert all(cell.get('outputs', []) == [] for cell in cells), 'Clear the outputs before committing.'
+  assert all(cell.get('outputs', []) == [] for cell in cells), (
+      'Clear the outputs before committing.')
   source = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
   assert 'num_calls, batch_size = 40, 128' in source
   source = source.replace('num_calls, batch_size = 40, 128', 'num_calls, batch_size = 12, 16')

@@ -1,4 +1,7 @@
-"""Nothing in the package runs what a file or a name asks for: no eval, no shell, no pickles but those of one reader."""
+"""Nothing in the package runs the content of a file or a name: no eval and no shell.
+
+One reader alone reads pickles.
+"""
 
 import ast
 import pathlib
@@ -9,16 +12,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / 'dfkd_jax').rglob('*.py'), ROOT / 'main.py'])
 RUNS = {'eval', 'exec', 'compile', '__import__'}
 MODULES = {  # None of which has any use here; others import them, and these are not looked at.
-    'subprocess', 'pty', 'marshal', 'shelve', 'dill', 'joblib', 'cloudpickle', 'pickle', '_pickle', 'yaml', 'runpy',
-    'code', 'codeop', 'ctypes', 'builtins', 'commands', 'popen2', 'torch', 'importlib'}
+    'subprocess', 'pty', 'marshal', 'shelve', 'dill', 'joblib', 'cloudpickle', 'pickle', '_pickle',
+    'yaml', 'runpy', 'code', 'codeop', 'ctypes', 'builtins', 'commands', 'popen2', 'torch',
+    'importlib'}
 OF_OS = ('system', 'popen', 'exec', 'spawn', 'posix_spawn', 'fork', 'startfile')
 LOADS = {'numpy.load', 'numpy.lib.format.read_array', 'numpy.lib.npyio.load'}  # Which may unpickle.
 # What is wanted of these in one file each, and why.
 ALLOWED = {
-    'dfkd_jax/weights/formats/pytorch.py': {'pickle._Unpickler'},  # Whose find_class has a list of its own.
+    # Its find_class has a list of its own.
+    'dfkd_jax/weights/formats/pytorch.py': {'pickle._Unpickler'},
     'dfkd_jax/report/environment.py': {'importlib.metadata'},  # Versions.
     'dfkd_jax/data/tfds.py': {'importlib.util'},  # Whether TensorFlow is installed.
-    'dfkd_jax/synth/__init__.py': {'importlib'},  # A method by the name of a file in synth/methods, which is checked.
+    # Finds a method by the name of a file in synth/methods, and checks the name.
+    'dfkd_jax/synth/__init__.py': {'importlib'},
     'main.py': {'importlib.util'},  # The config that a user names is a program of the user's.
 }
 
@@ -28,8 +34,9 @@ def unsafe(text):
   tree, aliases = ast.parse(text), {}
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      aliases |= {each.asname or each.name.split('.')[0]: each.name if each.asname else each.name.split('.')[0]
-                  for each in node.names}
+      aliases |= {
+          each.asname or each.name.split('.')[0]:
+          each.name if each.asname else each.name.split('.')[0] for each in node.names}
       for each in node.names:
         if each.name.split('.')[0] in MODULES - {'pickle'}:
           yield node.lineno, each.name
@@ -48,10 +55,12 @@ def unsafe(text):
     if isinstance(node, ast.Call):
       given = {each.arg: each.value for each in node.keywords}
       name = dotted(node.func, aliases)
-      pickles = given.get('allow_pickle', ast.Constant(name in LOADS and name != 'numpy.lib.format.read_array'))
+      pickles = given.get(
+          'allow_pickle', ast.Constant(name in LOADS and name != 'numpy.lib.format.read_array'))
       if not (isinstance(pickles, ast.Constant) and pickles.value is False):
         yield node.lineno, f'{name}(allow_pickle)'
-      if 'shell' in given and not (isinstance(given['shell'], ast.Constant) and given['shell'].value is False):
+      if 'shell' in given and not (
+          isinstance(given['shell'], ast.Constant) and given['shell'].value is False):
         yield node.lineno, f'{name}(shell)'
 
 
@@ -69,7 +78,8 @@ def dotted(node, aliases):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_runs_what_it_is_given(path):
   allowed = ALLOWED.get(path.relative_to(ROOT).as_posix(), set())
-  found = [(line, what) for line, what in unsafe(path.read_text(encoding='utf-8')) if what not in allowed]
+  found = [(line, what) for line, what in unsafe(path.read_text(encoding='utf-8'))
+           if what not in allowed]
   assert found == []
 
 
@@ -84,29 +94,34 @@ def test_no_exception_is_left_over(path):
 
 
 def test_the_one_unpickler_has_a_list_of_names():
-  """As test_pytorch tries: here that nobody takes the list away, or calls a pickle in another way."""
+  """test_pytorch tries the list; this test finds code that drops it or calls pickle elsewhere."""
   tree = ast.parse((ROOT / 'dfkd_jax/weights/formats/pytorch.py').read_text(encoding='utf-8'))
   own = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-         and any(isinstance(base, ast.Attribute) and base.attr == '_Unpickler' for base in node.bases)]
+         and any(isinstance(base, ast.Attribute) and base.attr == '_Unpickler'
+                 for base in node.bases)]
   assert [each.name for each in own] == ['_Unpickler']
-  assert {'find_class', 'persistent_load'} <= {each.name for each in own[0].body if isinstance(each, ast.FunctionDef)}
+  assert {'find_class', 'persistent_load'} <= {
+      each.name for each in own[0].body if isinstance(each, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize('text', [
     'eval("1")', 'exec("a = 1")', 'compile("1", "", "eval")', 'run = eval', '__import__("os")',
-    'import pickle\npickle.loads(b"")', 'import pickle as p\np.Unpickler(file)', 'from pickle import load',
-    'import numpy as np\nnp.load("a.npy")', 'import numpy as np\nnp.load("a.npy", allow_pickle=True)',
-    'from numpy import load\nload("a.npy", allow_pickle=wanted)', 'import yaml', 'import os\nos.system("ls")',
-    'import os\nos.popen("ls")', 'from os import system', 'import os as o\no.execv("a", [])', 'import subprocess',
-    'from subprocess import run', 'run("ls", shell=True)', 'import marshal', 'import shelve', 'import dill',
-    'import joblib', 'import cloudpickle', 'from importlib import import_module', 'import builtins',
+    'import pickle\npickle.loads(b"")', 'import pickle as p\np.Unpickler(file)',
+    'from pickle import load', 'import numpy as np\nnp.load("a.npy")',
+    'import numpy as np\nnp.load("a.npy", allow_pickle=True)',
+    'from numpy import load\nload("a.npy", allow_pickle=wanted)', 'import yaml',
+    'import os\nos.system("ls")', 'import os\nos.popen("ls")', 'from os import system',
+    'import os as o\no.execv("a", [])', 'import subprocess', 'from subprocess import run',
+    'run("ls", shell=True)', 'import marshal', 'import shelve', 'import dill', 'import joblib',
+    'import cloudpickle', 'from importlib import import_module', 'import builtins',
     'import numpy as np\nnp.lib.format.read_array(file, allow_pickle=True)'])
 def test_what_is_unsafe_is_found(text):
   assert list(unsafe(text))
 
 
 @pytest.mark.parametrize('text', [
-    'program.lower(x).compile()', 're.compile("a")', 'import re\nre.compile("a")', 'import os\nos.path.exists("a")',
-    'import numpy as np\nnp.load("a.npy", allow_pickle=False)', 'json.load(file)', 'model.eval()'])
+    'program.lower(x).compile()', 're.compile("a")', 'import re\nre.compile("a")',
+    'import os\nos.path.exists("a")', 'import numpy as np\nnp.load("a.npy", allow_pickle=False)',
+    'json.load(file)', 'model.eval()'])
 def test_what_is_safe_is_not(text):
   assert not list(unsafe(text))

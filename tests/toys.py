@@ -23,7 +23,9 @@ def variables(key, module):
     noise = jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape)
     return 0.3 * noise if path[-1].key == 'mean' else jnp.exp(noise / 3)
 
-  return {'params': found['params'], 'batch_stats': jax.tree_util.tree_map_with_path(draw, found['batch_stats'])}
+  return {
+      'params': found['params'],
+      'batch_stats': jax.tree_util.tree_map_with_path(draw, found['batch_stats'])}
 
 
 @functools.cache
@@ -35,13 +37,16 @@ def teacher():
   def scaled(key, key_params, key_latents):
     found = variables(key, module)
     latents = jax.random.normal(key_latents, (64, 7))
-    images = generator().apply(generator().init(key_params, latents), latents, mutable=['batch_stats'])[0]
+    images = generator().apply(
+        generator().init(key_params, latents), latents, mutable=['batch_stats'])[0]
     logits = models.bind(module, found, mean=MEAN, std=STD)(images).logits
     last, spread = found['params']['fc'], 2 / logits.std(0)
-    found['params']['fc'] = {'kernel': spread * last['kernel'], 'bias': spread * (last['bias'] - logits.mean(0))}
+    found['params']['fc'] = {
+        'kernel': spread * last['kernel'], 'bias': spread * (last['bias'] - logits.mean(0))}
     return found
 
-  with jax.enable_x64(False), jax.ensure_compile_time_eval():  # Whoever asks first, in a trace or out of it.
+  # The first caller may be in a trace or outside one.
+  with jax.enable_x64(False), jax.ensure_compile_time_eval():
     return models.bind(module, scaled(*jax.random.split(jax.random.key(0), 3)), mean=MEAN, std=STD)
 
 
@@ -84,7 +89,8 @@ class Dense(nn.Module):
 def dense_teacher():
   """Logits [B, H, W, K]."""
   with jax.enable_x64(False), jax.ensure_compile_time_eval():
-    return models.bind(Dense(), jit(lambda key: variables(key, Dense()))(jax.random.key(5)), mean=MEAN, std=STD)
+    return models.bind(
+        Dense(), jit(lambda key: variables(key, Dense()))(jax.random.key(5)), mean=MEAN, std=STD)
 
 
 @functools.cache
@@ -109,7 +115,7 @@ def generator(width=2):
 
 
 class Maps(nn.Module):
-  """A generator from latents [B, h, w, Z] to images a whole number of times the size, without batch norm."""
+  """Generate images from latents [B, h, w, Z] at a multiple of their size, without batch norm."""
 
   @nn.compact
   def __call__(self, latents, train: bool = True):
@@ -121,6 +127,6 @@ def fast_dfkd(**changes):
   """FastDFKD of three inner steps on four images; `changes` are arguments of the constructor."""
   return synth.create('fast_dfkd', **{
       'generator': generator(), 'image_shape': IMAGE, 'task': tasks.classification(CLASSES),
-      'factors': synth.Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.0), 'num_steps': 3, 'latent_dim': 7,
-      'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12, 'adversarial_after': 0, 'augment': augment.identity,
-      **changes})
+      'factors': synth.Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.0), 'num_steps': 3,
+      'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12,
+      'adversarial_after': 0, 'augment': augment.identity, **changes})

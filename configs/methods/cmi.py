@@ -1,4 +1,4 @@
-"""CMI. arXiv:2105.08584; the numbers for CIFAR are those of the published scripts.
+"""CMI. arXiv:2105.08584; for CIFAR the numbers of the published scripts.
 
 Cost: 200 calls of 200 inner steps on 256 images (the papers' tables have 500), each with two views
 and 4,096 rows of the bank; 80,000 student steps of 256.

@@ -1,4 +1,4 @@
-"""CuDFKD. arXiv:2208.13648; the numbers for CIFAR are those of the published scripts.
+"""CuDFKD. arXiv:2208.13648; for CIFAR the numbers of the published scripts.
 
 An epoch is a round: 40 calls of one generator step, each followed by 10 student steps. Pairs
 without a script take the one of their teacher's kind.

@@ -1,7 +1,7 @@
 """FastDFKD. arXiv:2112.06253, tables 1 to 3.
 
-The numbers for CIFAR are those of the published scripts. The published ImageNet scripts do not run,
-so these numbers are from the published logs.
+The numbers for CIFAR are from the published scripts. The published ImageNet scripts do not run, so
+these numbers are from the published logs.
 
 Cost on CIFAR: 220 calls of 2, 5 or 10 inner steps on 256 images, 80,000 student steps of 256.
   WRN-40-2 -> WRN-16-1: 17, 17 and 18 PFLOP end to end; ResNet-34 -> ResNet-18: 117 to 120.

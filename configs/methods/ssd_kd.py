@@ -2,7 +2,7 @@
 
 The numbers for CIFAR are FastDFKD's (configs/methods/fast_dfkd.py), except for two. The buffer
 holds 5,000 images, a tenth of CIFAR. A round has 100 student steps instead of 400, which roughly
-gives the published ratio of times. `dfkd_jax.synth.methods.ssd_kd` says what is known of gamma,
+gives the published ratio of times. `dfkd_jax.synth.methods.ssd_kd` tells the sources of gamma,
 beta, labels and new priorities.
 
 Cost: 220 calls of 5 inner steps on 256 images, 20,000 student steps of 256: a quarter of

@@ -1,1 +1,1 @@
-"""Configs: their fields, checks, and what is built from them."""
+"""Configs: the table of fields, checks, and builders of the parts of a run."""

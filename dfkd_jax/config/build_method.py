@@ -31,7 +31,7 @@ def synthesizer(
   Args:
     method: Its settings.
     num_devices: Devices that share the tasks.
-    factors: Factors of the terms; None: those of the settings.
+    factors: Factors of the terms; None: the factors of the settings.
 
   Raises:
     FieldError: A number is not allowed; also raised by the returned function.

@@ -71,7 +71,7 @@ class NetworkSettings(NamedTuple):
   num_classes: int
   dtype: str | None
   remat: bool
-  needs_moments: bool  # whether batch-norm moments must be those of a trained network
+  needs_moments: bool  # whether its batch-norm moments must come from training
 
   @property
   def input_shape(self) -> tuple[int, int, int]:
@@ -83,7 +83,7 @@ class MethodSettings(NamedTuple):
   """How to make the method."""
 
   name: str | None
-  numbers: dict[str, Any]  # arguments of its constructor, over all devices; without those of None
+  numbers: dict[str, Any]  # arguments of its constructor that are not None, over all devices
   factors: Factors
   task: tasks.Task
   generator: NetworkSettings

@@ -14,7 +14,7 @@ from dfkd_jax.synth import generators, objective
 from dfkd_jax.types import Array, PRNGKey
 
 MOMENTS = ('batch_norm', 'relative_batch_norm')
-# Gradient norm of the moments term over that of one_hot, factors included. Good runs had 0.07 (the
+# Ratio of gradient norms, the moments term over one_hot, factors included. Good runs had 0.07 (the
 # quick start) and 0.9 (ResNet-56). With 11 the images ignored the requested classes (ResNet-56 with
 # the published factors). TARGET_RATIO is in the middle.
 BALANCED = (0.02, 5.0)
@@ -24,7 +24,7 @@ MIN_SPREAD = 1e-4  # of logits between images, relative to their range; less is 
 
 
 class LogitStats(NamedTuple):
-  """What a network predicts for a batch of images: scalars."""
+  """Statistics of a network's predictions for a batch of images: scalars."""
 
   spread: Array  # deviation of logits between images, root mean square over classes
   range: Array  # deviation between classes of the logits averaged over images
@@ -66,7 +66,7 @@ def measure(
     generator: Makes the images; None: they are noise.
     latent_shape: [B, ...] of its latents; there are B noise images too.
     image_shape: [H, W, C].
-    task: What the teacher was trained for.
+    task: The task of the teacher.
     factors: Says which terms are active; their sizes do not matter.
     adversary: Measure of the adversarial term.
   """
@@ -138,7 +138,7 @@ def suggest_factors(
   suggested = {name: float(f'{getattr(factors, name) * TARGET_RATIO / ratio:.2g}')
                for name, ratio in ratios.items() if _is_unbalanced(ratio)}
   notes = tuple(
-      f'gradient norm of {name} is {ratios[name]:.3g}x that of one_hot: images may ignore the '
+      f'gradient norm of {name} is {ratios[name]:.3g}x the norm of one_hot: images may ignore the '
       f'{"requested classes" if ratios[name] > 1 else "moments"}; --config.factors.{name}='
       f'{factor:.2g} would balance them' for name, factor in suggested.items())
   return Verdict(None, notes, suggested, factors)
@@ -146,7 +146,7 @@ def suggest_factors(
 
 def gradient_ratio(
     measurement: Measurement, factors: objective.Factors, name: str, momentum: float) -> float:
-  """Returns the gradient norm of a moments term over that of one_hot, with factors, or NaN."""
+  """Returns the ratio of gradient norms, a moments term over one_hot, with factors, or NaN."""
   one_hot = factors.one_hot * measurement.gradient_norms.get('one_hot', np.nan)
   norm = getattr(factors, name) * (1 - momentum) * measurement.gradient_norms[name]
   return float(norm / one_hot) if one_hot else np.nan

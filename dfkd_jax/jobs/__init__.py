@@ -1,1 +1,1 @@
-"""What a run can be."""
+"""The jobs of a run: distillation, training on real data, and a check of the teacher."""

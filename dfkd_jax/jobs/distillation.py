@@ -92,7 +92,7 @@ class _Distillation:
       self.student = jax.tree.map(np.array, student)
 
   def choose_factors(self) -> None:
-    """Takes the preflight's factors, which a resumed run keeps; None: those of the settings."""
+    """Takes the preflight's factors, which a resumed run keeps; None: the settings' own."""
     findings = self.store.stored.get('preflight')
     if self.settings.preflight.enabled and findings is None:
       with self.ledger.part('preflight'):

@@ -100,7 +100,7 @@ def measure_teacher(
 
 
 def lines(measurement: Measurement, verdict: Verdict) -> list[str]:
-  """Formats what the teacher predicts, and the gradient of each term."""
+  """Formats the teacher's predictions and the gradient of each term."""
   text = [_format_logits('uniform noise', measurement.noise),
           _format_logits('generated images', measurement.generated),
           f'{"term, at the start":20}{"value":>12}{"factor":>12}{"gradient":>12}'

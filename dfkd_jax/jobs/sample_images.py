@@ -20,8 +20,8 @@ def show(
   """Writes images.png, with images in turn from every class, and the teacher's labels.
 
   Returns:
-    With a judge, the fractions of at least 1,000 images whose teacher's class is the judge's, or
-    among its five.
+    With a judge, the fractions of at least 1,000 images on which the teacher's class is the judge's
+    top-1, or in its top-5.
   """
   number = max(4 * grid.columns * grid.rows, 0 if judge is None else JUDGED)
   batch = _draw(experiment, plan, synthesis, teacher, key, number)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh
 
 from dfkd_jax import augment, distill, parallel
 from dfkd_jax.config import build, build_optimizer
@@ -31,84 +30,119 @@ def run(settings: Settings, start: Start) -> dict[str, Any]:
   In the summary `student` is the trained network, `network` its role, and `teacher` the network
   that it learns from.
   """
-  section, role, mesh = settings.train, settings.train.network, build.make_mesh(settings)
   with parallel.raise_on_all_processes():
-    experiment = Experiment(settings, start, 'epoch')
-    store = experiment.store
-    with experiment.ledger.part('setup'):
-      teacher = build.trained_network(settings.teacher) if section.teacher_factor else None
-      card = teacher and build.make_card(teacher, settings.teacher.source)
-      unread = init_from.unread_sources(settings.init_from, store.stored, settings.control)
-      store.check_identity(
-          teacher=card and card.sha256,
-          **init_from.source_digests(settings.init_from, unread, store.stored))
-    if (summary := store.finished_summary()) is not None:
+    job = _Training(settings, start)
+    job.load_teacher()
+    if (summary := job.store.finished_summary()) is not None:
       return summary
-    with experiment.ledger.part('setup'):
-      train = build.load_split(settings.dataset, settings.dataset.train_split)
-      steps = len(train.labels) // section.batch_size
-      if not steps:
-        raise ValueError(f'train.batch_size is {section.batch_size}, must be at most '
-                         f'{len(train.labels)}, all training images.')
-      init_key, run_key = jax.random.split(jax.random.key(settings.run.seed))
-      teacher = teacher and parallel.place(mesh, teacher)
-      network = build.fresh_network(getattr(settings, role), init_key)
-      network = init_from.load_student(network, unread.student, settings.dataset.image_shape)
-      tx = build_optimizer.optimizer(settings.optimizer, section.epochs, steps)
-      student = parallel.place(mesh, distill.init(network, tx))
-      images, labels = parallel.place(mesh, (train.images, train.labels), parallel.REPLICATED)
-  parallel.check_same_on_all(json.dumps(store.meta['weights']), "The teacher's weights")
-  with experiment.ledger.part('compile'):
-    draw_order = _order_sampler(len(train.labels), steps, section.batch_size, mesh)
-    finite = non_finite.compile_finite_check(student)
-    epoch = functools.partial(_epoch, tx=tx, settings=section,
-                              augment=augment.create(**settings.augment))
-    program = _compile_epoch(
-        epoch, mesh, (student, images, labels, draw_order(run_key), run_key, teacher))
+    job.load_images()
+    student = job.init_student()
+  job.compile(student)
+  with job.experiment:  # nothing is written before
+    student = job.run_epochs(student)
+    return job.report(student)
 
-  def advance(student, index, reseeded):
-    key = round_key(run_key, index, reseeded)
+
+class _Training:
+  """The stages of a training, in order; each sets what later ones need."""
+
+  def __init__(self, settings: Settings, start: Start):
+    self.settings, self.train, self.role = settings, settings.train, settings.train.network
+    self.mesh, self.network = build.make_mesh(settings), getattr(settings, self.role)
+    self.init_key, self.run_key = jax.random.split(jax.random.key(settings.run.seed))
+    self.experiment = Experiment(settings, start, 'epoch')
+    self.ledger, self.store = self.experiment.ledger, self.experiment.store
+
+  def load_teacher(self) -> None:
+    """Loads the teacher, if the network learns from one; notes which weights the run stands on."""
+    settings, self.teacher, card = self.settings, None, None
+    with self.ledger.part('setup'):
+      if self.train.teacher_factor:
+        self.teacher = build.trained_network(settings.teacher)
+        card = build.make_card(self.teacher, settings.teacher.source)
+        self.teacher = parallel.place(self.mesh, self.teacher)
+      sources, stored = settings.init_from, self.store.stored
+      self.unread = init_from.unread_sources(sources, stored, settings.control)
+      self.store.check_identity(
+          teacher=card and card.sha256,
+          **init_from.source_digests(sources, self.unread, stored))
+
+  def load_images(self) -> None:
+    """Loads the training images onto the devices."""
+    with self.ledger.part('setup'):
+      images = build.load_split(self.settings.dataset, self.settings.dataset.train_split)
+      self.num_images, batch_size = len(images.labels), self.train.batch_size
+      self.steps = self.num_images // batch_size
+      if not self.steps:
+        raise ValueError(f'train.batch_size is {batch_size}, must be at most {self.num_images}, '
+                         'all training images.')
+      self.images, self.labels = parallel.place(
+          self.mesh, (images.images, images.labels), parallel.REPLICATED)
+
+  def init_student(self) -> distill.Student:
+    """Returns the network before its first step."""
+    with self.ledger.part('setup'):
+      network = build.fresh_network(self.network, self.init_key)
+      network = init_from.load_student(
+          network, self.unread.student, self.settings.dataset.image_shape)
+      self.tx = build_optimizer.optimizer(self.settings.optimizer, self.train.epochs, self.steps)
+      return parallel.place(self.mesh, distill.init(network, self.tx))
+
+  def compile(self, student: distill.Student) -> None:
+    """Compiles an epoch."""
+    parallel.check_same_on_all(json.dumps(self.store.meta['weights']), "The teacher's weights")
+    with self.ledger.part('compile'):
+      self.finite = non_finite.compile_finite_check(student)
+      epoch = functools.partial(_epoch, tx=self.tx, settings=self.train,
+                                augment=augment.create(**self.settings.augment))
+      one = parallel.REPLICATED
+      program = parallel.each_device(
+          epoch, self.mesh, (one, one, one, parallel.BATCHES, one, one), one, donate=(0,))
+      self.program = program.lower(
+          student, self.images, self.labels, self.draw_order(self.run_key), self.run_key,
+          self.teacher).compile()
+
+  def draw_order(self, key: PRNGKey) -> Array:
+    """Returns indices of an epoch's images, [steps, B] int32 on their devices, none twice."""
+    order = jax.random.permutation(key, self.num_images)
+    order = order[:self.steps * self.train.batch_size].reshape(self.steps, -1)
+    return parallel.place(self.mesh, order, parallel.BATCHES)
+
+  def run_epochs(self, student: distill.Student) -> distill.Student:
+    """Runs all epochs that are not done."""
+    build.note_idle_devices(self.settings, self.mesh.size)
+    student, done = self.store.resume(student, 'epoch', self.train.epochs)
+    self.teacher_metrics = None
+    if self.teacher is not None:
+      self.teacher_metrics = self.experiment.cache_teacher_predictions(self.teacher)
+    return self.experiment.loop(student, done, self.train.epochs, self.advance,
+                                lambda state, _: self.experiment.evaluate(state.network))
+
+  def advance(
+      self, student: distill.Student, index: int, reseeded: int
+  ) -> tuple[distill.Student, dict[str, float]]:
+    """Runs one epoch."""
+    key = round_key(self.run_key, index, reseeded)
     key_order, key_augment = jax.random.split(key)
-    with experiment.ledger.part('student'):
-      student, metrics = program(
-          student, images, labels, draw_order(key_order), key_augment, teacher)
+    with self.ledger.part('student'):
+      student, metrics = self.program(student, self.images, self.labels,
+                                      self.draw_order(key_order), key_augment, self.teacher)
       losses = np.asarray(metrics.pop('losses'))
-    experiment.ledger.count('seen', steps * section.batch_size)
+    self.ledger.count('seen', self.steps * self.train.batch_size)
     with non_finite.attach_key(key):
       non_finite.check_series('student', {'loss': losses})
-      finite.check(student)
+      self.finite.check(student)
     return student, {name: float(value) for name, value in metrics.items()}
 
-  with experiment:  # nothing is written before
-    build.note_idle_devices(settings, mesh.size)
-    student, done = store.resume(student, 'epoch', section.epochs)
-    teacher_metrics = teacher and experiment.cache_teacher_predictions(teacher)
-    student = experiment.loop(student, done, section.epochs, advance,
-                              lambda state, _: experiment.evaluate(state.network))
-    files = write_networks(experiment.workdir, 'weights', student.network, store.best_network,
-                           getattr(settings, role))
-    return experiment.write_summary(
-        num_devices=mesh.size, files=files, network=role, synthetic=False, teacher=teacher_metrics,
+  def report(self, student: distill.Student) -> dict[str, Any]:
+    """Writes the network and the summary."""
+    files = write_networks(self.experiment.workdir, 'weights', student.network,
+                           self.store.best_network, self.network)
+    return self.experiment.write_summary(
+        num_devices=self.mesh.size, files=files, network=self.role, synthetic=False,
+        teacher=self.teacher_metrics,
         parameters={'student': student.network.num_params(),
-                    'teacher': teacher and teacher.num_params()})
-
-
-def _order_sampler(
-    num_images: int, steps: int, batch_size: int, mesh: Mesh) -> Callable[[PRNGKey], Array]:
-  """Returns key -> indices of an epoch's images, [steps, B] int32 on their devices, none twice."""
-
-  @jax.jit
-  def draw(key):
-    order = jax.random.permutation(key, num_images)
-    return order[:steps * batch_size].reshape(steps, batch_size)
-
-  return lambda key: parallel.place(mesh, draw(key), parallel.BATCHES)
-
-
-def _compile_epoch(epoch: Callable, mesh: Mesh, arguments: tuple) -> Any:
-  one = parallel.REPLICATED
-  places = (one, one, one, parallel.BATCHES, one, one)
-  return parallel.each_device(epoch, mesh, places, one, donate=(0,)).lower(*arguments).compile()
+                    'teacher': self.teacher and self.teacher.num_params()})
 
 
 def _epoch(

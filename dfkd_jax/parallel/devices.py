@@ -32,6 +32,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dfkd_jax.messages import FieldError
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
 AXIS = 'devices'
@@ -94,15 +95,16 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
   """
   devices, processes = jax.devices(), jax.process_count()
   if processes > 1 and num_devices not in (None, len(devices)):
-    raise ValueError(
-        f'num_devices is {num_devices}, must be None or {len(devices)}, the devices of all '
-        f'{processes} processes.')
+    raise FieldError(
+        'num_devices', f'num_devices is {num_devices}, must be None or {len(devices)}, the devices '
+        f'of all {processes} processes.')
   if processes > 1 and not jax.distributed.is_initialized():
     raise ValueError(
         f'This is one of {processes} processes that are not joined: '
         "set distributed.coordinator to 'auto'.")
   if num_devices is not None and not 1 <= num_devices <= len(devices):
-    raise ValueError(
+    raise FieldError(
+        'num_devices',
         f'num_devices is {num_devices}, must be in 1..{len(devices)}, the devices at hand.')
   return Mesh(np.asarray(devices[:num_devices]), (AXIS,))
 
@@ -192,11 +194,11 @@ def even_share(total: int, parts: int, name: str) -> int:
   """Divides `total` by `parts` without remainder.
 
   Raises:
-    ValueError: Gives the `name` of the total, its value, and the nearest one that is allowed.
+    FieldError: Gives the `name` of the total, its value, and the nearest one that is allowed.
   """
   if total < 1 or total % parts:
     nearest = max(parts, round(total / parts) * parts)
-    raise ValueError(
-        f'{name} is {total}, must be a positive multiple of {parts} (devices and tasks), '
+    raise FieldError(
+        name, f'{name} is {total}, must be a positive multiple of {parts} (devices and tasks), '
         f'such as {nearest}.')
   return total // parts

@@ -11,18 +11,17 @@ from typing import Any
 import filelock
 
 from dfkd_jax import parallel, paths, report
+from dfkd_jax.report.summary import SUMMARY
 from dfkd_jax.runs.checkpoint import read_meta, saved_steps
 
 CHECKPOINTS = 'checkpoints'
 CONTROL = 'control'  # Checkpoints of the noise control, deleted when the run ends.
-SUMMARY = 'summary.json'
 _FILES = (
     'metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
     'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
 _UNFINISHED = (  # Left by a process that was killed.
     '*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 _LOCK = '.lock'
-_REQUIRED = {'weights': dict, 'changed': list, 'student': dict}  # Entries of a summary.
 
 
 def check_place(workdir: pathlib.Path) -> None:
@@ -52,10 +51,11 @@ def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
     ValueError: The record cannot be read, or the summary lacks an entry.
   """
   if (summary := read_summary(workdir)) is not None:
-    missing = [name for name, kind in _REQUIRED.items() if not isinstance(summary.get(name), kind)]
-    if missing:
-      raise ValueError(f'{workdir / SUMMARY} is no whole summary of a run: it lacks '
-                       f'{missing[0]}. Remove it, or name another --workdir.')
+    try:
+      report.check_summary(summary)
+    except ValueError as error:
+      raise ValueError(f'{workdir / SUMMARY} is no whole summary of a run: {error}. Remove it, '
+                       'or name another --workdir.') from None
     return summary
   checkpoints = workdir / CHECKPOINTS
   return read_meta(checkpoints) if saved_steps(checkpoints) else {}

@@ -43,7 +43,7 @@ class Experiment:
   Args:
     settings: The resolved config.
     start: Folder, command and stop request.
-    unit: What the loop counts, 'round' or 'epoch'.
+    unit: Name of a round, 'round' or 'epoch'.
 
   Raises:
     ValueError: The folder cannot be written or holds a run of another config, or the test set is

@@ -37,7 +37,7 @@ class Programs(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What the programs are compiled from."""
+  """The parts of the programs."""
 
   mesh: Mesh
   make: Make
@@ -73,7 +73,7 @@ def place_and_compile(
     plan: What to compile.
     state: State with shapes in place of the buffer's images.
     teacher: On the devices.
-    *others: Whatever else stays on the devices.
+    *others: Other arrays that stay on the devices.
     buffer: 'device', 'host' or 'auto'.
     memory: Bytes of a device; None: unlimited.
 
@@ -97,7 +97,7 @@ def compile_programs(plan: Plan, state: State, teacher: Network) -> Programs:
 
 
 def _compile_for_host(plan: Plan, state: State, teacher: Network) -> Programs:
-  """Compiles both programs for a buffer whose images are in host memory."""
+  """Compiles both programs for a buffer with images in host memory."""
   num_steps, images = plan.distill.steps_per_call, replay.find_buffer(state.synthesis).images
   state = state.replace(synthesis=host_replay.strip_images(state.synthesis))
 

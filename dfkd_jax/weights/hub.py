@@ -55,25 +55,33 @@ def _fetch(source: str) -> tuple[pathlib.Path, str | None]:
   except ImportError:
     raise ValueError(f"{source!r} needs huggingface_hub: pip install 'dfkd_jax[hf]'.") from None
 
-  def download(names: list[str]) -> pathlib.Path:
-    folder = pathlib.Path(hub.snapshot_download(
-        repo, revision=revision, allow_patterns=list(map(glob.escape, names))))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-      raise RefusedError(f'has no file {missing[0]!r}')
-    return folder
-
   try:
-    file = file or _choose_file(_list_files(hub, repo, revision))
-    path = download([file]) / file
-    if path.suffix == '.json':
-      shards = tfjs.list_shards(path.read_bytes())
-      download([(pathlib.PurePosixPath(file).parent / name).as_posix() for name in shards])
+    return _download_weights(hub, repo, revision, file), entry
   except RefusedError as error:
     raise ValueError(f'{source!r} {one_line(error)}.') from None
   except Exception as error:  # Of the hub, its HTTP library, or the disk.
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     raise ValueError(f'{source!r} cannot be fetched: {one_line(lines[0])}') from error
-  return path, entry
+
+
+def _download_weights(
+    hub: Any, repo: str, revision: str | None, file: str | None) -> pathlib.Path:
+  file = file or _choose_file(_list_files(hub, repo, revision))
+  path = _download(hub, repo, revision, [file]) / file
+  if path.suffix == '.json':
+    folder = pathlib.PurePosixPath(file).parent
+    shards = [(folder / name).as_posix() for name in tfjs.list_shards(path.read_bytes())]
+    _download(hub, repo, revision, shards)
+  return path
+
+
+def _download(hub: Any, repo: str, revision: str | None, names: list[str]) -> pathlib.Path:
+  """Downloads files, unless they are in the cache. Returns the folder of the repository."""
+  patterns = list(map(glob.escape, names))
+  folder = hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
+  if missing := [name for name in names if not (pathlib.Path(folder) / name).is_file()]:
+    raise RefusedError(f'has no file {missing[0]!r}')
+  return pathlib.Path(folder)
 
 
 def _list_files(hub: Any, repo: str, revision: str | None) -> list[str]:

@@ -14,7 +14,8 @@ from jax import lax
 from dfkd_jax import models, parallel
 from dfkd_jax.models import layers
 
-spec = importlib.util.spec_from_file_location('benchmark_of_scaling', toy_runs.ROOT / 'benchmarks' / 'scaling.py')
+spec = importlib.util.spec_from_file_location(
+    'benchmark_of_scaling', toy_runs.ROOT / 'benchmarks' / 'scaling.py')
 scaling = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scaling)
 ONE, SPREAD = parallel.REPLICATED, parallel.SPREAD
@@ -62,7 +63,8 @@ ENTRY %main (x: f32[6], y: bf16[5,2]) -> f32[6] {
 
 def test_seconds_are_latencies_and_a_ring():
   link = scaling.Link(flops=1.0, inner=100.0, outer=10.0, group=4, latencies=(0.5, 2.0))
-  found = {'one': {'all-reduce': scaling.Traffic(3, 80, 2)}, 'other': {'all-reduce': scaling.Traffic(1, 20, 1)}}
+  found = {'one': {'all-reduce': scaling.Traffic(3, 80, 2)},
+           'other': {'all-reduce': scaling.Traffic(1, 20, 1)}}
   assert scaling.seconds_of(found, link, 4) == pytest.approx((1.5, 2 * 3 / 4 * 100 / 100))
   assert scaling.seconds_of(found, link, 8) == pytest.approx((6.0, 2 * 7 / 8 * 100 / 10))
 
@@ -95,7 +97,10 @@ def test_batch_norms_wait_once_each_way():
 
 @pytest.mark.parametrize('settled', [False, True])
 def test_a_batch_norm_over_devices_is_one_over_the_batch(settled):
-  """Its values, gradients and running moments; with running moments that fit, also of inputs far from 0."""
+  """Values, gradients and running moments agree.
+
+  With running moments that fit, they agree also for inputs far from 0.
+  """
   draw = np.random.default_rng(0)
   centre = 300.0 if settled else 2.0
   images = jnp.asarray(centre + draw.normal(size=(8, 3, 2, 4)), jnp.float32)
@@ -114,7 +119,9 @@ def test_a_batch_norm_over_devices_is_one_over_the_batch(settled):
     return gradient, found, moved
 
   results = [
-      parallel.each_device(run, parallel.make_mesh(size), (SPREAD,), (SPREAD, SPREAD, ONE))(images) for size in (4, 1)]
+      parallel.each_device(
+          run, parallel.make_mesh(size), (SPREAD,), (SPREAD, SPREAD, ONE))(images)
+      for size in (4, 1)]
   (gradient, found, moved), (other_gradient, wanted, other_moved) = jax.device_get(results)
   np.testing.assert_allclose(found, wanted, atol=1e-4)
   assert np.abs(other_gradient).max() > 0.5
@@ -122,7 +129,8 @@ def test_a_batch_norm_over_devices_is_one_over_the_batch(settled):
   np.testing.assert_allclose(moved['mean'], other_moved['mean'], rtol=1e-6)
   np.testing.assert_allclose(moved['var'], other_moved['var'], rtol=1e-5)
   exact = np.asarray(images, np.float64).reshape(-1, 4)
-  np.testing.assert_allclose(moved['mean'], 0.9 * variables['batch_stats']['mean'] + 0.1 * exact.mean(0), rtol=1e-6)
+  np.testing.assert_allclose(
+      moved['mean'], 0.9 * variables['batch_stats']['mean'] + 0.1 * exact.mean(0), rtol=1e-6)
   np.testing.assert_allclose(moved['var'], 0.9 + 0.1 * exact.var(0), rtol=1e-5)
 
 
@@ -136,7 +144,7 @@ def test_operations_of_a_round_are_more_than_those_of_the_student(name):
 
 
 def test_operations_of_a_round_at_imagenets_scale():
-  """Without synthesis, by the networks' published 4.1 and 1.8 GMAC; with it, what the README reckons with."""
+  """Without synthesis, the networks' published 4.1 and 1.8 GMAC; with it, the README's numbers."""
   config = scaling.cli.load('configs/imagenet.py')
   assert scaling.flops_of_round(config) == pytest.approx(3.355e15, rel=0.005)
   student = config.distill.steps_per_round * config.distill.batch_size * 2 * (4.1e9 + 3 * 1.8e9)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refusals import folder, generate, refused, run_main
 
 from dfkd_jax import augment, models, synth
-from dfkd_jax.config.overrides import field_names
+from dfkd_jax.config.values import leaves
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -137,7 +137,7 @@ def test_misspelt_names():
 
 def test_misspelt_fields():
   config = toy_runs.config()
-  known = field_names(config)
+  known = list(dict(leaves(config)))
   letters = st.tuples(st.sampled_from(known), st.integers(0, 30), st.sampled_from('xyz_'))
   changed = letters.map(lambda drawn: drawn[0][:drawn[1]] + drawn[2] + drawn[0][drawn[1] + 1:])
 

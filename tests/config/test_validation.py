@@ -36,7 +36,7 @@ FAULTS = {
     'teacher.name': dict(teacher__name='convet'),
     'teacher.source': dict(teacher__source='nowhere.pth'),
     'student.name': dict(student__name='resnet_20'), 'student.mean': dict(student__mean=(0.1, 0.2)),
-    'judge.name': dict(judge__source='weights.h5'),
+    'judge.name': dict(judge__source='embedded:fashion_mnist_convnet'),
     'method.name': dict(method__name='fast_dfdk'), 'method.capacity': dict(method__capacity=3),
     'method.num_steps': dict(method__num_steps=0),
     'method.latent_lr': dict(method__latent_lr=float('nan')),
@@ -209,8 +209,8 @@ def test_the_folder_is_looked_at_with_the_rest(tmp_path):
   (tmp_path / 'run' / 'summary.json').mkdir(parents=True)
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'checkpoints').write_text('here')
-  for name, piece in (('file/run', 'file'), ('loop', 'leads nowhere'),
-                      ('loop/run', 'leads nowhere'),
+  for name, piece in (('file/run', 'file'), ('loop', 'broken link'),
+                      ('loop/run', 'broken link'),
                       ('run', 'summary.json'), ('other', 'checkpoints'), ('x' * 256, '255'),
                       ('a\0b', 'a path')):
     first, second = problems_of(workdir=tmp_path / name, seed=-1)

@@ -12,6 +12,7 @@ from dfkd_jax.config import build, build_method, check
 from dfkd_jax.config.records import resolve
 from dfkd_jax.evaluate import synthetic_images
 from dfkd_jax.jobs import sample_images
+from dfkd_jax.synth import host_replay
 
 ONE = parallel.make_mesh(1)
 
@@ -20,7 +21,7 @@ def looked(method, state, student, judge=None):
   program = synthetic_images.compile_metrics(ONE, lambda axis: method, state, toys.teacher(),
                                              student, judge)
   return jax.device_get(program(
-      synthetic_images.without_images(state), jax.random.key(4), toys.teacher(), student, judge))
+      host_replay.strip_images(state), jax.random.key(4), toys.teacher(), student, judge))
 
 
 @pytest.fixture(scope='module')

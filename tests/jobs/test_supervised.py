@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(teacher, tmp_path, monkeypatch):
   assert toy_runs.metrics(tmp_path) == toy_runs.metrics(teacher[0])
   assert (tmp_path / 'weights.safetensors').read_bytes() == (
       teacher[0] / 'weights.safetensors').read_bytes()
-  monkeypatch.setattr(train.supervised, '_compile_epoch', None)
+  monkeypatch.setattr(train.supervised._Training, 'compile', None)
   assert train.run(teacher_config(), tmp_path)['student'] == summary['student']
 
 

@@ -152,7 +152,8 @@ def test_a_run_is_that_of_one_process(several, single, number):
 @pytest.mark.slow
 def test_the_student_has_moved(single):
   """The comparison above would notice a student that never moves."""
-  network = build.fresh_network(resolve(config()).student, jax.random.split(jax.random.key(2), 5)[0])
+  network = build.fresh_network(
+      resolve(config()).student, jax.random.split(jax.random.key(2), 5)[0])
   _, leaves = contents(single[1][0])
   for layer, weights in network.params.items():
     for name, value in weights.items():

@@ -175,8 +175,8 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   with pytest.raises(ValueError, match='has ended, and no checkpoint to continue from'):
     train.run(toy_runs.config(distill__rounds=7), tmp_path, resume='force:distill.rounds')
   other = toy_runs.folder() / 'other.safetensors'
-  variables = weights.load(toy_runs.teacher_file(), build.module(resolve(toy_runs.config()).teacher),
-      toy_runs.IMAGE)
+  variables = weights.load(
+      toy_runs.teacher_file(), build.module(resolve(toy_runs.config()).teacher), toy_runs.IMAGE)
   weights.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
   with pytest.raises(ValueError, match='has ended, and no checkpoint to continue from'):
     train.run(toy_runs.config(teacher__source=str(other)), tmp_path, resume='force:teacher.source')
@@ -213,8 +213,8 @@ def test_two_changes_of_an_ended_run_are_both_on_record(tmp_path):
 def test_other_weights_that_were_forced_are_on_record(tmp_path):
   stopped(toy_runs.config(), tmp_path / 'run', 3)
   other = tmp_path / 'teacher.safetensors'
-  variables = weights.load(toy_runs.teacher_file(), build.module(resolve(toy_runs.config()).teacher),
-      toy_runs.IMAGE)
+  variables = weights.load(
+      toy_runs.teacher_file(), build.module(resolve(toy_runs.config()).teacher), toy_runs.IMAGE)
   weights.save_safetensors(other, jax.tree.map(lambda leaf: leaf * 1.5, variables))
   config = toy_runs.config(teacher__source=str(other))
   with pytest.raises(ValueError, match=r'weights\.teacher is .*--resume=force:teacher\.source'):

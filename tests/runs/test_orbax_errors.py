@@ -14,9 +14,9 @@ FULL = 'RESOURCE_EXHAUSTED: Error writing "a/b/0" in OCDBT database: No space le
     (ValueError('NOT_FOUND: no such file'), False)])
 def test_transient_errors(error, is_transient):
   assert orbax_errors.is_transient(error) == is_transient
-  with pytest.raises(ValueError, match='^Cannot read step 3: ') as raised:  # noqa: SIM117
-    with orbax_errors.storage_errors('read step 3', orbax_errors.DamagedError):
-      raise error
+  reading = orbax_errors.storage_errors('read step 3', orbax_errors.DamagedError)
+  with pytest.raises(ValueError, match=r'^Cannot read step 3: ') as raised, reading:
+    raise error
   assert isinstance(raised.value, orbax_errors.DamagedError) != is_transient
 
 
@@ -32,7 +32,7 @@ def test_a_reason_is_one_line_without_internals():
 
 
 def test_a_sentence_may_follow_the_error():
-  with pytest.raises(ValueError,
-      match=r'^Cannot save: disk full\. The checkpoint of step 2 is kept\.$'):
-    with orbax_errors.storage_errors('save', advice=lambda: 'The checkpoint of step 2 is kept.'):
-      raise OSError('disk full.')
+  saving = orbax_errors.storage_errors('save', advice=lambda: 'The checkpoint of step 2 is kept.')
+  match = r'^Cannot save: disk full\. The checkpoint of step 2 is kept\.$'
+  with pytest.raises(ValueError, match=match), saving:
+    raise OSError('disk full.')

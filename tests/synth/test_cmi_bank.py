@@ -38,14 +38,17 @@ def test_every_live_row_is_drawn_equally_often():
 
 
 def test_only_live_rows_count_in_the_contrast():
-  """One step by hand: five live rows of nine, of which all seven that are asked for find but five."""
+  """One step by hand: five of nine rows are live, so a request for seven finds only five."""
   view_of_all, view_of_one = Noting(), Noting(lambda _, images: images[:, ::-1])
-  method = cmi(num_steps=1, num_negatives=7, augment=view_of_all, local_view=view_of_one, contrast_temperature=0.3)
+  method = cmi(
+      num_steps=1, num_negatives=7, augment=view_of_all, local_view=view_of_one,
+      contrast_temperature=0.3)
   start = toys.jit(method.init)(jax.random.key(0), toys.teacher())
   bank = np.abs(np.random.default_rng(0).normal(size=start.bank.shape)).astype(np.float32)
   bank[:, 5:] = 1e4  # Not images.
   _, metrics = toys.jit(method.synthesize)(
-      start.replace(bank=bank, size=jnp.int32(5)), jax.random.key(1), toys.teacher(), toys.student())
+      start.replace(bank=bank, size=jnp.int32(5)), jax.random.key(1), toys.teacher(),
+      toys.student())
   (_, global_), (_, local) = (noting.given_and_seen() for noting in (view_of_all, view_of_one))
   np.testing.assert_array_equal(local, global_[:, :, ::-1])
   head = jax.tree.map(np.asarray, start.head)
@@ -53,7 +56,8 @@ def test_only_live_rows_count_in_the_contrast():
   columns = projected(head, np.concatenate([features_of(global_[0]), bank[0, :5, 1]]))
   odds = np.exp(rows @ columns.T / 0.3)
   losses = -np.log(np.diag(odds) / odds.sum(1))
-  np.testing.assert_allclose(metrics['contrast'], [losses[:4].mean() + losses[4:].mean()], rtol=1e-4)
+  np.testing.assert_allclose(
+      metrics['contrast'], [losses[:4].mean() + losses[4:].mean()], rtol=1e-4)
   total = sum(getattr(CONTRAST, name) * value for name, value in metrics.items() if name != 'loss')
   np.testing.assert_allclose(metrics['loss'], total, rtol=1e-5)
 
@@ -65,14 +69,17 @@ def test_pooled_features_are_means_over_the_pixels_of_each_image():
       toys.teacher()(images).pooled, [toys.teacher()(images[i:i + 1]).moments for i in range(3)]))()
   assert set(together) == {'bn1', 'bn2'}
   for path, pooled in together.items():
-    np.testing.assert_allclose(pooled, [moments[path].mean for moments in alone], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        pooled, [moments[path].mean for moments in alone], rtol=1e-4, atol=1e-6)
 
 
 @functools.cache
 def calls_over_a_bank(bank_size):
   """Three calls whose inversions are the same whatever the bank holds."""
   factors = Factors(one_hot=0.5, contrast=0.8)
-  return run(cmi(bank_size=bank_size, num_steps=1, num_negatives=2, sample_rows=no_rows, factors=factors), calls=3)[0]
+  return run(cmi(
+      bank_size=bank_size, num_steps=1, num_negatives=2, sample_rows=no_rows, factors=factors),
+      calls=3)[0]
 
 
 @pytest.mark.parametrize('bank_size', [5, 6])
@@ -90,7 +97,10 @@ def test_the_bank_is_a_ring(bank_size):
 
 
 def test_the_bank_holds_features_of_the_images_kept():
-  """Of the global view, to the accuracy of uint8; the local one is mirrored, and its means before bn1 differ."""
+  """The bank has the global view, to the accuracy of uint8.
+
+  The local view is mirrored, and its means before bn1 differ.
+  """
   state = calls_over_a_bank(13)[3]
   images = replay.to_float(state.inversion.buffer.images[0])
   found = np.asarray(state.bank[0, :12])
@@ -100,12 +110,16 @@ def test_the_bank_holds_features_of_the_images_kept():
 
 @functools.cache
 def filling():
-  """Five calls with a bank of two batches: empty, half full, just full, then overwritten; and their program."""
+  """Five calls with a bank of two batches, and their program.
+
+  The bank is empty, half full and just full; then calls overwrite it.
+  """
   method = cmi(bank_size=8, num_negatives=8, num_steps=3)
   synthesize = toys.jit(method.synthesize)
   states, metrics = [toys.jit(method.init)(jax.random.key(0), toys.teacher())], []
   for index in range(5):
-    state, found = synthesize(states[-1], jax.random.key(10 + index), toys.teacher(), toys.student())
+    state, found = synthesize(
+        states[-1], jax.random.key(10 + index), toys.teacher(), toys.student())
     states.append(state)
     metrics.append(found)
   return states, metrics, synthesize
@@ -133,7 +147,8 @@ def test_the_head_gives_projections_of_norm_one():
   project = lambda params, x: head.apply({'params': params}, x)
   np.testing.assert_allclose(toys.jit(project)(params, features), projected(
       jax.tree.map(np.asarray, params), features), rtol=1e-5, atol=1e-6)
-  grads = toys.jit(jax.grad(lambda *inputs: project(*inputs).sum()))(jax.tree.map(jnp.zeros_like, params), features)
+  grads = toys.jit(jax.grad(lambda *inputs: project(*inputs).sum()))(
+      jax.tree.map(jnp.zeros_like, params), features)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -148,18 +163,20 @@ def test_the_heads_optimizer_lasts_over_calls():
 
 @functools.cache
 def one_step():
-  """The states before and after, and the keys that both views and the rows get, with all that they may split off."""
+  """The states before and after, and the keys of the views and rows with all their splits."""
   keys = []
 
   def note(key, drawn):
     halves = jax.random.split(key)
     for each in (key, *halves, *jax.vmap(jax.random.split)(halves).ravel()):
-      jax.debug.callback(lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(each), ordered=True)
+      jax.debug.callback(
+          lambda data: keys.append(tuple(data.tolist())), jax.random.key_data(each), ordered=True)
     return drawn
 
   with jax.debug_key_reuse(False):
     states, _ = run(cmi(
-        factors=Factors(contrast=0.8), num_steps=1, generator_lr=2e-3, head_lr=5e-4, augment=note, local_view=note,
+        factors=Factors(contrast=0.8), num_steps=1, generator_lr=2e-3, head_lr=5e-4,
+        augment=note, local_view=note,
         sample_rows=lambda key, *sizes: note(key, no_rows(key, *sizes))))
   jax.effects_barrier()
   return states, keys

@@ -37,17 +37,18 @@ def create(name, kind='classification', **changes):
   """A method from whatever of these arguments it takes."""
   taken = synth.parameters(name)
   factors = synth.Factors(
-      one_hot=1.0, batch_norm=1.0, adversarial=0.5, contrast=0.5 if 'contrast_temperature' in taken else 0.0)
+      one_hot=1.0, batch_norm=1.0, adversarial=0.5,
+      contrast=0.5 if 'contrast_temperature' in taken else 0.0)
   at_hand = {
       'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': KINDS[kind][0],
-      'num_classes': toys.CLASSES, 'factors': factors, 'num_steps': 2, 'latent_dim': 7, 'batch_size': 4,
-      'sample_batch_size': SAMPLES, 'capacity': 8, 'augment': augment.flip, 'bank_size': 6, 'num_negatives': 3,
-      'projection_size': 5, **KINDS[kind][3], **changes}
+      'num_classes': toys.CLASSES, 'factors': factors, 'num_steps': 2, 'latent_dim': 7,
+      'batch_size': 4, 'sample_batch_size': SAMPLES, 'capacity': 8, 'augment': augment.flip,
+      'bank_size': 6, 'num_negatives': 3, 'projection_size': 5, **KINDS[kind][3], **changes}
   return synth.create(name, **{key: value for key, value in at_hand.items() if key in taken})
 
 
 def refusal(name, kind):
-  """The error by which a method refuses a kind of task, or a moving average; None if it takes it."""
+  """The error by which a method refuses a kind of task or a moving average; else None."""
   try:
     create(name, kind)
   except FieldError as error:
@@ -77,7 +78,7 @@ def programs(name, kind):
 
 @functools.cache
 def rounds(name, kind):
-  """Three rounds of everything: states after each part, the batches, the weights and the metrics."""
+  """Three rounds: the states after each part, the batches, the weights and the metrics."""
   method, (teacher, student) = programs(name, kind), networks(kind)
   state = method.init(jax.random.key(0), teacher)
   states, batches, weights, metrics = [state], [], [], []
@@ -94,12 +95,13 @@ def rounds(name, kind):
 
 
 def shapes(tree):
-  """Structure, shapes, dtypes and weak types: all that decides whether a program is compiled again."""
+  """Structure, shapes, dtypes and weak types; a change of any compiles the program again."""
   return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
 
 
 def equal(tree, other):
-  return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), tree, other)))
+  return all(jax.tree.leaves(jax.tree.map(
+      lambda a, b: np.array_equal(a, b, equal_nan=True), tree, other)))
 
 
 def test_methods_are_the_files():
@@ -202,7 +204,8 @@ def test_fresh_images_are_new_and_need_neither_student_nor_buffer(name, kind):
   state = host_replay.strip_images(states[-1])
   batch = method.fresh_images(state, jax.random.key(5), teacher, student)
   assert batch.images.shape[1:] == toys.IMAGE
-  assert (batch.labels.shape, batch.slots.tolist()) == ((len(batch.images),), [-1] * len(batch.images))
+  assert (batch.labels.shape, batch.slots.tolist()) == (
+      (len(batch.images),), [-1] * len(batch.images))
   assert float(batch.images.min()) >= 0
   assert float(batch.images.max()) <= 1
   assert equal(batch, method.fresh_images(state, jax.random.key(5), teacher, student))
@@ -231,11 +234,13 @@ def test_a_generator_can_be_taken_over(name, kind):
 
 @each
 def test_objective_falls(name, kind):
-  """Without adversary on a teacher of random weights: from the first step of all to the last of the fifth call."""
+  """Without an adversary, on a random teacher, the last step of call 5 beats the very first."""
   if 'loss' not in rounds(name, kind)[-1][0]:
     pytest.skip(f'{name} minimises nothing.')
   rates = dict(generator_lr=1e-2, latent_lr=1e-2, num_steps=15)
-  method = create(name, kind, factors=synth.Factors(one_hot=1.0, batch_norm=1.0), augment=augment.identity, **rates)
+  method = create(
+      name, kind, factors=synth.Factors(one_hot=1.0, batch_norm=1.0), augment=augment.identity,
+      **rates)
   teacher, student = networks(kind)
   state = toys.jit(method.init)(jax.random.key(0), teacher)
   synthesize, losses = toys.jit(method.synthesize), []
@@ -251,7 +256,9 @@ def test_an_unknown_argument_is_named(name):
     synth.create(name, no_such_number=1)
 
 
-HEAVY = ('tensorflow', 'tensorflow_datasets', 'ml_collections', 'dfkd_jax.data', 'dfkd_jax.config', 'configs')
+HEAVY = (
+    'tensorflow', 'tensorflow_datasets', 'ml_collections', 'dfkd_jax.data', 'dfkd_jax.config',
+    'configs')
 PROBE = """
 import sys
 import dfkd_jax.synth as synth
@@ -264,16 +271,19 @@ print(*sorted(set(%r) & set(sys.modules)))
 
 
 def test_the_library_imports_alone():
-  """Without data sets, configs and flags; Flax and Optax may import absl for themselves, nothing here does."""
-  found = subprocess.run([sys.executable, '-c', PROBE % (HEAVY,)], capture_output=True, text=True, check=True)
+  """Without data sets, configs and flags; only Flax and Optax may import absl for themselves."""
+  found = subprocess.run(
+      [sys.executable, '-c', PROBE % (HEAVY,)], capture_output=True, text=True, check=True)
   ours, heavy = found.stdout.splitlines()
   assert heavy == ''
-  assert {'dfkd_jax.synth.methods.fast_dfkd', 'dfkd_jax.losses.inversion', 'dfkd_jax.parallel'} <= set(ours.split())
+  assert {'dfkd_jax.synth.methods.fast_dfkd', 'dfkd_jax.losses.inversion',
+          'dfkd_jax.parallel'} <= set(ours.split())
   root = pathlib.Path(synth.__file__).parents[1]
   for module in ours.split():
     path = root.joinpath(*module.split('.')[1:])
     source = (path / '__init__.py' if path.is_dir() else path.with_suffix('.py')).read_text()
-    assert not {line.split('.')[0] for line in imports(source)} & {'absl', 'ml_collections', 'tensorflow'}, module
+    assert not {line.split('.')[0] for line in imports(source)} & {
+        'absl', 'ml_collections', 'tensorflow'}, module
 
 
 def imports(source):

@@ -18,8 +18,8 @@ from dfkd_jax.synth.objective import Adversary
 from dfkd_jax.synth.schedules import ramp
 
 LATENTS = np.random.default_rng(1).normal(size=(4, 7)).astype(np.float32)
-NUMBERS = dict(image_shape=toys.IMAGE, task=tasks.classification(toys.CLASSES), latent_dim=7, batch_size=4,
-               sample_batch_size=6)
+NUMBERS = dict(image_shape=toys.IMAGE, task=tasks.classification(toys.CLASSES), latent_dim=7,
+               batch_size=4, sample_batch_size=6)
 LOSSES = np.array([0.0, 0.4, 1.5, 1.9, 4.0, 9.0], np.float32)
 
 
@@ -33,13 +33,15 @@ def of_dfq(**changes):
 
 @functools.cache
 def start():
-  toys.student()  # Made here: first asked for while a program is traced, it would be kept as tracers.
+  # Make it here: a first call inside a traced program would keep tracers.
+  toys.student()
   return toys.jit(method().init)(jax.random.key(0), toys.teacher())
 
 
 def weights(made, student_step=0):
   """What a student's losses count at a step, and the state after."""
-  state, found = made.weigh(start().replace(student_step=jnp.int32(student_step)), None, jnp.asarray(LOSSES))
+  state, found = made.weigh(
+      start().replace(student_step=jnp.int32(student_step)), None, jnp.asarray(LOSSES))
   assert int(state.student_step) == student_step + 1
   return found
 
@@ -71,14 +73,18 @@ def test_the_published_ramps(epochs, first, slope, begin, end, last):
 
 def test_when_the_first_ramp_rises_and_ends():
   schedule = ramp(0.0, 0.5, 62, 187)
-  np.testing.assert_allclose([float(schedule(epoch)) for epoch in (0, 62, 63, 64, 65)], [0, 0, 0, 0.5, 1.0])
-  np.testing.assert_allclose([float(schedule(epoch)) for epoch in (186, 187, 188, 249)], [61.5, 62, 62, 62])
+  np.testing.assert_allclose(
+      [float(schedule(epoch)) for epoch in (0, 62, 63, 64, 65)], [0, 0, 0, 0.5, 1.0])
+  np.testing.assert_allclose(
+      [float(schedule(epoch)) for epoch in (186, 187, 188, 249)], [61.5, 62, 62, 62])
 
 
 @functools.cache
 def ramped():
-  """Ten calls of a generator that stays as it is, two an epoch; and the program's number of compilations."""
-  made = method(adversarial=ramp(0.25, 0.5, 0, 3, every=2), generator_lr=0.0, sample_latents=lambda *_: LATENTS)
+  """Ten calls of a fixed generator, two an epoch; and the program's number of compilations."""
+  made = method(
+      adversarial=ramp(0.25, 0.5, 0, 3, every=2), generator_lr=0.0,
+      sample_latents=lambda *_: LATENTS)
   synthesize, state, losses = toys.jit(made.synthesize), start(), []
   for index in range(10):
     state, metrics = synthesize(state, jax.random.key(index), toys.teacher(), toys.student())
@@ -96,7 +102,7 @@ def test_the_ramp_is_the_factor_of_the_adversary():
 
 
 def test_terms_by_hand():
-  """Balance at the student's temperature; 9 times the divergence at temperature 3, where both agree."""
+  """Balance at the student's temperature; 9 times the divergence at 3, where both agree."""
 
   @toys.jit
   def answers(params):
@@ -155,15 +161,15 @@ def test_weights_on_several_devices_are_those_on_one(per):
 
 
 def test_what_is_too_hard_teaches_nothing():
-  """Through the student's own loop: at a threshold below every loss it stays; at one above all it is taught plainly."""
+  """In the student's loop: a threshold below all losses stops it; one above all teaches plainly."""
   tx = optax.sgd(0.1)
   student = distill.init(toys.student(), tx)
 
   @toys.jit
   def taught(state):
     run = lambda **changes: distill.distill(
-        student, state, jax.random.key(3), toys.teacher(), synthesizer=method(**changes), tx=tx, num_steps=3,
-        augment=augment.identity)[:2]
+        student, state, jax.random.key(3), toys.teacher(), synthesizer=method(**changes), tx=tx,
+        num_steps=3, augment=augment.identity)[:2]
     return (run(curriculum_kind='hard', threshold_start=1e-9, threshold_growth=0.0),
             run(threshold_start=1e6), run(curriculum_kind=None))
 
@@ -171,14 +177,17 @@ def test_what_is_too_hard_teaches_nothing():
     (still, state), (easy, _), (plain, _) = taught(start())
   assert int(state.student_step) == 3
   jax.tree.map(np.testing.assert_array_equal, still.network.params, student.network.params)
-  moved = [jax.tree.map(jnp.subtract, of.network.params, student.network.params) for of in (easy, plain)]
-  assert max(toys.distances(*moved).values()) < 1e-3  # Of a step: 1e-4 of it is rounding of the parameters.
+  moved = [jax.tree.map(jnp.subtract, of.network.params, student.network.params)
+           for of in (easy, plain)]
+  # Relative to a step; 1e-4 of it is rounding of the parameters.
+  assert max(toys.distances(*moved).values()) < 1e-3
   assert min(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(moved[1])) > 1e-5
 
 
 def lowered(function, *inputs):
   """What is compiled, as text."""
-  return jax.jit(function).lower(*inputs, jax.random.key(1), toys.teacher(), toys.student()).as_text()
+  return jax.jit(function).lower(
+      *inputs, jax.random.key(1), toys.teacher(), toys.student()).as_text()
 
 
 def program(made):
@@ -197,10 +206,12 @@ def test_without_dials_it_is_dfq():
   for adversary in (Adversary('kl', 3.0, True), Adversary(masked=False)):
     found = program(method(curriculum_kind=None, adversary=adversary, **matching))
     assert found == lowered(of_dfq(adversary=adversary).synthesize, start().online)
-  assert found != program(method(curriculum_kind=None, adversary=adversary, **{**matching, 'adam_b2': 0.99}))
+  assert found != program(method(
+      curriculum_kind=None, adversary=adversary, **{**matching, 'adam_b2': 0.99}))
   np.testing.assert_array_equal(weights(method(curriculum_kind=None)), np.ones(6))
   key = lambda: jax.random.key(7)
-  state, other = (toys.jit(made.init)(key(), toys.teacher()) for made in (method(**matching), of_dfq()))
+  state, other = (toys.jit(made.init)(key(), toys.teacher())
+                  for made in (method(**matching), of_dfq()))
   jax.tree.map(np.testing.assert_array_equal, state.online, other)
   draw = lambda made, of: toys.jit(made.sample)(of, key()).images
   np.testing.assert_array_equal(draw(method(), state), draw(of_dfq(), other))
@@ -208,7 +219,8 @@ def test_without_dials_it_is_dfq():
 
 def test_a_ramp_that_stays_where_it_is_changes_nothing():
   """The factor 1 throughout, as `factors` has it."""
-  call = lambda made: toys.jit(made.synthesize)(start(), jax.random.key(1), toys.teacher(), toys.student())
+  call = lambda made: toys.jit(made.synthesize)(
+      start(), jax.random.key(1), toys.teacher(), toys.student())
   found, expected = call(method(adversarial=ramp(1.0, 0.0, 0, 1))), call(method())
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, expected)
 
@@ -220,7 +232,8 @@ def test_the_dials_are_independent():
   assert program(method(adversarial=schedule, curriculum_kind=None)) == with_ramp
   assert program(method(curriculum_kind=None)) == without
   np.testing.assert_array_equal(weights(method(adversarial=schedule)), weights(method()))
-  np.testing.assert_array_equal(weights(method(adversarial=schedule, curriculum_kind=None)), np.ones(6))
+  np.testing.assert_array_equal(
+      weights(method(adversarial=schedule, curriculum_kind=None)), np.ones(6))
 
 
 def test_the_generator_starts_from_small_normal_weights():
@@ -239,7 +252,8 @@ def test_the_generator_starts_from_small_normal_weights():
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(curriculum_kind='linear'), r"curriculum_kind is 'linear', must be None or one of \('log', 'soft', 'hard'\)"),
+    (dict(curriculum_kind='linear'),
+     r"curriculum_kind is 'linear', must be None or one of \('log', 'soft', 'hard'\)"),
     (dict(per='pixel'), r"per is 'pixel', must be one of \('sample', 'batch'\)"),
     (dict(threshold_start=0.0), 'threshold_start is 0.0, must be above 0'),
     (dict(threshold_growth=-1e-4), 'threshold_growth -0.0001, at least 0'),

@@ -16,14 +16,16 @@ from dfkd_jax.synth import Factors, objective, replay
 
 MEAN, STD = np.array(toys.MEAN), np.array(toys.STD)
 ALL_TERMS = Factors(
-    one_hot=1.0, batch_norm=2.0, adversarial=0.7, total_variation=0.3, l2=0.05, student_batch_norm=0.1)
+    one_hot=1.0, batch_norm=2.0, adversarial=0.7, total_variation=0.3, l2=0.05,
+    student_batch_norm=0.1)
 
 
 def deep_inversion(**changes):
   return synth.create('deep_inversion', **{
       'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
-      'factors': Factors(one_hot=1.0, batch_norm=2.0, adversarial=1.0), 'num_steps': 3, 'batch_size': 4,
-      'sample_batch_size': 6, 'capacity': 12, 'augment': augment.identity, **changes})
+      'factors': Factors(one_hot=1.0, batch_norm=2.0, adversarial=1.0), 'num_steps': 3,
+      'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12, 'augment': augment.identity,
+      **changes})
 
 
 def levels(images):
@@ -34,7 +36,8 @@ def levels(images):
 def assert_same_images(kept, images):
   difference = np.abs(np.asarray(kept, int) - levels(images))
   assert difference.max() <= 1
-  assert (difference == 0).mean() > 0.95  # Whole numbers are common: pixels at the bounds are 0 or 255.
+  # Whole numbers are common: pixels at the bounds are 0 or 255.
+  assert (difference == 0).mean() > 0.95
 
 
 def rolled(key, images):
@@ -45,9 +48,10 @@ def rolled(key, images):
 
 @functools.cache
 def noted():
-  """One call of five steps, of which the first goes too far: images given and seen, metrics, state after."""
+  """One call of five steps, the first goes too far: images given and seen, metrics, state after."""
   noting = Noting(rolled)
-  (_, state), (metrics,) = run(deep_inversion(num_steps=5, learning_rate=0.6, factors=ALL_TERMS, augment=noting))
+  (_, state), (metrics,) = run(
+      deep_inversion(num_steps=5, learning_rate=0.6, factors=ALL_TERMS, augment=noting))
   return *noting.given_and_seen(), metrics, state
 
 
@@ -73,7 +77,8 @@ def test_the_best_step_is_kept():
   assert 0 < best < 4  # Or the test would not tell it from the first or the last.
   assert_same_images(state.buffer.images[0, :4], given[best])
   assert np.abs(np.asarray(state.buffer.images[0, :4], int) - levels(given[-1])).max() > 9
-  np.testing.assert_array_equal(state.buffer.labels[0, :4], toys.teacher()(seen[best]).logits.argmax(1))
+  np.testing.assert_array_equal(
+      state.buffer.labels[0, :4], toys.teacher()(seen[best]).logits.argmax(1))
 
 
 def test_last_is_the_iterate_after_the_last_update():
@@ -83,11 +88,12 @@ def test_last_is_the_iterate_after_the_last_update():
       num_steps=4, learning_rate=0.6, factors=ALL_TERMS, augment=rolled, keep='last'))
   np.testing.assert_allclose(found['loss'], metrics['loss'][:4], rtol=1e-4)
   assert_same_images(state.buffer.images[0, :4], given[4])
-  np.testing.assert_array_equal(state.buffer.labels[0, :4], toys.teacher()(seen[3]).logits.argmax(1))
+  np.testing.assert_array_equal(
+      state.buffer.labels[0, :4], toys.teacher()(seen[3]).logits.argmax(1))
 
 
 def test_terms_by_hand():
-  """Total variation and norm are those of pixels, normalised and not moved; the student's moments are repelled."""
+  """Total variation and norm are of normalised pixels, not moved; student moments are repelled."""
   given, seen, metrics, _ = noted()
 
   @toys.jit
@@ -95,16 +101,19 @@ def test_terms_by_hand():
   def by_hand(images):
     seen_by_teacher, seen_by_student = toys.teacher()(images), toys.student()(images)
     js = inversion.adversarial(
-        seen_by_student.logits, seen_by_teacher.logits, masked=False, divergence='js', temperature=3.0)
+        seen_by_student.logits, seen_by_teacher.logits, masked=False, divergence='js',
+        temperature=3.0)
     return {'batch_norm': inversion.batch_norm(seen_by_teacher.moments, toys.teacher().running()),
-            'student_batch_norm': -inversion.batch_norm(seen_by_student.moments, toys.student().running()),
+            'student_batch_norm': -inversion.batch_norm(
+                seen_by_student.moments, toys.student().running()),
             'adversarial': js.mean()}
 
   expected = by_hand(seen)
   pixels = (given.astype(np.float64) - MEAN) / STD
   expected['l2'] = np.sqrt((pixels**2).sum((1, 2, 3, 4)))
   neighbours = [(pixels[:, :, 1:], pixels[:, :, :-1]), (pixels[:, :, :, 1:], pixels[:, :, :, :-1]),
-                (pixels[:, :, 1:, 1:], pixels[:, :, :-1, :-1]), (pixels[:, :, 1:, :-1], pixels[:, :, :-1, 1:])]
+                (pixels[:, :, 1:, 1:], pixels[:, :, :-1, :-1]),
+                (pixels[:, :, 1:, :-1], pixels[:, :, :-1, 1:])]
   expected['total_variation'] = sum(np.abs(a - b).mean((1, 2, 3, 4)) for a, b in neighbours)
   assert set(metrics) == {'loss', 'one_hot', *expected}
   for name, values in expected.items():
@@ -120,13 +129,15 @@ def test_the_adversary_counts_after_its_calls():
   for index, found in enumerate(metrics):
     assert set(found) == {'loss', 'one_hot', 'batch_norm', 'adversarial'}
     assert (found['adversarial'] < -1e-4).all()
-    total = found['one_hot'] + 2.0 * found['batch_norm'] + 100.0 * (index >= 1) * found['adversarial']
+    total = (found['one_hot'] + 2.0 * found['batch_norm']
+             + 100.0 * (index >= 1) * found['adversarial'])
     np.testing.assert_allclose(found['loss'], total, rtol=1e-5)
 
 
 def jitters(given, seen):
   """Every (rows, columns, flipped) by which the whole batch was moved, of all that could be."""
-  rolled = {(h, w): np.roll(given, (h, w), axis=(1, 2)) for h, w in itertools.product(range(-4, 5), repeat=2)}
+  rolled = {(h, w): np.roll(given, (h, w), axis=(1, 2))
+            for h, w in itertools.product(range(-4, 5), repeat=2)}
   return [(h, w, flipped) for (h, w), moved in rolled.items() for flipped in (False, True)
           if np.array_equal(moved[:, :, ::-1] if flipped else moved, seen)]
 
@@ -146,9 +157,11 @@ def test_each_call_begins_at_noise_of_its_own():
   (start, first, second), _ = run(deep_inversion(num_steps=1, learning_rate=0.0), calls=2)
   assert [int(state.step) for state in (start, first, second)] == [0, 1, 2]
   np.testing.assert_array_equal(second.buffer.images[0, :4], first.buffer.images[0, :4])
-  assert np.abs(np.asarray(second.buffer.images[0, 4:8], int) - first.buffer.images[0, :4]).mean() > 20
+  assert np.abs(
+      np.asarray(second.buffer.images[0, 4:8], int) - first.buffer.images[0, :4]).mean() > 20
   np.testing.assert_array_equal(
-      second.buffer.histogram, np.bincount(np.asarray(second.buffer.labels[0, :8]), minlength=toys.CLASSES))
+      second.buffer.histogram,
+      np.bincount(np.asarray(second.buffer.labels[0, :8]), minlength=toys.CLASSES))
 
 
 def test_labels_asked_for_are_what_the_teacher_comes_to_see():
@@ -158,7 +171,8 @@ def test_labels_asked_for_are_what_the_teacher_comes_to_see():
   method = deep_inversion(num_steps=40, factors=Factors(one_hot=1.0), task=task, keep='last')
   (_, state), (metrics,) = run(method)
   assert metrics['one_hot'][-1] < 0.3 * metrics['one_hot'][0]
-  np.testing.assert_array_equal(toys.teacher()(replay.to_float(state.buffer.images[0, :4])).logits.argmax(1), labels)
+  np.testing.assert_array_equal(
+      toys.teacher()(replay.to_float(state.buffer.images[0, :4])).logits.argmax(1), labels)
 
 
 @pytest.mark.parametrize('task_map', ['vmap', 'map'])
@@ -173,23 +187,26 @@ def test_three_tasks_are_three_calls(task_map, x64):
   for stripe, (state, _) in enumerate(found):
     np.testing.assert_array_equal(together.buffer.images[stripe], state.buffer.images[0, :4])
     np.testing.assert_array_equal(together.buffer.labels[stripe], state.buffer.labels[0, :4])
-  assert_close(metrics, jax.tree.map(lambda *each: np.mean(each, 0), *(each for _, each in found)), rtol=1e-9)
+  assert_close(metrics, jax.tree.map(
+      lambda *each: np.mean(each, 0), *(each for _, each in found)), rtol=1e-9)
   assert len({float(each['loss'][0]) for _, each in found}) == 3
-  np.testing.assert_array_equal(together.buffer.histogram, sum(state.buffer.histogram for state, _ in found))
+  np.testing.assert_array_equal(
+      together.buffer.histogram, sum(state.buffer.histogram for state, _ in found))
 
 
 def test_four_devices_equal_four_tasks(x64):
   networks = toys.float64(toys.teacher()), toys.float64(toys.student())
   create = lambda num_tasks, axis: deep_inversion(
-      num_steps=2, num_tasks=num_tasks, axis=axis, capacity=6 * num_tasks, sample_batch_size=num_tasks,
-      task_map='map', augment=augment.roll_and_flip)
+      num_steps=2, num_tasks=num_tasks, axis=axis, capacity=6 * num_tasks,
+      sample_batch_size=num_tasks, task_map='map', augment=augment.roll_and_flip)
   assert_close(on_devices(create, networks, 4), on_devices(create, networks, 1), rtol=1e-9)
 
 
 def test_a_task_of_pixels_asks_for_what_the_teacher_sees():
   teacher, student = toys.dense_teacher(), toys.dense_student()
   method = deep_inversion(
-      task=tasks.segmentation(toys.CLASSES), learning_rate=0.03, factors=Factors(one_hot=1.0, adversarial=0.01),
+      task=tasks.segmentation(toys.CLASSES), learning_rate=0.03,
+      factors=Factors(one_hot=1.0, adversarial=0.01),
       sample_pixels=lambda key, shape: 0.5 + 0.1 * jax.random.normal(key, shape))
   state = toys.jit(method.init)(jax.random.key(0), teacher)
   state, metrics = toys.jit(method.synthesize)(state, jax.random.key(1), teacher, student)
@@ -203,7 +220,8 @@ def test_a_student_is_needed_by_the_terms_that_look_at_it():
     with pytest.raises(ValueError, match='student is None'):
       abstract_call(deep_inversion(factors=factors), toys.teacher(), None)
   _, metrics = abstract_call(
-      deep_inversion(factors=Factors(one_hot=1.0, batch_norm=10.0, total_variation=1e-3)), toys.teacher(), None)
+      deep_inversion(factors=Factors(one_hot=1.0, batch_norm=10.0, total_variation=1e-3)),
+      toys.teacher(), None)
   assert set(metrics) == {'loss', 'one_hot', 'batch_norm', 'total_variation'}
 
 
@@ -218,7 +236,8 @@ def test_a_teacher_without_batch_norm_is_refused():
 @pytest.mark.parametrize(('changes', 'message'), [
     (dict(keep='first'), r"keep is 'first', must be one of \('best', 'last'\)"),
     (dict(factors=Factors(l2=-1.0)), 'Factor l2 is -1.0'),
-    (dict(capacity=13, num_tasks=4), r'capacity is 13, must be a positive multiple of 4 .*such as 12'),
+    (dict(capacity=13, num_tasks=4),
+     r'capacity is 13, must be a positive multiple of 4 .*such as 12'),
     (dict(task_map='scan'), "task_map is 'scan'"),
     (dict(latent_dim=3), "Unknown argument of deep_inversion 'latent_dim'")])
 def test_bad_arguments_are_named(changes, message):

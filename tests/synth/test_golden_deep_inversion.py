@@ -1,4 +1,4 @@
-"""DeepInversion against the published code's own numbers, in float64: losses, and pixels at every step."""
+"""DeepInversion against the published numbers, in float64: losses, and pixels at every step."""
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,15 @@ from method_runs import Noting
 
 from dfkd_jax import augment, parallel, synth
 
-TERMS = {'loss': 'total', 'batch_norm': 'bn_teacher', 'student_batch_norm': 'bn_student', 'one_hot': 'oh',
-         'adversarial': 'adv(-jsdiv T3)', 'total_variation': 'tv', 'l2': 'l2'}
+TERMS = {'loss': 'total', 'batch_norm': 'bn_teacher', 'student_batch_norm': 'bn_student',
+         'one_hot': 'oh', 'adversarial': 'adv(-jsdiv T3)', 'total_variation': 'tv', 'l2': 'l2'}
 
 
 def jitter(table):
-  """Rolls and flips by the rows of a table; a step is known by its key, which that of the call gives."""
+  """Roll and flip by the rows of a table.
+
+  A step shows its number by its key, split from the key of the call.
+  """
   _, _, of_steps = jax.random.split(jax.random.key(0), 3)
   keys = jax.random.key_data(jax.random.split(parallel.task_keys(of_steps, 1, None)[0], len(table)))
 
@@ -40,8 +43,9 @@ def call(teacher, student, targets, start, **numbers):
   noting = Noting(numbers.pop('augment', augment.identity))
   method = synth.create(
       'deep_inversion', image_shape=start.shape[1:], task=labels_of(targets)._replace(
-          num_classes=teacher.params['fc']['bias'].size), sample_pixels=lambda *_: start, augment=noting,
-      batch_size=len(start), sample_batch_size=len(start), capacity=len(start), **numbers)
+          num_classes=teacher.params['fc']['bias'].size), sample_pixels=lambda *_: start,
+      augment=noting, batch_size=len(start), sample_batch_size=len(start), capacity=len(start),
+      **numbers)
   state = method.init(jax.random.key(1), teacher)
   state, metrics = jax.jit(method.synthesize)(state, jax.random.key(0), teacher, student)
   given, _ = noting.given_and_seen()
@@ -53,9 +57,11 @@ def test_the_published_trajectory(x64):
   archive = golden('deepinv')
   teacher, student = cast(wide_resnet('teacher_wrn16_1')), cast(wide_resnet('student_wrn16_1'))
   metrics, given, kept = call(
-      teacher, student, np.sort(archive['targets_before_sort']), cast(archive['x0'].transpose(0, 2, 3, 1)),
-      num_steps=3, keep='last', augment=jitter(archive['jitter_h_w_flip']), factors=synth.Factors(
-          batch_norm=10.0, student_batch_norm=0.01, one_hot=1.0, adversarial=1.0, total_variation=0.01, l2=1e-3))
+      teacher, student, np.sort(archive['targets_before_sort']),
+      cast(archive['x0'].transpose(0, 2, 3, 1)), num_steps=3, keep='last',
+      augment=jitter(archive['jitter_h_w_flip']), factors=synth.Factors(
+          batch_norm=10.0, student_batch_norm=0.01, one_hot=1.0, adversarial=1.0,
+          total_variation=0.01, l2=1e-3))
   columns = dict(zip(archive['loss_columns'].tolist(), archive['loss_f64'].T, strict=True))
   assert set(metrics) == set(TERMS)
   for name, short in TERMS.items():
@@ -74,7 +80,8 @@ def test_the_run_whose_weights_are_a_formula(x64):
   start = jnp.asarray(sequence((6, 3, 8, 8), 50, 1.0).transpose(0, 2, 3, 1))
   metrics, given, kept = call(
       teacher, student, np.array([0, 0, 1, 1, 2, 3]), start, num_steps=4, factors=synth.Factors(
-          batch_norm=10.0, student_batch_norm=0.01, one_hot=1.0, adversarial=1.0, total_variation=1e-3, l2=1e-4))
+          batch_norm=10.0, student_batch_norm=0.01, one_hot=1.0, adversarial=1.0,
+          total_variation=1e-3, l2=1e-4))
   np.testing.assert_allclose(metrics['loss'][:3], reference['total'], rtol=1e-9)
   returned = given[3]
   np.testing.assert_allclose(

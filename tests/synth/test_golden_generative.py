@@ -21,16 +21,17 @@ from dfkd_jax.synth import generators
 from dfkd_jax.synth.objective import Adversary
 
 METHODS = ('zskt', 'dfad', 'dfq', 'dafl')
-TERMS = {'loss': 'total', 'batch_norm': 'bn', 'one_hot': 'oh', 'adversarial': 'adv(-criterion)', 'balance': 'balance',
-         'activation': 'act'}
+TERMS = {'loss': 'total', 'batch_norm': 'bn', 'one_hot': 'oh', 'adversarial': 'adv(-criterion)',
+         'balance': 'balance', 'activation': 'act'}
 GENERATOR = models.Generator(image_shape=(32, 32, 3), width=4)
 
 
 def method(name, generator, latents, num_classes=10, **changes):
   """With its own factors and adversary."""
   return synth.create(name, **{
-      'generator': generator, 'image_shape': generator.image_shape, 'task': tasks.classification(num_classes),
-      'latent_dim': latents.shape[-1], 'batch_size': len(latents), 'sample_batch_size': len(latents),
+      'generator': generator, 'image_shape': generator.image_shape,
+      'task': tasks.classification(num_classes), 'latent_dim': latents.shape[-1],
+      'batch_size': len(latents), 'sample_batch_size': len(latents),
       'sample_latents': lambda *_: latents, 'sample_by': 'batch', **changes})
 
 
@@ -40,7 +41,10 @@ def default(name, argument):
 
 @functools.cache
 def program(divergence):
-  """One compiled call for all methods of an adversary: their factors are inputs, so that every term is computed."""
+  """Compile one call for all methods with this adversary.
+
+  Their factors are inputs, so the call computes every term.
+  """
   adversary = default('dfad' if divergence == 'l1' else 'dfq', 'adversary')
   assert adversary == Adversary(divergence, 1.0, masked=False)
 
@@ -61,12 +65,15 @@ def unbiased(running, size, batches, start=1.0):
 def runs(name):
   """The states after no, one and two calls, and the metrics of each call."""
   archive, start = golden('generative'), below(golden('fast_g0'), 'g0/')
-  teacher, student = (cast(golden_networks.wide_resnet(f'{which}_wrn16_1')) for which in ('teacher', 'student'))
+  teacher, student = (
+      cast(golden_networks.wide_resnet(f'{which}_wrn16_1')) for which in ('teacher', 'student'))
   latents, synthesize = cast(archive['z']), program('l1' if name == 'dfad' else 'kl')
-  factors = {term: jnp.asarray(getattr(default(name, 'factors'), term), float) for term in TERMS if term != 'loss'}
+  factors = {term: jnp.asarray(getattr(default(name, 'factors'), term), float)
+             for term in TERMS if term != 'loss'}
   state = toys.jit(method(name, GENERATOR, latents[0]).init)(jax.random.key(0), teacher)
   variables = cast(weights.to_variables(start, GENERATOR, (16,)))
-  states, metrics = [state.replace(params=variables['params'], batch_stats=variables['batch_stats'])], []
+  states, metrics = [
+      state.replace(params=variables['params'], batch_stats=variables['batch_stats'])], []
   for index in range(2):
     state, found = synthesize(states[-1], latents[index], factors, teacher, student)
     states.append(state)
@@ -95,7 +102,8 @@ def test_gradients_of_the_second_step(name, x64):
   found = torch_layout(jax.tree.map(lambda old, new: 2 * new - old, first, second))
   assert set(found) == set(reference)
   for key, value in reference.items():  # Stored as float32.
-    np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6 * np.abs(value).max(), err_msg=key)
+    np.testing.assert_allclose(
+        found[key], value, rtol=1e-6, atol=1e-6 * np.abs(value).max(), err_msg=key)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -103,10 +111,13 @@ def test_images_and_samples(name, x64):
   archive, (states, _) = golden('generative'), runs(name)
   images = generators.render(GENERATOR, states[1].params, cast(archive['z'][1]))
   # Stored as float32.
-  np.testing.assert_allclose(images.transpose(0, 3, 1, 2), archive[f'{name}/synthetic_f64'], rtol=1e-6)
-  sampled = method(name, GENERATOR, cast(archive['z_sample'])).sample(states[2], jax.random.key(0)).images
+  np.testing.assert_allclose(
+      images.transpose(0, 3, 1, 2), archive[f'{name}/synthetic_f64'], rtol=1e-6)
+  sampled = method(name, GENERATOR, cast(archive['z_sample'])).sample(
+      states[2], jax.random.key(0)).images
   normalised = (sampled - np.array(golden_networks.MEAN)) / np.array(golden_networks.STD)
-  np.testing.assert_allclose(normalised.transpose(0, 3, 1, 2), archive[f'{name}/sample_f64'], rtol=1e-6, atol=1e-7)
+  np.testing.assert_allclose(
+      normalised.transpose(0, 3, 1, 2), archive[f'{name}/sample_f64'], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -117,10 +128,13 @@ def test_the_generator_after(name, x64):
     np.testing.assert_allclose(found, reference[key], rtol=1e-9, atol=1e-11, err_msg=key)
   # There the running moments moved once more, in sampling.
   variables = {'params': states[2].params, 'batch_stats': states[2].batch_stats}
-  _, moved = GENERATOR.apply(variables, cast(archive['z_sample']), train=True, mutable=['batch_stats'])
-  for layer, size in (('conv_blocks_0', 8 * 8 * 8), ('conv_blocks_3', 8 * 16 * 16), ('conv_blocks_7', 8 * 32 * 32)):
+  _, moved = GENERATOR.apply(
+      variables, cast(archive['z_sample']), train=True, mutable=['batch_stats'])
+  for layer, size in (
+      ('conv_blocks_0', 8 * 8 * 8), ('conv_blocks_3', 8 * 16 * 16), ('conv_blocks_7', 8 * 32 * 32)):
     stats, key = moved['batch_stats'][layer], layer.replace('blocks_', 'blocks.')
-    np.testing.assert_allclose(stats['mean'], reference[f'{key}.running_mean'], rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(
+        stats['mean'], reference[f'{key}.running_mean'], rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(
         unbiased(stats['var'], size, 3), reference[f'{key}.running_var'], rtol=1e-9, err_msg=key)
 
@@ -128,11 +142,13 @@ def test_the_generator_after(name, x64):
 @pytest.mark.parametrize('name', METHODS)
 def test_the_run_whose_weights_are_a_formula(name, x64):
   reference = golden_networks.formula_reference()[name]
-  teacher, student = golden_networks.formula_network((6, 8), 0), golden_networks.formula_network((4, 5), 6)
+  teacher, student = (
+      golden_networks.formula_network((6, 8), 0), golden_networks.formula_network((4, 5), 6))
   generator = models.Generator(image_shape=(8, 8, 3), width=2)
   start = golden_networks.filled(generator, (4,), golden_networks.BLOCKS, 3)
   latents = [jnp.asarray(golden_networks.sequence((6, 4), 49 + index, 1.0)) for index in (1, 2)]
-  state = toys.jit(method(name, generator, latents[0], 4).init)(jax.random.key(0), teacher).replace(**start)
+  state = toys.jit(method(name, generator, latents[0], 4).init)(
+      jax.random.key(0), teacher).replace(**start)
   synthesize = toys.jit(lambda state, z: method(name, generator, z, 4).synthesize(
       state, jax.random.key(0), teacher, student))
   for of_call, total in zip(latents, reference['total'], strict=True):
@@ -141,4 +157,5 @@ def test_the_run_whose_weights_are_a_formula(name, x64):
   golden_networks.check_formula(state.params, reference['gen'])
   stats, var = state.batch_stats['conv_blocks_0'], start['batch_stats']['conv_blocks_0']['var']
   np.testing.assert_allclose(stats['mean'], reference['bn_running_mean0'], rtol=1e-9)
-  np.testing.assert_allclose(unbiased(stats['var'], 6 * 2 * 2, 2, var), reference['bn_running_var0'], rtol=1e-9)
+  np.testing.assert_allclose(
+      unbiased(stats['var'], 6 * 2 * 2, 2, var), reference['bn_running_var0'], rtol=1e-9)

@@ -95,7 +95,8 @@ def test_variables_may_be_any_tree():
 
 def test_optimizer_state_is_carried():
   tx = optax.sgd(0.25, momentum=0.5)  # By hand: traces 16 and 8 + 8, so 8 -> 4 -> 0.
-  found = inner_loop.minimize(jax.random.key(0), quadratic, jnp.array(8.0), tx.init(jnp.array(8.0)), tx=tx, num_steps=2)
+  found = inner_loop.minimize(
+      jax.random.key(0), quadratic, jnp.array(8.0), tx.init(jnp.array(8.0)), tx=tx, num_steps=2)
   assert float(found.variables) == 0
   assert float(jax.tree.leaves(found.opt_state)[0]) == 16
 
@@ -104,7 +105,8 @@ def test_project_follows_each_update():
   """At most 3: from 8 to 4 and back to 3, then to 1.5, which stays."""
   start, tx = jnp.array(8.0), optax.sgd(0.25)
   found = inner_loop.minimize(
-      jax.random.key(0), quadratic, start, tx.init(start), tx=tx, num_steps=2, project=lambda x: jnp.minimum(x, 3))
+      jax.random.key(0), quadratic, start, tx.init(start), tx=tx, num_steps=2,
+      project=lambda x: jnp.minimum(x, 3))
   np.testing.assert_allclose(found.metrics['loss'], [64, 9])
   assert float(found.variables) == 1.5
 
@@ -116,7 +118,8 @@ def test_generator_and_latents_have_learning_rates_of_their_own():
     variables = {'latents': jnp.array([4.0, -4.0]), 'params': jnp.array(8.0)}
     state = tx.init(variables)
     for _ in range(2):
-      updates, state = tx.update({'params': jnp.array(7.0), 'latents': jnp.array([3.0, -3.0])}, state, variables)
+      updates, state = tx.update(
+          {'params': jnp.array(7.0), 'latents': jnp.array([3.0, -3.0])}, state, variables)
       variables = optax.apply_updates(variables, updates)
     np.testing.assert_allclose(variables['params'], 7.0, rtol=1e-5)
     np.testing.assert_allclose(variables['latents'], latents, rtol=1e-5)
@@ -131,7 +134,8 @@ def test_bad_numbers_are_named(numbers, message):
 
 
 def test_task_map_is_checked():
-  with pytest.raises(ValueError, match=r"task_map is 'pmap', must be one of \('auto', 'vmap', 'map'\)"):
+  with pytest.raises(
+      ValueError, match=r"task_map is 'pmap', must be one of \('auto', 'vmap', 'map'\)"):
     Layout(task_map='pmap')
 
 
@@ -141,7 +145,8 @@ def test_over_tasks_equals_a_python_loop(task_map, num_tasks):
   inputs = {'a': jnp.arange(2.0 * num_tasks).reshape(num_tasks, 2), 'b': jnp.arange(num_tasks)}
   function = lambda task: (task['a'] * task['b'], task['a'].sum())
   product, total = Layout(task_map=task_map).map(function, inputs)
-  np.testing.assert_array_equal(product, [a * b for a, b in zip(inputs['a'], inputs['b'], strict=True)])
+  np.testing.assert_array_equal(
+      product, [a * b for a, b in zip(inputs['a'], inputs['b'], strict=True)])
   np.testing.assert_array_equal(total, [a.sum() for a in inputs['a']])
 
 
@@ -157,7 +162,8 @@ def scene():
 def terms(scene, factors, **changes):
   teacher, student, images, labels, outputs = scene
   return objective.terms(
-      factors, outputs, images, labels, **{'teacher': teacher, 'student': student, 'reduce': lambda t: t, **changes})
+      factors, outputs, images, labels,
+      **{'teacher': teacher, 'student': student, 'reduce': lambda t: t, **changes})
 
 
 def test_total_is_the_weighted_sum_of_means(scene):
@@ -193,14 +199,16 @@ def test_the_student_is_not_called_where_the_adversary_is_off(scene):
   def student(images):
     raise AssertionError('called')
 
-  assert set(terms(scene, Factors(one_hot=1.0, batch_norm=1.0), student=student)) == {'one_hot', 'batch_norm'}
+  assert set(terms(scene, Factors(one_hot=1.0, batch_norm=1.0), student=student)) == {
+      'one_hot', 'batch_norm'}
   with pytest.raises(AssertionError, match='called'):
     terms(scene, Factors(adversarial=1.0), student=student)
 
 
 def test_a_traced_factor_is_active_and_may_be_zero(scene):
   total = jax.jit(lambda factor: objective.total(
-      terms(scene, Factors(one_hot=1.0, adversarial=factor)), Factors(one_hot=1.0, adversarial=factor)))
+      terms(scene, Factors(one_hot=1.0, adversarial=factor)),
+      Factors(one_hot=1.0, adversarial=factor)))
   off, metrics = total(jnp.float32(0))
   np.testing.assert_allclose(off, metrics['one_hot'], rtol=1e-6)
   on, metrics = total(jnp.float32(2))
@@ -216,19 +224,22 @@ def test_the_adversary_needs_a_student(scene):
 @pytest.mark.parametrize('name', Factors._fields)
 @pytest.mark.parametrize('value', [-0.1, float('nan'), float('inf')])
 def test_a_factor_below_zero_is_refused_by_name(name, value):
-  with pytest.raises(ValueError, match=rf'Factor {name} is {value}, must be a finite number and at least 0'):
+  with pytest.raises(
+      ValueError, match=rf'Factor {name} is {value}, must be a finite number and at least 0'):
     Factors(**{name: value}).checked()
 
 
 def test_a_term_that_nothing_computes_is_refused():
   factors = Factors(contrast=0.8)
-  with pytest.raises(ValueError, match=r'Factor contrast is 0\.8, must be 0: this method has no such term'):
+  with pytest.raises(
+      ValueError, match=r'Factor contrast is 0\.8, must be 0: this method has no such term'):
     factors.checked()
   assert factors.checked(own=('contrast',)) is factors
 
 
 def test_checked_factors_come_back_as_they_are():
-  factors = Factors(one_hot=1, batch_norm=0.5, adversarial=jnp.float32(-1))  # An array's value is not known in a trace.
+  # A trace does not know the value of an array.
+  factors = Factors(one_hot=1, batch_norm=0.5, adversarial=jnp.float32(-1))
   assert factors.checked() is factors
 
 
@@ -253,7 +264,8 @@ def test_the_adversary_with_itself_gives_nothing_and_with_another_something(scen
 def test_smoothness_may_be_asked_of_other_pixels(scene):
   *_, images, _, _ = scene
   found = terms(scene, Factors(total_variation=1.0, l2=1.0), pixels=3 * images)
-  np.testing.assert_allclose(found['total_variation'], 3 * inversion.total_variation(images), rtol=1e-5)
+  np.testing.assert_allclose(
+      found['total_variation'], 3 * inversion.total_variation(images), rtol=1e-5)
   np.testing.assert_allclose(found['l2'], 3 * inversion.l2(images), rtol=1e-5)
 
 
@@ -268,9 +280,12 @@ def test_past_moments_are_mixed_in(scene):
       for path in mixed for of in Moments._fields)
   np.testing.assert_allclose(found, by_hand, rtol=1e-5)
   plain = terms(scene, factors)['batch_norm']
-  np.testing.assert_allclose(terms(scene, factors, history=objective.History(past, 0.0))['batch_norm'], plain, rtol=1e-6)
-  # With what it has just seen as its past, a batch costs what it would without one.
-  np.testing.assert_allclose(terms(scene, factors, history=objective.History(outputs.moments, 0.9))['batch_norm'], plain, rtol=1e-5)
+  np.testing.assert_allclose(
+      terms(scene, factors, history=objective.History(past, 0.0))['batch_norm'], plain, rtol=1e-6)
+  # A batch whose past is its own moments costs the same as without a past.
+  np.testing.assert_allclose(
+      terms(scene, factors, history=objective.History(outputs.moments, 0.9))['batch_norm'], plain,
+      rtol=1e-5)
 
 
 def test_momentum_scales_the_gradient(scene):
@@ -292,11 +307,13 @@ def test_momentum_scales_the_gradient(scene):
 def test_moments_equal_to_the_running_ones_cost_nothing_and_give_no_nan(scene):
   teacher, _, images, labels, outputs = scene
   loss = lambda moments: objective.terms(
-      Factors(batch_norm=1.0), outputs._replace(moments=moments), images, labels, teacher=teacher)['batch_norm']
+      Factors(batch_norm=1.0), outputs._replace(moments=moments), images, labels,
+      teacher=teacher)['batch_norm']
   value, grads = jax.value_and_grad(loss)(teacher.running())
   assert float(value) == 0
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-  off = lambda scale: jax.tree.map(lambda leaf: leaf + scale * jnp.arange(1.0, leaf.size + 1), teacher.running())
+  off = lambda scale: jax.tree.map(
+      lambda leaf: leaf + scale * jnp.arange(1.0, leaf.size + 1), teacher.running())
   np.testing.assert_allclose(loss(off(2.0)), 2 * loss(off(1.0)), rtol=1e-5)  # Un-squared.
 
 
@@ -308,8 +325,8 @@ def test_dense_predictions_are_reduced_to_one_loss_an_image(scene):
   blank = Outputs(logits=other, features=None, maps=(), moments={}, pooled={})
   task = tasks.segmentation(toys.CLASSES)
   found = objective.terms(
-      Factors(one_hot=1.0, adversarial=1.0), blank._replace(logits=dense), images, task.labels_from(dense, None),
-      teacher=teacher, student=lambda _: blank, reduce=task.reduce)
+      Factors(one_hot=1.0, adversarial=1.0), blank._replace(logits=dense), images,
+      task.labels_from(dense, None), teacher=teacher, student=lambda _: blank, reduce=task.reduce)
   assert found['one_hot'].shape == found['adversarial'].shape == (6,)
   pixels = inversion.one_hot(dense.reshape(-1, toys.CLASSES), jnp.argmax(dense, -1).ravel())
   np.testing.assert_allclose(found['one_hot'], pixels.reshape(6, -1).mean(1), rtol=1e-5)

@@ -23,21 +23,26 @@ from dfkd_jax.synth.modulation import Modulation
 def test_diversity_by_hand():
   histogram = jnp.array([6, 0, 3, 1])
   classes = jnp.array([[0, 1, 2], [3, 0, 0]])
-  np.testing.assert_allclose(curriculum.diversity(classes, histogram), [[0.4, 1, 0.7], [0.9, 0.4, 0.4]], rtol=1e-6)
+  np.testing.assert_allclose(
+      curriculum.diversity(classes, histogram), [[0.4, 1, 0.7], [0.9, 0.4, 0.4]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(('num_classes', 'balanced', 'thrice'), [(10, 0.9, 0.7), (100, 0.99, 0.97)])
-def test_diversity_of_a_balanced_buffer_and_of_a_class_thrice_as_common(num_classes, balanced, thrice):
+def test_diversity_of_a_balanced_buffer_and_of_a_class_thrice_as_common(
+    num_classes, balanced, thrice):
   even = jnp.full(num_classes, 50)
-  np.testing.assert_allclose(curriculum.diversity(jnp.arange(num_classes), even), balanced, rtol=1e-6)
+  np.testing.assert_allclose(
+      curriculum.diversity(jnp.arange(num_classes), even), balanced, rtol=1e-6)
   uneven = np.full(num_classes, 97)
   uneven[0] = uneven[1:].sum() * 3 / (num_classes - 3)
   share = uneven[0] / uneven.sum() * num_classes
   assert abs(share - 3) < 0.02
-  np.testing.assert_allclose(curriculum.diversity(jnp.array(0), jnp.asarray(uneven)), thrice, atol=1e-3)
+  np.testing.assert_allclose(
+      curriculum.diversity(jnp.array(0), jnp.asarray(uneven)), thrice, atol=1e-3)
   ours = curriculum.diversity(jnp.array([0, 1]), jnp.asarray(uneven), normalised=True)
   np.testing.assert_allclose(ours, [1 / share, 1], rtol=1e-6)
-  np.testing.assert_array_equal(curriculum.diversity(jnp.array([0, 1]), even, normalised=True), [1, 1])
+  np.testing.assert_array_equal(
+      curriculum.diversity(jnp.array([0, 1]), even, normalised=True), [1, 1])
 
 
 @pytest.mark.parametrize('normalised', [False, True])
@@ -61,8 +66,9 @@ def test_difficulty_by_hand():
   chances = np.array([[0.7, 0.2, 0.1], [0.05, 0.9, 0.05]])
   found = curriculum.difficulty(jnp.log(chances) + 3.0, jnp.array([0, 2]), 2.0)
   np.testing.assert_allclose(found, [0.3**2, 0.95**2], rtol=1e-5)
-  np.testing.assert_allclose(curriculum.difficulty(jnp.log(chances), jnp.array([1, 1]), 0.5), [0.8**0.5, 0.1**0.5],
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+      curriculum.difficulty(jnp.log(chances), jnp.array([1, 1]), 0.5), [0.8**0.5, 0.1**0.5],
+      rtol=1e-5)
 
 
 @pytest.mark.parametrize('gamma', [0.0, 0.5, 1.0, 2.0, 5.0])
@@ -74,11 +80,13 @@ def test_difficulty_and_its_gradient_are_finite_from_p_0_to_p_1_in_float32(gamma
   others = np.log(3) - np.logaddexp(ahead, np.log(3))
   np.testing.assert_allclose(value, np.exp(gamma * others), rtol=2e-5, atol=1e-38)
   own = -gamma * np.exp(gamma * others) * np.exp(ahead - np.logaddexp(ahead, np.log(3)))
-  np.testing.assert_allclose(grad, own * np.array([1, -1 / 3, -1 / 3, -1 / 3]), rtol=2e-5, atol=1e-7)
+  np.testing.assert_allclose(
+      grad, own * np.array([1, -1 / 3, -1 / 3, -1 / 3]), rtol=2e-5, atol=1e-7)
 
 
 def test_difficulty_at_its_ends():
-  ends = lambda gamma: np.asarray(curriculum.difficulty(jnp.array([[1e3, 0.0], [-1e3, 0.0]]), jnp.array([0, 0]), gamma))
+  ends = lambda gamma: np.asarray(curriculum.difficulty(
+      jnp.array([[1e3, 0.0], [-1e3, 0.0]]), jnp.array([0, 0]), gamma))
   np.testing.assert_array_equal(ends(2.0), [0, 1])
   np.testing.assert_array_equal(ends(0.0), [1, 1])
 
@@ -95,22 +103,26 @@ def test_difficulty_times_one_hot_is_the_focal_loss_with_its_gradient(gamma, x64
   two, grad = jax.vmap(jax.value_and_grad(
       lambda margin: focal(jnp.stack([margin, 0.0]), jnp.array(0), gamma)))(margins)
   theirs, their_grad = jax.vmap(jax.value_and_grad(
-      lambda margin: optax.losses.sigmoid_focal_loss(margin, jnp.ones_like(margin), gamma=gamma)))(margins)
+      lambda margin: optax.losses.sigmoid_focal_loss(
+          margin, jnp.ones_like(margin), gamma=gamma)))(margins)
   np.testing.assert_allclose(two, theirs, rtol=1e-10)
   np.testing.assert_allclose(grad, their_grad, rtol=1e-8)
 
   logits, label = jnp.asarray(np.random.default_rng(0).normal(size=5) * 2), jnp.array(3)
   found = jax.grad(focal)(logits, label, gamma)
   step = 1e-6 * np.eye(5)
-  differences = [(focal(logits + e, label, gamma) - focal(logits - e, label, gamma)) / 2e-6 for e in step]
+  differences = [
+      (focal(logits + e, label, gamma) - focal(logits - e, label, gamma)) / 2e-6 for e in step]
   np.testing.assert_allclose(found, differences, rtol=1e-6, atol=1e-9)
   p = np.asarray(jax.nn.softmax(logits))
-  by_p = gamma * (1 - p[3])**(gamma - 1) * np.log(p[3]) - (1 - p[3])**gamma / p[3]  # Of -(1 - p)^gamma log p.
+  # The derivative of -(1 - p)^gamma log p.
+  by_p = gamma * (1 - p[3])**(gamma - 1) * np.log(p[3]) - (1 - p[3])**gamma / p[3]
   np.testing.assert_allclose(found, by_p * p[3] * (np.eye(5)[3] - p), rtol=1e-9)
 
 
 ASKED = np.array([4, 0, 1, 3], np.int32)
-LATENTS = np.random.default_rng(4).normal(size=(4, 7)).astype(np.float32)  # Of two classes, sure and unsure.
+# The teacher sees two classes in them, and is sure of some images and unsure of others.
+LATENTS = np.random.default_rng(4).normal(size=(4, 7)).astype(np.float32)
 COUNTS = np.array([5, 1, 0, 2, 4], np.int32)
 
 
@@ -120,8 +132,8 @@ def method(**changes):
   return synth.create('ssd_kd', **{
       'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': asks,
       'factors': synth.Factors(one_hot=1.0), 'num_steps': 1, 'latent_dim': 7, 'batch_size': 4,
-      'sample_batch_size': 6, 'capacity': 12, 'augment': augment.identity, 'sample_latents': lambda *_: LATENTS,
-      'new_priority': 'modulation', **changes})
+      'sample_batch_size': 6, 'capacity': 12, 'augment': augment.identity,
+      'sample_latents': lambda *_: LATENTS, 'new_priority': 'modulation', **changes})
 
 
 @functools.cache
@@ -133,7 +145,8 @@ def start():
 
 def call(**changes):
   """Meta-gradient, mean of the one_hot term, and the modulations."""
-  state, metrics = toys.jit(method(**changes).synthesize)(start(), jax.random.key(1), toys.teacher(), None)
+  state, metrics = toys.jit(method(**changes).synthesize)(
+      start(), jax.random.key(1), toys.teacher(), None)
   # After one update of a fresh Adam its first moment is 1 - b1 = 1/2 of the gradient.
   grads = jax.tree.map(lambda mu: 2 * mu, optax.tree_utils.tree_get(state.meta_opt_state, 'mu'))
   return grads, metrics['one_hot'], -state.buffer.priorities[0, :4]
@@ -176,11 +189,13 @@ def test_the_one_hot_term_counts_by_the_modulation(changes, expected):
 def test_what_the_diversity_counts_is_what_the_buffer_holds():
   """The classes asked for, or those that the teacher saw in the images."""
   for counted in ('seen', 'asked'):
-    state, _ = toys.jit(method(counted=counted).synthesize)(start(), jax.random.key(1), toys.teacher(), None)
+    state, _ = toys.jit(method(counted=counted).synthesize)(
+        start(), jax.random.key(1), toys.teacher(), None)
     seen = toys.teacher()(replay.to_float(state.buffer.images[0, :4])).logits.argmax(-1)
     assert not np.array_equal(seen, ASKED)
     np.testing.assert_array_equal(state.buffer.labels[0, :4], ASKED if counted == 'asked' else seen)
-    np.testing.assert_array_equal(state.buffer.histogram - COUNTS, np.bincount(state.buffer.labels[0, :4], minlength=5))
+    np.testing.assert_array_equal(
+        state.buffer.histogram - COUNTS, np.bincount(state.buffer.labels[0, :4], minlength=5))
 
 
 class Dense(nn.Module):
@@ -209,7 +224,8 @@ def test_of_pixels_the_modulation_is_averaged_over_each_image():
   p, seen = jax.nn.softmax(logits).max(-1), logits.argmax(-1)
   assert len(np.unique(seen)) > 1
   phi = (1 - jnp.asarray(COUNTS)[seen] / COUNTS.sum()) * (1 - p)**2
-  np.testing.assert_allclose(-after.buffer.priorities[:, :4], phi.mean((2, 3)), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+      -after.buffer.priorities[:, :4], phi.mean((2, 3)), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(metrics['one_hot'], [(phi * -jnp.log(p)).mean()], rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The moving average of a generator: how it follows, which of the student's images it makes, what it leaves alone."""
+"""A generator's moving average: how it follows, the images it makes, the parts it leaves alone."""
 
 import functools
 
@@ -21,10 +21,11 @@ each_method = pytest.mark.parametrize('name', METHODS)
 
 def created(name, **changes):
   at_hand = {
-      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
-      'factors': Factors(one_hot=1.0, adversarial=0.5), 'num_steps': 2, 'latent_dim': 7, 'batch_size': 5,
-      'sample_batch_size': SAMPLES, 'capacity': 20, 'augment': augment.identity, 'generator_lr': 1e-2,
-      'ema_decay': DECAY, **changes}
+      'generator': toys.generator(), 'image_shape': toys.IMAGE,
+      'task': tasks.classification(toys.CLASSES), 'factors': Factors(one_hot=1.0, adversarial=0.5),
+      'num_steps': 2, 'latent_dim': 7, 'batch_size': 5, 'sample_batch_size': SAMPLES,
+      'capacity': 20, 'augment': augment.identity, 'generator_lr': 1e-2, 'ema_decay': DECAY,
+      **changes}
   taken = synth.parameters(name)
   return synth.create(name, **{key: value for key, value in at_hand.items() if key in taken})
 
@@ -33,7 +34,8 @@ def created(name, **changes):
 def called(name, calls=2, **changes):
   """The states before the first call and after each."""
   method = created(name, **changes)
-  state, synthesize = toys.jit(method.init)(jax.random.key(0), toys.teacher()), toys.jit(method.synthesize)
+  state, synthesize = (
+      toys.jit(method.init)(jax.random.key(0), toys.teacher()), toys.jit(method.synthesize))
   states = [state]
   for index in range(calls):
     state, _ = synthesize(state, jax.random.key(10 + index), toys.teacher(), toys.student())
@@ -65,14 +67,15 @@ def same(tree, other):
     ('dfq', dict(num_steps=1)), ('cu_dfkd', dict(num_steps=1, init_std=0.1)),
     ('fast_dfkd', dict(meta='sequential')), ('nayer', dict(redraw_every=5))])
 def test_it_follows_the_generator(name, changes):
-  """By hand, where the generator goes on from where the inner steps left it; with a buffer from its first call on."""
+  """By hand, as the generator goes on from the inner steps; with a buffer, from its first call."""
   states = called(name, 3, **changes)
   if hasattr(states[0], 'buffer'):
     states = states[1:]
   expected = inner(states[0]).ema
   assert_close(expected, of_step(states[0]), rtol=1e-6, atol=1e-8)
   for state in states[1:]:
-    expected = jax.tree.map(lambda old, new: DECAY * old + (1 - DECAY) * new, expected, of_step(state))
+    expected = jax.tree.map(
+        lambda old, new: DECAY * old + (1 - DECAY) * new, expected, of_step(state))
     assert_close(inner(state).ema, expected, rtol=1e-5, atol=1e-6)
   assert not same(inner(states[-1]).ema, of_step(states[-1]))
 
@@ -93,8 +96,9 @@ def test_a_generator_drawn_anew_begins_a_new_average():
 
 @pytest.mark.parametrize('meta', ['fomaml', 'reptile'])
 def test_it_is_of_the_adapted_copies_not_of_the_meta_generator(meta):
-  """Where the inner steps of both tasks left them on average, which is where the sequential generator goes on."""
-  found, adapted = (called('fast_dfkd', 1, meta=of, num_tasks=2, task_map='map')[-1] for of in (meta, 'sequential'))
+  """It averages the ends of both tasks' inner steps, as the sequential generator does."""
+  found, adapted = (called('fast_dfkd', 1, meta=of, num_tasks=2, task_map='map')[-1]
+                    for of in (meta, 'sequential'))
   assert_close(found.ema, adapted.meta_params, rtol=1e-4, atol=1e-6)
   assert not same(found.ema, found.meta_params)
 
@@ -126,7 +130,7 @@ def test_a_state_made_outside_of_jit_may_be_donated(name):
 @pytest.mark.parametrize(('share', 'number'), [(0.5, 3), (0.2, 1), (0.9, 5)])
 @each_method
 def test_its_share_of_each_tasks_images(name, share, number):
-  """An average whose parameters are all 0 makes nothing but grey; they come last among a task's six images."""
+  """An average with zero parameters makes grey images, the last of each task's six."""
   changes = dict(ema_share=share, num_tasks=2, task_map='map')
   method, state = created(name, **changes), called(name, 1, num_tasks=2, task_map='map')[-1]
   blank = inner(state).replace(ema=jax.tree.map(jnp.zeros_like, inner(state).ema))
@@ -143,14 +147,15 @@ def test_its_share_of_each_tasks_images(name, share, number):
 
 
 def test_priorities_are_of_stored_images_only():
-  """What is from nowhere counts 1, and changes no slot, not even the last, which -1 would be for an index."""
+  """An image from nowhere counts 1 and changes no slot, not even the last (index -1)."""
   method, state = created('ssd_kd'), called('ssd_kd')[-1]
   batch = method.sample(state, jax.random.key(5))
   stored = np.asarray(batch.slots) >= 0
   assert stored.sum() == SAMPLES // 2
   losses = jnp.linspace(1.0, 9.0, SAMPLES)
   found, weights = method.weigh(state, batch, losses)
-  expected, of_stored = method.weigh(state, jax.tree.map(lambda leaf: leaf[stored], batch), losses[stored])
+  expected, of_stored = method.weigh(
+      state, jax.tree.map(lambda leaf: leaf[stored], batch), losses[stored])
   assert same(found, expected)
   np.testing.assert_array_equal(weights[stored], of_stored)
   np.testing.assert_array_equal(weights[~stored], 1)
@@ -171,8 +176,9 @@ def test_four_devices_give_the_same_images_as_one(name):
   found = []
   for size in (1, 4):
     def draw(state, key, *, axis, size=size):
-      return created(name, num_tasks=4 // size, sample_batch_size=SAMPLES // size, capacity=20 // size,
-                     task_map='map', axis=axis).sample(state, key)[:2]  # Slots are those of each device.
+      return created(
+          name, num_tasks=4 // size, sample_batch_size=SAMPLES // size, capacity=20 // size,
+          task_map='map', axis=axis).sample(state, key)[:2]  # Slots are those of each device.
 
     mesh, spread = parallel.make_mesh(size), parallel.specs(state)
     program = parallel.each_device(draw, mesh, (spread, PartitionSpec()), parallel.SPREAD)
@@ -185,10 +191,13 @@ def test_four_devices_give_the_same_images_as_one(name):
     ('fast_dfkd', dict(ema_decay=-0.1), r'ema_decay is -0.1, must be in \[0, 1\)'),
     ('zskt', dict(ema_share=0.0), 'ema_share is 0.0, must leave at least one of the 12 images'),
     ('ssd_kd', dict(ema_share=1.0), 'ema_share is 1.0, must leave at least one of the 12 images'),
-    ('fast_dfkd', dict(sample_batch_size=2, num_tasks=2), 'ema_share is 0.5, must leave at least one of the 1 images'),
-    ('fast_dfkd', dict(meta='reinit'), 'ema_decay is 0.75, must be None where each call has a generator of its own'),
+    ('fast_dfkd', dict(sample_batch_size=2, num_tasks=2),
+     'ema_share is 0.5, must leave at least one of the 1 images'),
+    ('fast_dfkd', dict(meta='reinit'),
+     'ema_decay is 0.75, must be None where each call has a generator of its own'),
     ('nayer', dict(redraw_every=1), 'ema_decay is 0.75, must be None'),
-    ('nayer', dict(meta='fomaml'), "redraw_every is 20, must be at least 1, and None where meta is not 'reinit'")])
+    ('nayer', dict(meta='fomaml'),
+     "redraw_every is 20, must be at least 1, and None where meta is not 'reinit'")])
 def test_what_does_not_fit_is_refused(name, changes, message):
   with pytest.raises(ValueError, match=message):
     created(name, **changes)
@@ -196,5 +205,6 @@ def test_what_does_not_fit_is_refused(name, changes, message):
 
 def test_no_average_is_no_share():
   assert MovingAverage(None, 7.0).num_images(Layout(sample_batch_size=3)) == 0
-  shares = [MovingAverage(0.9, share).num_images(Layout(sample_batch_size=7)) for share in (0.1, 0.5, 0.9)]
+  shares = [MovingAverage(0.9, share).num_images(Layout(sample_batch_size=7))
+            for share in (0.1, 0.5, 0.9)]
   assert shares == [1, 4, 6]

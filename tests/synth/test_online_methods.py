@@ -1,4 +1,4 @@
-"""DAFL, ZSKT, DFQ and DFAD: which is a special case of which, who plays against the generator, what is refused."""
+"""DAFL, ZSKT, DFQ and DFAD: their special cases, their adversaries, and the refused options."""
 
 import functools
 
@@ -16,14 +16,16 @@ from dfkd_jax.synth.objective import Adversary
 
 def created(name, **changes):
   return synth.create(name, **{
-      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
-      'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': 6, **changes})
+      'generator': toys.generator(), 'image_shape': toys.IMAGE,
+      'task': tasks.classification(toys.CLASSES), 'latent_dim': 7, 'batch_size': 4,
+      'sample_batch_size': 6, **changes})
 
 
 @functools.cache
 def start():
   """The first state of all these methods: it depends on the generator alone."""
-  toys.student()  # Made here: first asked for while a program is traced, it would be kept as tracers.
+  # Made here: a first call while a trace runs would cache tracers.
+  toys.student()
   return toys.jit(created('dafl').init)(jax.random.key(0), toys.teacher())
 
 
@@ -61,7 +63,8 @@ def test_dfq_of_the_adversary_alone_is_zskt_or_dfad():
 def test_dafl_asks_no_student():
   made = created('dafl')
   state = jax.eval_shape(made.init, jax.random.key(0), toys.teacher())
-  jax.eval_shape(lambda *inputs: made.synthesize(*inputs, None), state, jax.random.key(1), toys.teacher())
+  jax.eval_shape(
+      lambda *inputs: made.synthesize(*inputs, None), state, jax.random.key(1), toys.teacher())
 
 
 @pytest.mark.parametrize('name', ['zskt', 'dfad', 'dfq'])
@@ -69,17 +72,21 @@ def test_the_adversary_needs_a_student(name):
   made = created(name)
   state = jax.eval_shape(made.init, jax.random.key(0), toys.teacher())
   with pytest.raises(ValueError, match='student is None'):
-    jax.eval_shape(lambda *inputs: made.synthesize(*inputs, None), state, jax.random.key(1), toys.teacher())
+    jax.eval_shape(
+        lambda *inputs: made.synthesize(*inputs, None), state, jax.random.key(1), toys.teacher())
 
 
 def test_the_student_is_the_adversary():
   """A random one gives the generator something to learn; the teacher in its place gives nothing."""
   synthesize = toys.jit(created('zskt').synthesize)
-  random = models.create_network(toys.teacher().module, jax.random.key(8), toys.IMAGE, mean=toys.MEAN, std=toys.STD)
+  random = models.create_network(
+      toys.teacher().module, jax.random.key(8), toys.IMAGE, mean=toys.MEAN, std=toys.STD)
   (found, metrics), (nothing, none) = (
-      synthesize(start(), jax.random.key(1), toys.teacher(), student) for student in (random, toys.teacher()))
+      synthesize(start(), jax.random.key(1), toys.teacher(), student)
+      for student in (random, toys.teacher()))
   assert metrics['loss'][0] < -1e-2
-  assert min(float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves(gradient(found)['conv_blocks_9'])) > 1e-3
+  assert min(float(jnp.linalg.norm(leaf))
+             for leaf in jax.tree.leaves(gradient(found)['conv_blocks_9'])) > 1e-3
   np.testing.assert_allclose(none['loss'], [0], atol=1e-7)
   assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient(nothing))) < 1e-6
   assert synthesize._cache_size() == 1
@@ -87,7 +94,7 @@ def test_the_student_is_the_adversary():
 
 @pytest.mark.parametrize('name', ['zskt', 'dfad'])
 def test_the_generator_seeks_disagreement(name):
-  """The adversary alone: from call to call student and teacher, which stay as they are, come further apart."""
+  """The adversary alone drives a fixed student and a fixed teacher apart from call to call."""
   state, losses = start(), []
   synthesize = toys.jit(created(name, generator_lr=1e-2, batch_size=16).synthesize)
   for index in range(30):
@@ -97,11 +104,13 @@ def test_the_generator_seeks_disagreement(name):
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(sample_by='evaluation'), r"sample_by is 'evaluation', must be one of \('running', 'batch'\)"),
+    (dict(sample_by='evaluation'),
+     r"sample_by is 'evaluation', must be one of \('running', 'batch'\)"),
     (dict(num_steps=0), 'num_steps is 0, must be at least 1'),
     (dict(balance_temperature=0.0), 'balance_temperature is 0.0, must be above 0'),
     (dict(factors=Factors(balance=-20.0)), 'Factor balance is -20.0'),
-    (dict(sample_batch_size=7, num_tasks=3), r'sample_batch_size is 7, must be a positive multiple of 3'),
+    (dict(sample_batch_size=7, num_tasks=3),
+     r'sample_batch_size is 7, must be a positive multiple of 3'),
     (dict(task_map='scan'), "task_map is 'scan'"),
     (dict(lr_g=1e-3), "Unknown argument of dfq 'lr_g'")])
 def test_bad_arguments_are_named(changes, message):

@@ -14,9 +14,10 @@ from dfkd_jax.synth import replay
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from([1, 2, 5]), st.booleans()), max_size=9), st.sampled_from([5, 7]),
-       st.sampled_from([1, 3]))
-def test_any_pushes_and_updates_leave_an_exact_histogram_and_the_priorities_given(pushes, capacity, num_tasks):
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 5]), st.booleans()), max_size=9),
+       st.sampled_from([5, 7]), st.sampled_from([1, 3]))
+def test_any_pushes_and_updates_leave_an_exact_histogram_and_the_priorities_given(
+    pushes, capacity, num_tasks):
   """Against arrays of NumPy; after a push all that is live gets other priorities and weights."""
   buffer = replay.create(capacity, SHAPE, K, num_tasks, prioritised=True)
   labels, priorities = np.full((num_tasks, capacity), -1), np.zeros((num_tasks, capacity))
@@ -24,7 +25,8 @@ def test_any_pushes_and_updates_leave_an_exact_histogram_and_the_priorities_give
   for index, (num, given_priorities) in enumerate(pushes):
     images, new = batch(index, num_tasks, num)
     own = np.linspace(0.1, 0.9, num_tasks * num, dtype=np.float32).reshape(num_tasks, num) + index
-    buffer = program(num)(buffer, images, new, priorities=jnp.asarray(own) if given_priorities else None)
+    buffer = program(num)(
+        buffer, images, new, priorities=jnp.asarray(own) if given_priorities else None)
     slots = (written + np.arange(num)) % capacity
     labels[:, slots], weights[:, slots], written = new, 1.0, written + num
     priorities[:, slots] = own if given_priorities else -1
@@ -69,16 +71,20 @@ def test_what_is_new_is_on_the_scale_of_what_has_been_drawn(scale):
   """Whatever the losses turn out to be, and in each stripe by itself."""
   buffer = stripes([[-1.0, -0.25, 3 * scale, scale, 99.0], [-1.0, -0.5, -0.5, 0.0, 99.0]], size=4)
   np.testing.assert_allclose(
-      priority.live_priorities(buffer), [[3 * scale, 0.75 * scale, 3 * scale, scale, 0], [1, 0.5, 0.5, 0, 0]], rtol=1e-6)
+      priority.live_priorities(buffer),
+      [[3 * scale, 0.75 * scale, 3 * scale, scale, 0], [1, 0.5, 0.5, 0, 0]], rtol=1e-6)
   after = priority.set_priorities(buffer, jnp.array([5, 1]), jnp.array([8 * scale, 5 * scale]))
   np.testing.assert_allclose(
-      priority.live_priorities(after), scale * np.array([[5, 5, 3, 1, 0], [8, 4, 4, 0, 0]]), rtol=1e-6)
+      priority.live_priorities(after), scale * np.array([[5, 5, 3, 1, 0], [8, 4, 4, 0, 0]]),
+      rtol=1e-6)
 
 
 def test_probabilities_by_hand():
   """Each stripe for itself; what lies in dead slots counts nothing."""
-  found = priority.probabilities(stripes([[3.0, 0.0, 1.0, 99.0], [0.0, 0.0, 0.0, 99.0]], size=3), epsilon=0.5)
-  np.testing.assert_allclose(found, [[3.5 / 5.5, 0.5 / 5.5, 1.5 / 5.5, 0], [1 / 3, 1 / 3, 1 / 3, 0]], rtol=1e-6)
+  found = priority.probabilities(
+      stripes([[3.0, 0.0, 1.0, 99.0], [0.0, 0.0, 0.0, 99.0]], size=3), epsilon=0.5)
+  np.testing.assert_allclose(
+      found, [[3.5 / 5.5, 0.5 / 5.5, 1.5 / 5.5, 0], [1 / 3, 1 / 3, 1 / 3, 0]], rtol=1e-6)
 
 
 def test_an_empty_buffer_has_no_probabilities_and_finite_weights():
@@ -100,22 +106,24 @@ def test_probabilities_sum_to_1_and_weights_take_the_bias_back(priorities, size)
 
 
 def test_importance_weights_by_hand():
-  """N is the images of a stripe, so that equal priorities weigh 1 however many stripes there are."""
+  """N is the images of a stripe, so equal priorities weigh 1 for any number of stripes."""
   buffer = stripes([[6.0, 1.0, 1.0, 7.0, 0.0], [2.0, 2.0, 2.0, 2.0, 0.0]], size=4)
   found = priority.importance_weights(buffer, jnp.array([3, 0, 2, 6]), 0.5, epsilon=1e-7)
-  np.testing.assert_allclose(found, [(28 / 15) ** -0.5, (24 / 15) ** -0.5, (4 / 15) ** -0.5, 1], rtol=1e-5)
+  np.testing.assert_allclose(
+      found, [(28 / 15) ** -0.5, (24 / 15) ** -0.5, (4 / 15) ** -0.5, 1], rtol=1e-5)
   np.testing.assert_array_equal(priority.importance_weights(buffer, jnp.arange(4), 0.0), np.ones(4))
 
 
 def test_draws_follow_the_probabilities():
-  """Chi-square in each of three stripes, of which seven slots of eleven are live and one has priority 0."""
+  """Chi-square in each of three stripes: seven slots of eleven are live, one has priority 0."""
   priorities = np.zeros((3, 11))
   priorities[0, :7] = [5, 0, 1, 2, 0.5, 3, 1]
   priorities[1, :7] = [0, 1, 1, 1, 1, 1, 20]
   priorities[2, :7] = [9, 8, 7, 6, 5, 4, 0]
   priorities[:, 7:] = 50  # Of no image.
   buffer, share = stripes(priorities, size=7), 30_000
-  drawn = toys.jit(lambda key: priority.sample_by_priority(key, buffer, 3 * share, epsilon=0.05))(jax.random.key(0))
+  drawn = toys.jit(lambda key: priority.sample_by_priority(key, buffer, 3 * share, epsilon=0.05))(
+      jax.random.key(0))
   stripe, slot = np.divmod(np.asarray(drawn.slots), 11)
   np.testing.assert_array_equal(stripe, np.repeat([0, 1, 2], share))
   for index in range(3):
@@ -123,7 +131,8 @@ def test_draws_follow_the_probabilities():
     odds = priorities[index, :7] + 0.05
     expected = share * odds / odds.sum()
     assert counts[7:].sum() == 0
-    assert ((counts[:7] - expected) ** 2 / expected).sum() < 22.5  # Six degrees of freedom, p = 0.001.
+    # Six degrees of freedom, p = 0.001.
+    assert ((counts[:7] - expected) ** 2 / expected).sum() < 22.5
   assert not np.array_equal(slot[stripe == 0], slot[stripe == 1])
 
 
@@ -131,7 +140,8 @@ def test_draws_are_what_the_slots_hold():
   buffer = stripes(np.arange(15.0).reshape(3, 5))
   drawn = priority.sample_by_priority(jax.random.key(1), buffer, 12)
   assert drawn.images.shape == (12, *SHAPE)
-  assert (drawn.images.dtype, drawn.labels.dtype, drawn.slots.dtype) == (jnp.float32, jnp.int32, jnp.int32)
+  assert (drawn.images.dtype, drawn.labels.dtype, drawn.slots.dtype) == (
+      jnp.float32, jnp.int32, jnp.int32)
   np.testing.assert_array_equal(np.asarray(drawn.slots) // 5, np.repeat([0, 1, 2], 4))
   np.testing.assert_allclose(drawn.images[:, 2, 1, 0], np.asarray(drawn.slots) / 255, rtol=1e-6)
   np.testing.assert_array_equal(drawn.labels, drawn.slots % K)
@@ -154,14 +164,16 @@ def test_after_the_ring_has_gone_round_what_is_old_is_drawn_no_more():
 
 
 def test_the_many_that_are_rare_are_all_within_reach():
-  """A tail of 4,999 slots with a chance of 4e-8 each; summed in float32 only one in six of them would be met."""
+  """A tail of 4,999 slots with a chance of 4e-8 each; float32 sums would reach one in six."""
   priorities = np.full((1, 5_000), 4e-8)
   priorities[0, 0] = 1 - priorities[0, 1:].sum()
   images = jnp.zeros((1, 5_000, 1, 1, 1), jnp.uint8)
   buffer = replay.create(5_000, (1, 1, 1), K, prioritised=True).replace(
       images=images, priorities=jnp.asarray(priorities, jnp.float32), size=jnp.int32(5_000))
-  draw = jax.jit(lambda key: priority.sample_by_priority(key, buffer, 1_000_000, epsilon=1e-12).slots)
-  tail = np.concatenate([slots[slots > 0] for slots in (np.asarray(draw(jax.random.key(seed))) for seed in range(3))])
+  draw = jax.jit(
+      lambda key: priority.sample_by_priority(key, buffer, 1_000_000, epsilon=1e-12).slots)
+  tail = np.concatenate([
+      slots[slots > 0] for slots in (np.asarray(draw(jax.random.key(seed))) for seed in range(3))])
   assert abs(len(tail) - 600) < 4 * 600**0.5
   distinct = 4_999 * (1 - np.exp(-len(tail) / 4_999))
   assert abs(len(set(tail.tolist())) - distinct) < 4 * (len(tail) - distinct) ** 0.5
@@ -170,7 +182,8 @@ def test_the_many_that_are_rare_are_all_within_reach():
 
 def test_only_what_was_drawn_changes_and_duplicates_leave_the_highest():
   buffer = stripes([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-  after = priority.set_priorities(buffer, jnp.array([4, 1, 4, 4, 0]), jnp.array([0.5, 9.0, 0.75, 0.25, -1e-7]))
+  after = priority.set_priorities(
+      buffer, jnp.array([4, 1, 4, 4, 0]), jnp.array([0.5, 9.0, 0.75, 0.25, -1e-7]))
   np.testing.assert_array_equal(after.priorities, [[0, 9, 3], [4, 0.75, 6]])
   after = priority.set_weights(buffer, jnp.array([4, 1, 4]), jnp.array([0.5, 9.0, 0.5]))
   np.testing.assert_array_equal(after.weights, [[1, 9, 1], [1, 0.5, 1]])

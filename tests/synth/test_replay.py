@@ -13,7 +13,9 @@ from dfkd_jax.synth import replay
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from([1, 2, 5]), max_size=12), st.sampled_from([5, 7]), st.sampled_from([1, 3]))
+@given(
+    st.lists(st.sampled_from([1, 2, 5]), max_size=12), st.sampled_from([5, 7]),
+    st.sampled_from([1, 3]))
 def test_any_pushes_leave_the_newest_and_an_exact_histogram(sizes, capacity, num_tasks):
   buffer = replay.create(capacity, SHAPE, K, num_tasks)
   kept = [[] for _ in range(num_tasks)]
@@ -28,7 +30,8 @@ def test_any_pushes_leave_the_newest_and_an_exact_histogram(sizes, capacity, num
   assert int(buffer.next) == written % capacity
   recount = np.bincount([label for task in kept for _, label in task], minlength=K)
   np.testing.assert_array_equal(buffer.histogram, recount)
-  np.testing.assert_array_equal(np.bincount(np.asarray(buffer.labels[:, :size]).ravel(), minlength=K), recount)
+  np.testing.assert_array_equal(
+      np.bincount(np.asarray(buffer.labels[:, :size]).ravel(), minlength=K), recount)
   for task in range(num_tasks):
     oldest_first = (np.arange(size) + (written if written > capacity else 0)) % capacity
     for slot, (image, label) in zip(oldest_first, kept[task], strict=True):
@@ -96,7 +99,8 @@ def test_only_live_slots_are_drawn_and_each_as_often():
   assert counts[:, 6:].sum() == 0
   expected = 20 * 60 / 6
   for of_stripe in counts[:, :6]:
-    assert ((of_stripe - expected) ** 2 / expected).sum() < 20.5  # Chi-square with 5 degrees, p = 0.001.
+    # Chi-square with 5 degrees, p = 0.001.
+    assert ((of_stripe - expected) ** 2 / expected).sum() < 20.5
   assert not np.array_equal(slot[stripe == 0], slot[stripe == 1])
 
 
@@ -118,5 +122,6 @@ def test_errors_name_what_is_wrong():
     replay.create(0, SHAPE, K)
   with pytest.raises(ValueError, match='capacity is 4, must be at least a batch of 5 images'):
     filled(num_tasks=1, capacity=4, num=5)
-  with pytest.raises(ValueError, match=r'batch_size is 7, must be a positive multiple of 3 .*such as 6'):
+  with pytest.raises(
+      ValueError, match=r'batch_size is 7, must be a positive multiple of 3 .*such as 6'):
     replay.sample(jax.random.key(0), filled(num_tasks=3, capacity=5, num=5), 7)

@@ -8,8 +8,8 @@ from dfkd_jax.synth import schedules
 
 
 @pytest.mark.parametrize(('first', 'slope', 'begin', 'end', 'every', 'epochs'), [
-    (0.5, 0.05, 62, 187, 40, 250), (0.0, 0.35, 80, 320, 40, 400), (1.0, 0.0, 3, 5, 2, 9), (0.2, 0.1, 4, 4, 1, 8),
-    (0.2, 0.1, 4, 5, 3, 8)])
+    (0.5, 0.05, 62, 187, 40, 250), (0.0, 0.35, 80, 320, 40, 400), (1.0, 0.0, 3, 5, 2, 9),
+    (0.2, 0.1, 4, 4, 1, 8), (0.2, 0.1, 4, 5, 3, 8)])
 def test_ramp_is_the_published_loop(first, slope, begin, end, every, epochs):
   factor, expected = first, []
   for epoch in range(epochs):

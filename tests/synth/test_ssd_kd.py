@@ -21,10 +21,11 @@ BARE = dict(diversity=False, difficulty=False, draw='uniform')
 def ssd_kd(**changes):
   """With the numbers of `toys.fast_dfkd`."""
   return synth.create('ssd_kd', **{
-      'generator': toys.generator(), 'image_shape': toys.IMAGE, 'task': tasks.classification(toys.CLASSES),
-      'factors': synth.Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.0), 'num_steps': 3, 'latent_dim': 7,
-      'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12, 'adversarial_after': 0, 'augment': augment.identity,
-      **changes})
+      'generator': toys.generator(), 'image_shape': toys.IMAGE,
+      'task': tasks.classification(toys.CLASSES),
+      'factors': synth.Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.0), 'num_steps': 3,
+      'latent_dim': 7, 'batch_size': 4, 'sample_batch_size': 6, 'capacity': 12,
+      'adversarial_after': 0, 'augment': augment.identity, **changes})
 
 
 def assert_equal(tree, other):
@@ -36,7 +37,7 @@ def assert_close(tree, other, **tolerance):
 
 
 def rounds(method, num, dtype=None):
-  """States after each call, metrics, batches and weights; the adversary sets in with the third call."""
+  """States after each call, metrics, batches, weights; the adversary sets in at the third call."""
   cast = toys.float64 if dtype else lambda tree: tree
   networks = cast(toys.teacher()), cast(toys.student())
   state = toys.jit(method.init)(jax.random.key(0), networks[0])
@@ -68,7 +69,8 @@ def test_with_draws_by_priority_and_beta_0_only_the_draws_differ():
   changes = dict(diversity=False, difficulty=False, beta=0.0, capacity=10, adversarial_after=2)
   found, expected = rounds(ssd_kd(**changes), 4), fast_dfkd()
   drawn = []
-  for (state, metrics, batch, weights), (other, other_metrics, other_batch, _) in zip(found, expected, strict=True):
+  for (state, metrics, batch, weights), (other, other_metrics, other_batch, _) in zip(
+      found, expected, strict=True):
     assert_equal(weights, np.ones(6))
     assert_equal(metrics, other_metrics)
     assert_equal(state.buffer.weights, np.ones((1, 10)))
@@ -78,7 +80,7 @@ def test_with_draws_by_priority_and_beta_0_only_the_draws_differ():
 
 
 def test_a_modulation_of_1_is_none(x64):
-  """Of which no gradient flows either; in float64, since the programs differ in the order of sums."""
+  """No gradient flows through it either; in float64, as the order of sums differs by program."""
   changes = dict(diversity=False, draw='uniform', num_steps=2)
   found = rounds(ssd_kd(gamma=0.0, **changes), 2, jnp.float64)
   expected = rounds(ssd_kd(difficulty=False, **changes), 2, jnp.float64)
@@ -99,7 +101,8 @@ def on_devices(size, begin, networks):
       state, weights = method.weigh(state, batch, losses)
     return state, metrics, (batch.images, batch.labels, weights)
 
-  program = toys.jit(parallel.each_device(step, mesh, (spread, one, one, one), (spread, one, parallel.SPREAD)))
+  program = toys.jit(parallel.each_device(
+      step, mesh, (spread, one, one, one), (spread, one, parallel.SPREAD)))
   state, networks = parallel.place(mesh, begin), parallel.place(mesh, networks)
   for index in range(2):
     state, *rest = program(state, jax.random.key(30 + index), *networks)
@@ -108,15 +111,17 @@ def on_devices(size, begin, networks):
 
 def everything(size, axis):
   return ssd_kd(
-      num_steps=2, num_tasks=NUM // size, capacity=20 // size, sample_batch_size=16 // size, task_map='map', axis=axis,
-      augment=augment.flip, gamma=0.5, new_priority='modulation', normalise_weights='max')
+      num_steps=2, num_tasks=NUM // size, capacity=20 // size, sample_batch_size=16 // size,
+      task_map='map', axis=axis, augment=augment.flip, gamma=0.5, new_priority='modulation',
+      normalise_weights='max')
 
 
 def test_four_devices_equal_one(x64):
-  """Synthesis with modulation by the common histogram, draws, weights; stripes lie where they belong."""
+  """Synthesis modulated by the common histogram, draws, weights; stripes lie in their places."""
   networks = toys.float64(toys.teacher()), toys.float64(toys.student())
   begin = toys.jit(everything(1, None).init)(jax.random.key(0), networks[0])
-  (one, rest_of_one), (four, rest_of_four) = (on_devices(size, begin, networks) for size in (1, NUM))
+  (one, rest_of_one), (four, rest_of_four) = (
+      on_devices(size, begin, networks) for size in (1, NUM))
   for name in ('images', 'labels', 'priorities', 'weights'):
     leaf = getattr(four.buffer, name)
     assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [1] * NUM
@@ -137,8 +142,9 @@ def test_four_devices_equal_one(x64):
 def test_states_say_how_they_are_spread():
   state = jax.eval_shape(everything(1, None).init, jax.random.key(0), toys.teacher())
   specs = parallel.specs(state)
-  for name, spec in (('images', parallel.SPREAD), ('priorities', parallel.SPREAD), ('weights', parallel.SPREAD),
-                     ('histogram', parallel.REPLICATED), ('size', parallel.REPLICATED)):
+  for name, spec in (('images', parallel.SPREAD), ('priorities', parallel.SPREAD),
+                     ('weights', parallel.SPREAD), ('histogram', parallel.REPLICATED),
+                     ('size', parallel.REPLICATED)):
     assert getattr(specs.buffer, name) == spec
   uniform = parallel.specs(jax.eval_shape(ssd_kd(**BARE).init, jax.random.key(0), toys.teacher()))
   assert (uniform.buffer.priorities, uniform.buffer.weights) == (None, None)
@@ -146,7 +152,8 @@ def test_states_say_how_they_are_spread():
 
 def of_two_stripes(new_priority):
   return ssd_kd(
-      num_steps=1, num_tasks=2, capacity=14, new_priority=new_priority, gamma=0.5, factors=synth.Factors(one_hot=1.0))
+      num_steps=1, num_tasks=2, capacity=14, new_priority=new_priority, gamma=0.5,
+      factors=synth.Factors(one_hot=1.0))
 
 
 @functools.cache
@@ -154,8 +161,9 @@ def two_stripes():
   """Three images in each, with highest priorities of 3 and 5."""
   state = toys.jit(of_two_stripes('max').init)(jax.random.key(0), toys.teacher())
   return state.replace(buffer=state.buffer.replace(
-      priorities=jnp.array([[3.0, 1, 2, 9, 9, 9, 9], [4.0, 5, 0, 9, 9, 9, 9]]), weights=2 * jnp.ones((2, 7)),
-      size=jnp.int32(3), next=jnp.int32(3), histogram=jnp.array([3, 0, 0, 0, 3])))
+      priorities=jnp.array([[3.0, 1, 2, 9, 9, 9, 9], [4.0, 5, 0, 9, 9, 9, 9]]),
+      weights=2 * jnp.ones((2, 7)), size=jnp.int32(3), next=jnp.int32(3),
+      histogram=jnp.array([3, 0, 0, 0, 3])))
 
 
 @pytest.mark.parametrize('new_priority', ['max', 'one', 'modulation'])
@@ -175,11 +183,12 @@ def test_the_priority_of_new_images(new_priority):
 
 @functools.cache
 def toy_run():
-  """Two rounds: students before and after, states after synthesis and after distillation, and the programs."""
+  """Two rounds: method, student, states after synthesis and distillation, metrics, programs."""
   method, tx = ssd_kd(num_steps=2, capacity=16, sample_batch_size=4), optax.sgd(1e-4)
   synthesize = toys.jit(method.synthesize)
   train = toys.jit(functools.partial(
-      distill.distill, synthesizer=method, tx=tx, num_steps=24, temperature=4.0, augment=augment.identity))
+      distill.distill, synthesizer=method, tx=tx, num_steps=24, temperature=4.0,
+      augment=augment.identity))
   # Its answers are far enough from the teacher's, and unlike from image to image.
   apart = lambda leaf: leaf * (1 + 0.3 * jnp.cos(jnp.arange(leaf.size))).reshape(leaf.shape)
   network = toys.teacher().replace(params=jax.tree.map(apart, toys.teacher().params))
@@ -203,10 +212,11 @@ def test_each_program_of_a_run_is_compiled_once():
 
 
 def test_distillation_moves_the_priorities_of_what_it_draws():
-  """Of the live: twelve after the third call, of which 96 draws leave hardly any out; all else stays."""
+  """Twelve are live after the third call, and 96 draws leave hardly any out; the rest stays."""
   *_, states, _, _ = toy_run()
   for before, after, live in (*states[:2], 12), (*states[2:], 16):
-    priorities, weights = np.asarray(after.buffer.priorities[0]), np.asarray(after.buffer.weights[0])
+    priorities, weights = (
+        np.asarray(after.buffer.priorities[0]), np.asarray(after.buffer.weights[0]))
     changed = priorities != np.asarray(before.buffer.priorities[0])
     assert changed[:live].sum() >= live - 1
     assert not changed[live:].any()
@@ -219,14 +229,15 @@ def test_distillation_moves_the_priorities_of_what_it_draws():
 
 
 def test_images_of_high_loss_are_drawn_more_often_and_weigh_less():
-  """By the losses of the student in a batch of all of them, to the power of 2/3; it has hardly moved."""
+  """By the student's losses in one batch of all images, to the power of 2/3; it hardly moved."""
   _, student, states, _, _ = toy_run()
   buffer = states[-1].buffer
   images = replay.to_float(buffer.images[0])
   logits = student.network.forward(images, train=True)[0].logits
   losses = np.asarray(divergence.kl(logits, toys.teacher()(images).logits, 4.0))
   assert losses.max() > 4 * losses.min()
-  slots = toys.jit(lambda key: priority.sample_by_priority(key, buffer, 4000).slots)(jax.random.key(0))
+  slots = toys.jit(lambda key: priority.sample_by_priority(key, buffer, 4000).slots)(
+      jax.random.key(0))
   drawn = np.bincount(np.asarray(slots), minlength=16) / 4000
   slope, _ = np.polyfit(np.log(losses), np.log(drawn), 1)
   assert abs(slope - 2 / 3) < 0.3
@@ -235,22 +246,30 @@ def test_images_of_high_loss_are_drawn_more_often_and_weigh_less():
 
 
 @pytest.mark.parametrize(('changes', 'message'), [
-    (dict(label_source='teacher'), r"label_source is 'teacher', must be one of \('random', 'argmax', None\)"),
-    (dict(label_source='random', task=tasks.segmentation(toys.CLASSES)), "must be 'argmax' or None"),
+    (dict(label_source='teacher'),
+     r"label_source is 'teacher', must be one of \('random', 'argmax', None\)"),
+    (dict(label_source='random', task=tasks.segmentation(toys.CLASSES)),
+     "must be 'argmax' or None"),
     (dict(counted='argmax'), r"counted is 'argmax', must be one of \('seen', 'asked'\)"),
-    (dict(counted='asked', label_source='argmax'), "counted is 'asked', must be 'seen' where no class is asked for"),
-    (dict(counted='asked', task=tasks.segmentation(toys.CLASSES)), "counted is 'asked', must be 'seen'"),
+    (dict(counted='asked', label_source='argmax'),
+     "counted is 'asked', must be 'seen' where no class is asked for"),
+    (dict(counted='asked', task=tasks.segmentation(toys.CLASSES)),
+     "counted is 'asked', must be 'seen'"),
     (dict(gamma=float('nan')), 'gamma is nan, must be at least 0'),
     (dict(draw='weights'), r"draw is 'weights', must be one of \('priority', 'uniform'\)"),
-    (dict(new_priority='phi'), r"new_priority is 'phi', must be one of \('max', 'modulation', 'one'\)"),
-    (dict(normalise_weights='mean'), r"normalise_weights is 'mean', must be one of \('none', 'max'\)"),
+    (dict(new_priority='phi'),
+     r"new_priority is 'phi', must be one of \('max', 'modulation', 'one'\)"),
+    (dict(normalise_weights='mean'),
+     r"normalise_weights is 'mean', must be one of \('none', 'max'\)"),
     (dict(gamma=-0.5), r'gamma is -0.5, must be at least 0'),
     (dict(beta=1.0), r'beta is 1.0, must be in \[0, 1\)'),
     (dict(beta=-0.1), r'beta is -0.1, must be in \[0, 1\)'),
     (dict(epsilon=0.0), r'epsilon is 0.0, must be above 0'),
     (dict(clip_weights=0.0), r'clip_weights is 0.0, must be above 0, or None'),
-    (dict(new_priority='modulation', diversity=False, difficulty=False), "new_priority is 'modulation', must be 'max'"),
-    (dict(capacity=13, num_tasks=4, sample_batch_size=8), r'capacity is 13, must be a positive multiple of 4'),
+    (dict(new_priority='modulation', diversity=False, difficulty=False),
+     "new_priority is 'modulation', must be 'max'"),
+    (dict(capacity=13, num_tasks=4, sample_batch_size=8),
+     r'capacity is 13, must be a positive multiple of 4'),
     (dict(meta='maml'), r"meta is 'maml', must be one of"),
     (dict(factors=synth.Factors(one_hot=-1.0)), 'Factor one_hot is -1.0'),
     (dict(betas=0.5), "Unknown argument of ssd_kd 'betas'. Did you mean 'beta'")])
@@ -260,5 +279,6 @@ def test_bad_arguments_are_named(changes, message):
 
 
 def test_a_batch_has_equally_many_of_each_stripe():
-  with pytest.raises(ValueError, match=r'sample_batch_size is 6, must be a positive multiple of 4 .*such as 8'):
+  with pytest.raises(
+      ValueError, match=r'sample_batch_size is 6, must be a positive multiple of 4 .*such as 8'):
     ssd_kd(num_tasks=4, sample_batch_size=6)

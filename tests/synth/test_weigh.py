@@ -18,7 +18,8 @@ def method(**changes):
   """SSD-KD, of which only `sample` and `weigh` are asked for."""
   return synth.create('ssd_kd', **{
       'generator': toys.generator(), 'image_shape': SHAPE, 'task': tasks.classification(K),
-      'factors': synth.Factors(one_hot=1.0), 'capacity': 12, 'sample_batch_size': 6, 'clip_weights': None, **changes})
+      'factors': synth.Factors(one_hot=1.0), 'capacity': 12, 'sample_batch_size': 6,
+      'clip_weights': None, **changes})
 
 
 def with_buffer(buffer):
@@ -32,7 +33,7 @@ def drawn(*slots):
 
 
 def test_weigh_by_hand():
-  """Losses count by the weights of before; the priority is the loss so weighed; then the weight is renewed."""
+  """The old weights weigh the losses; the priority is the weighed loss; then the weight changes."""
   buffer = stripes([[1.0, 2.0, 3.0, 4.0, 9.0]], size=4)
   buffer = buffer.replace(weights=jnp.array([[1.0, 0.5, 2.0, 1.0, 1.0]]))
   state, weights = method(beta=0.5, epsilon=0.1).weigh(
@@ -45,10 +46,11 @@ def test_weigh_by_hand():
 
 
 def test_a_full_warm_up_is_drawn_whole_before_anything_is_drawn_often():
-  """64 images that are all new, with losses of 100: at a fixed priority of 1 most of them would be starved."""
+  """64 new images with losses of 100: a fixed priority of 1 would starve most of them."""
   made = method(capacity=64, sample_batch_size=8)
   state = with_buffer(replay.add(
-      replay.create(64, SHAPE, K, prioritised=True), jnp.zeros((1, 64, *SHAPE)), jnp.zeros((1, 64), jnp.int32)))
+      replay.create(64, SHAPE, K, prioritised=True), jnp.zeros((1, 64, *SHAPE)),
+      jnp.zeros((1, 64), jnp.int32)))
 
   @toys.jit
   def draws(state, keys):
@@ -78,22 +80,29 @@ def test_weights_by_their_largest_over_all_devices():
   kept = jnp.array([[[0.5, 1.0, 4.0]], [[2.0, 1.0, 8.0]]])
   buffers = [stripes([[1.0, 1.0, 1.0]]).replace(weights=weights) for weights in kept]
   batch, losses = drawn(1, 0), jnp.array([2.0, 4.0])
-  alone = [method(normalise_weights='max').weigh(with_buffer(buffer), batch, losses) for buffer in buffers]
+  alone = [method(normalise_weights='max').weigh(with_buffer(buffer), batch, losses)
+           for buffer in buffers]
   np.testing.assert_allclose([weights for _, weights in alone], [[1, 0.5], [0.5, 1]])
   together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(with_buffer, buffers))
   over = method(normalise_weights='max', axis='devices').weigh
-  states, weights = jax.vmap(over, in_axes=(0, None, None), axis_name='devices')(together, batch, losses)
+  states, weights = jax.vmap(over, in_axes=(0, None, None), axis_name='devices')(
+      together, batch, losses)
   np.testing.assert_allclose(weights, [[0.5, 0.25], [0.5, 1]])
   plain = [method().weigh(with_buffer(buffer), batch, losses) for buffer in buffers]
   for index, (state, unscaled) in enumerate(plain):
     np.testing.assert_array_equal(unscaled, [kept[index, 0, 1], kept[index, 0, 0]])
     for name in ('priorities', 'weights'):
-      np.testing.assert_allclose(getattr(states.buffer, name)[index], getattr(state.buffer, name), rtol=1e-6)
-      np.testing.assert_array_equal(getattr(alone[index][0].buffer, name), getattr(state.buffer, name))
+      np.testing.assert_allclose(
+          getattr(states.buffer, name)[index], getattr(state.buffer, name), rtol=1e-6)
+      np.testing.assert_array_equal(
+          getattr(alone[index][0].buffer, name), getattr(state.buffer, name))
 
 
 def settle(beta, losses, steps=60):
-  """Every slot weighed again and again under losses [M, N] that stay: the probabilities at last, and the weights."""
+  """Weigh every slot again and again under the same losses [M, N].
+
+  Returns the last probabilities, and the weights.
+  """
   weigh = toys.jit(method(beta=beta, epsilon=1e-9, capacity=losses.size).weigh)
   state, batch = with_buffer(stripes(np.ones_like(losses))), drawn(*range(losses.size))
   for _ in range(steps):
@@ -130,7 +139,8 @@ def test_a_loss_of_0_stays_within_reach():
   chances = priority.probabilities(state.buffer)[0]
   assert (np.asarray(chances) > 0).all()
   np.testing.assert_allclose(chances[1], 1e-6 / 43, rtol=1e-5)
-  slots = priority.sample_by_priority(jax.random.key(0), state.buffer, 6, epsilon=1e3).slots  # As good as uniform.
+  # The draw is as good as uniform.
+  slots = priority.sample_by_priority(jax.random.key(0), state.buffer, 6, epsilon=1e3).slots
   assert set(np.asarray(slots).tolist()) - {0, 3}
 
 
@@ -148,7 +158,8 @@ def test_four_devices_draw_and_weigh_as_one():
       return *of.weigh(state, batch, 3 * batch.images[:, 0, 0, 0] + 0.1), batch.images, batch.labels
 
     each = parallel.SPREAD
-    program = toys.jit(parallel.each_device(step, mesh, (spread, parallel.REPLICATED), (spread, each, each, each)))
+    program = toys.jit(parallel.each_device(
+        step, mesh, (spread, parallel.REPLICATED), (spread, each, each, each)))
     result = parallel.place(mesh, state)
     for seed in range(2):
       result, *rest = program(result, jax.random.key(seed))

@@ -188,9 +188,6 @@ def test_subtrees_of_orbax(tmp_path):
   assert len(weights.read_subtree(tree, '')) == 3
   with pytest.raises(ValueError, match="holds nothing under 'model/param'"):
     weights.read_subtree(tree, 'model/param')
-  shutil.rmtree(tree / 'd')
-  with pytest.raises(ValueError, match=r'^Could not read [^\n]*$'):
-    weights.read_subtree(tree, 'model/params')
 
 
 @pytest.mark.parametrize('wrap', [

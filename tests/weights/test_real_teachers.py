@@ -100,4 +100,6 @@ def test_teachers_score_as_published(arguments, weights, published):
   images, labels = samples()
   config = imagenet.get_config(arguments)
   config.teacher.source = str(weights())
-  np.testing.assert_allclose(accuracies(build.trained_network(resolve(config).teacher), images, labels), published, atol=0.3)
+  np.testing.assert_allclose(
+      accuracies(build.trained_network(resolve(config).teacher), images, labels), published,
+      atol=0.3)
