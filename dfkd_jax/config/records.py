@@ -54,6 +54,11 @@ class Distill(_record('distill')):
     return self.rounds - self.distill_after
 
   @property
+  def total_calls(self) -> int:
+    """Calls of the method in the whole run; 0 where a number is missing, before it is checked."""
+    return (self.rounds or 0) * (self.calls_per_round or 0)
+
+  @property
   def steps_per_call(self) -> int:
     """Student steps after each call of the method."""
     return self.steps_per_round // self.calls_per_round
@@ -139,7 +144,7 @@ def resolve(config: ConfigDict) -> Settings:
   method = MethodSettings(
       numbers.pop('name', None), numbers, Factors(**values['factors']), task,
       _network(values, 'generator'), _without_none(values['augment']['synthesis']),
-      distill.batch_size, distill.rounds * distill.calls_per_round)
+      distill.batch_size, distill.total_calls)
   sections = {record.__name__.lower(): record(**values[record.__name__.lower()])
               for record in (Dataset, Train, Optimizer, Preflight, Grid, Distributed)}
   names = ('job', 'control', 'buffer', 'device_memory_gb', 'num_devices', 'precision',
