@@ -31,8 +31,20 @@ import pytest
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / 'shared'
 jax.config.update('jax_debug_key_reuse', True)
+# Files of minutes, begun first, so that no worker waits for the other at the end.
+_LONGEST = (
+    'runs/test_changed_configs.py', 'config/test_configs.py', 'test_docs.py',
+    'parallel/test_processes.py', 'jobs/test_train.py', 'jobs/test_methods.py',
+    'synth/test_host_replay.py', 'synth/test_contract.py', 'runs/test_resume.py',
+    'runs/test_storage_faults.py', 'synth/test_fast_dfkd.py', 'synth/test_cmi.py',
+    'synth/test_ssd_kd.py', 'weights/test_loading.py')
 # Traces allocate much and leave little for the collector to find.
 gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_collection_modifyitems(items):
+  ranks = {HERE / name: rank for rank, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture

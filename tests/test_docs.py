@@ -11,7 +11,6 @@ The info string of a block says how it runs:
 """
 
 import importlib.util
-import json
 import pathlib
 import re
 import shutil
@@ -62,30 +61,36 @@ def place(tmp_path, monkeypatch):
   return tmp_path
 
 
-MADE = {}  # Small runs of this process: {config without its seed: (workdir, summary)}.
+MADE = {}  # Folders and summaries of the small runs of this process, by their kind.
 
 
 class CheckedRuns:
-  """Replaces `train.run`: checks the whole config, then runs a small one, unless `only_check`.
+  """Replaces `train.run`: checks the whole config, then runs a small one.
 
-  A small run that an earlier command made, but for its seed, is copied.
+  Attributes:
+    only_check: Whether no small run follows.
+    may_copy: Whether a small run of the same kind may be copied, if an earlier command made one.
   """
 
-  def __init__(self, place):
-    self.only_check, self._run, self._new = False, train.run, str(place / 'new')
+  def __init__(self, place, may_copy):
+    self.only_check, self.may_copy = False, may_copy
+    self._run, self._new = train.run, str(place / 'new')
 
   def __call__(self, config, workdir, command=None, teacher=None, *, resume=None, signals=False):
     train.check(config, Start(self._new), teacher)
     if self.only_check:
       return {}
     small, workdir = doc_pages.shrink(config), pathlib.Path(workdir).absolute()
-    key = json.dumps([{**small.to_dict(), 'seed': 0}, resume, teacher is None], default=str)
-    if key not in MADE or workdir.exists():
+    kind = (
+        config.job, config.method.name, config.method.get('num_tasks'), config.train.network,
+        config.train.teacher_factor, config.dataset.name is None, config.judge.name is None,
+        teacher is None)
+    if not (self.may_copy and kind in MADE):
       result = self._run(small, workdir, command, teacher, resume=resume, signals=signals)
-      MADE[key] = workdir, result
+      MADE[kind] = workdir, result
     elif config.job != 'check':
-      shutil.copytree(MADE[key][0], workdir)
-    return MADE[key][1]
+      shutil.copytree(MADE[kind][0], workdir)
+    return MADE[kind][1]
 
 
 def by_page(pages):
@@ -94,7 +99,7 @@ def by_page(pages):
 
 @by_page([page for page in PAGES if page.name != WALKTHROUGH])
 def test_blocks_run(page, place, monkeypatch):
-  runs = CheckedRuns(place)
+  runs = CheckedRuns(place, may_copy=page.name != 'resuming.md')
   monkeypatch.setattr(train, 'run', runs)
   if page.name != 'own_teacher.md':  # That page prepares the set itself.
     assert prepare_main(['cifar10', '--source=cifar-10-binary.tar.gz']) == 0
