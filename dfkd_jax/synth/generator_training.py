@@ -15,7 +15,6 @@ from flax import struct
 
 from dfkd_jax import parallel
 from dfkd_jax.messages import FieldError, check_option
-from dfkd_jax.models.network import Network
 from dfkd_jax.synth import generators, inner_loop, moving_average, objective
 from dfkd_jax.synth.latents import Latents
 from dfkd_jax.synth.layout import Layout
@@ -23,7 +22,7 @@ from dfkd_jax.synth.moving_average import MovingAverage
 from dfkd_jax.synth.objective import Adversary, Factors
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey, PyTree
+from dfkd_jax.types import Array, Batch, PyTree
 
 SAMPLE_BY = ('running', 'batch')
 
@@ -115,7 +114,7 @@ def synthesizer(
   latent_shape = latents.batch_shape(layout.batch_size)
   tx = training.optimizer(layout.axis)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
+  def init(key, teacher):
     variables = generators.init_variables(generator, key, latent_shape)
     params = variables['params']
     outputs = generators.check(
@@ -127,9 +126,7 @@ def synthesizer(
                   opt_state=tx.init(params))
     return state.replace(ema=average.init(state.variables))
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
+  def synthesize(state, key, teacher, student):
     scheduled = factors
     if training.adversarial is not None:
       scheduled = factors._replace(adversarial=training.adversarial(state.step))
@@ -145,8 +142,7 @@ def synthesizer(
           balance_temperature=training.balance_temperature)
       return *objective.total(terms, scheduled), moved.get('batch_stats', {})
 
-    def step(state: State, key_step: PRNGKey) -> tuple[State, Metrics]:
-
+    def step(state, key_step):
       def loss_fn(params, key_latents):
         results = layout.map(
             lambda z: task_loss(params, state.batch_stats, z),
@@ -165,7 +161,7 @@ def synthesizer(
     state, metrics = jax.lax.scan(step, state, jax.random.split(key, training.num_steps))
     return state.replace(step=state.step + 1), metrics
 
-  def render(variables: PyTree, key: PRNGKey, number: int) -> Array:
+  def render(variables, key, number):
     """Renders images [M, number, H, W, C] from fresh latents."""
 
     def render_task(latents_of_task):
@@ -176,7 +172,7 @@ def synthesizer(
 
     return layout.map(render_task, latents.draw(key, number, layout))
 
-  def sample(state: State, key: PRNGKey) -> Batch:
+  def sample(state, key):
     if num_averaged:
       key, key_averaged = jax.random.split(key)
     images = render(state.variables, key, share - num_averaged)

@@ -76,34 +76,28 @@ def check_teacher(
   return outputs
 
 
-def redraw(key: PRNGKey, params: PyTree, std: float = 0.02) -> PyTree:
-  """Draws a whole generator anew: kernels from N(0, std^2), scales from N(1, std^2), biases 0.
+def redraw(
+    key: PRNGKey, params: PyTree, std: float = 0.02, layers: tuple[str, ...] | None = None
+) -> PyTree:
+  """Draws a generator anew: kernels from N(0, std^2), scales from N(1, std^2), biases 0.
 
-  CMI does this before each batch (arXiv:2105.08584, its code).
+  CMI does this before each batch (arXiv:2105.08584, its code). FastDFKD's code does it once, late
+  in a run, for the first layers only, with scales from N(0, std^2).
+
+  Args:
+    key: PRNG key.
+    params: Of the generator.
+    std: Standard deviation.
+    layers: Names of the layers to draw; None: all of them.
   """
   flat = traverse_util.flatten_dict(params)
-  keys = jax.random.split(key, len(flat))
-  for (path, leaf), path_key in zip(sorted(flat.items()), keys, strict=True):
-    centre = 1 if path[-1] == 'scale' else 0
+  names = {path[0] for path in flat}
+  if unknown := set(layers or ()) - names:
+    raise ValueError(f'The generator has no layers {sorted(unknown)} to redraw, only '
+                     f'{sorted(names)}.')
+  chosen = sorted(path for path in flat if layers is None or path[0] in layers)
+  for path, path_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+    leaf, centre = flat[path], 1 if layers is None and path[-1] == 'scale' else 0
     noise = std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
     flat[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else centre + noise
-  return traverse_util.unflatten_dict(flat)
-
-
-def reset(key: PRNGKey, params: PyTree, layers: tuple[str, ...], std: float = 0.02) -> PyTree:
-  """Draws the named layers anew: weights from N(0, std^2), biases 0.
-
-  A batch norm's scale is drawn around 0 as well, not around 1, as in the published code (which
-  does this once, late in a run, for diversity).
-  """
-  flat = traverse_util.flatten_dict(params)
-  for name in layers:
-    if not any(path[0] == name for path in flat):
-      raise ValueError(f'The generator has no layer {name!r} to reset, '
-                       f'only {sorted({path[0] for path in flat})}.')
-  chosen = sorted(path for path in flat if path[0] in layers)
-  for path, path_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
-    leaf = flat[path]
-    drawn = std * jax.random.normal(path_key, leaf.shape, leaf.dtype)
-    flat[path] = jnp.zeros_like(leaf) if path[-1] == 'bias' else drawn
   return traverse_util.unflatten_dict(flat)

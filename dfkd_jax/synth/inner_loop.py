@@ -1,5 +1,6 @@
 """The inner loop of all methods: gradient steps that keep the images of the best one."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,3 +99,38 @@ def minimize(
   minimum, metrics = lax.scan(
       step, start, (jnp.arange(num_steps), jax.random.split(key, num_steps)))
   return minimum.replace(metrics=metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerLoop:
+  """The inner loop of a generator: Adam on a copy of it, and on one latent an image.
+
+  Attributes:
+    num_steps: Inner steps.
+    generator_lr: Learning rate of the copy. Its optimizer state is fresh in every call.
+    latent_lr: Learning rate of the latents; None: `generator_lr`.
+    adam_b1: Decay of Adam's first moment, in the inner and the outer loop.
+    adam_b2: Decay of Adam's second moment, in the inner and the outer loop.
+    keep: Images of the 'best' inner step, or of the 'last'.
+  """
+
+  num_steps: int = 5
+  generator_lr: float = 3e-3
+  latent_lr: float | None = 1e-2
+  adam_b1: float = 0.5
+  adam_b2: float = 0.999
+  keep: str = 'best'
+
+  def __post_init__(self):
+    check(self.num_steps, self.keep)
+
+  def adam(self, learning_rate: float) -> optax.GradientTransformation:
+    """Returns Adam with the decays of this loop."""
+    return optax.adam(learning_rate, b1=self.adam_b1, b2=self.adam_b2)
+
+  def optimizer(self) -> optax.GradientTransformation:
+    """Returns the optimizer of variables {'params': ..., 'latents': ...}."""
+    latent_lr = self.generator_lr if self.latent_lr is None else self.latent_lr
+    return optax.partition(
+        {'params': self.adam(self.generator_lr), 'latents': self.adam(latent_lr)},
+        {'params': 'params', 'latents': 'latents'})

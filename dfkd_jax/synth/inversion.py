@@ -1,98 +1,210 @@
-"""Inversion of a teacher: from a copy of a generator, a few steps give a batch of images."""
+"""Inversion of a teacher: from copies of a meta-generator, a few steps give batches of images.
+
+`MetaGenerator` has the parts that FastDFKD, SSD-KD, CMI and NAYER share. Each method puts them
+together in its own file.
+"""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
+from flax import struct
+from jax import lax
 
+from dfkd_jax import parallel
 from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import inner_loop
-from dfkd_jax.synth.objective import Factors
-from dfkd_jax.types import Array, Moments, PRNGKey, PyTree
+from dfkd_jax.synth import generators, inner_loop, moving_average, replay
+from dfkd_jax.synth.inner_loop import InnerLoop, Minimum, StepOutput
+from dfkd_jax.synth.latents import Latents
+from dfkd_jax.synth.layout import Layout
+from dfkd_jax.synth.moving_average import MovingAverage
+from dfkd_jax.synth.objective import Factors, History
+from dfkd_jax.synth.outer_loop import OuterLoop
+from dfkd_jax.synth.replay import ReplayBuffer
+from dfkd_jax.tasks import Task
+from dfkd_jax.types import Array, Batch, Metrics, Moments, PRNGKey, PyTree
+
+
+class State(struct.PyTreeNode):
+  """A generator that goes on from call to call, and the images so far."""
+
+  latents: PyTree | None = parallel.sharded()  # [M, B, Z], only if they are carried
+  step: Array  # [] int32, calls so far
+  meta_params: PyTree  # of the generator
+  meta_opt_state: PyTree
+  past: dict[str, Moments]  # of the teacher's inputs, averaged over the calls so far
+  buffer: ReplayBuffer
+  ema: PyTree | None = None  # moving average of the generator after its inner steps
+
+
+class Start(NamedTuple):
+  """Inputs of the inversions of one call."""
+
+  params: PyTree  # of the generator
+  latents: PyTree  # [M, B, Z]
+  labels: Array  # [M, B], the requested classes
+  keys: PRNGKey  # [M]
+  history: History
+
+
+class Inversions(NamedTuple):
+  """Results of the inversions of one call."""
+
+  start: PyTree  # parameters of the generator before the inner steps
+  meta_grads: PyTree  # averaged over tasks and devices, as everything but `kept` and `latents`
+  moments: dict[str, Moments]  # of the last inner step
+  metrics: Metrics  # each [num_steps]
+  params: PyTree  # of the generators after their inner steps
+  kept: dict[str, Array]  # [M, B, ...], from each task's best (or last) step
+  latents: PyTree  # [M, B, Z], after the inner steps
 
 
 @dataclasses.dataclass(frozen=True)
-class InnerLoop:
-  """The inner loop: Adam on a copy of the generator and on one latent an image.
+class MetaGenerator:
+  """A generator that goes on from call to call; `fast_dfkd` documents the attributes."""
 
-  Attributes:
-    num_steps: Inner steps.
-    generator_lr: Learning rate of the copy. Its optimizer state is fresh in every call.
-    latent_lr: Learning rate of the latents; None: `generator_lr`.
-    adam_b1: Decay of Adam's first moment, in the inner and the outer loop.
-    adam_b2: Decay of Adam's second moment, in the inner and the outer loop.
-    keep: Images of the 'best' inner step, or of the 'last'.
-  """
-
-  num_steps: int = 5
-  generator_lr: float = 3e-3
-  latent_lr: float | None = 1e-2
-  adam_b1: float = 0.5
-  adam_b2: float = 0.999
-  keep: str = 'best'
+  generator: nn.Module
+  image_shape: tuple[int, int, int]
+  task: Task
+  latents: Latents
+  inner: InnerLoop
+  outer: OuterLoop
+  layout: Layout
+  average: MovingAverage
+  capacity: int
+  moments_momentum: float
 
   def __post_init__(self):
-    inner_loop.check(self.num_steps, self.keep)
+    self.layout.share(self.capacity, 'capacity')
+    self.average.num_images(self.layout, self.outer.is_new_every_call)
+    if not 0 <= self.moments_momentum < 1:
+      raise FieldError('moments_momentum', f'moments_momentum is {self.moments_momentum}, must be '
+                       'in [0, 1).')
 
-  def adam(self, learning_rate: float) -> optax.GradientTransformation:
-    """Returns Adam with the decays of this loop."""
-    return optax.adam(learning_rate, b1=self.adam_b1, b2=self.adam_b2)
-
+  @property
   def optimizer(self) -> optax.GradientTransformation:
-    """Returns the optimizer of variables {'params': ..., 'latents': ...}."""
-    latent_lr = self.generator_lr if self.latent_lr is None else self.latent_lr
-    return optax.partition(
-        {'params': self.adam(self.generator_lr), 'latents': self.adam(latent_lr)},
-        {'params': 'params', 'latents': 'latents'})
+    """The optimizer of the outer loop."""
+    return self.outer.optimizer(self.inner)
 
-  def minimize(
-      self, key: PRNGKey, loss_fn: inner_loop.LossFn, params: PyTree, latents: PyTree
-  ) -> inner_loop.Minimum:
-    """Runs one inversion.
+  @property
+  def latent_shape(self) -> tuple[int, ...]:
+    """Shape of the latents of one task, [B, ...]."""
+    return self.latents.batch_shape(self.layout.batch_size)
+
+  def init(
+      self, key: PRNGKey, teacher: Network, factors: Factors, *, prioritised: bool = False
+  ) -> State:
+    """Draws a generator and makes an empty buffer; checks that they suit teacher and factors."""
+    key_params, key_latents = jax.random.split(key)
+    params = generators.init(self.generator, key_params, self.latent_shape)
+    outputs = generators.check(self.generator, params, self.latent_shape, self.image_shape,
+                               teacher, self.task.num_classes, factors)
+    buffer = replay.create(
+        self.layout.share(self.capacity, 'capacity'), self.image_shape, self.task.num_classes,
+        self.layout.num_tasks, prioritised=prioritised)
+    return State(
+        latents=self.latents.start(key_latents, self.layout), step=jnp.int32(0),
+        meta_params=params, meta_opt_state=self.optimizer.init(params),
+        past=jax.tree.map(jnp.zeros_like, outputs.moments), buffer=buffer,
+        ema=self.average.init(params))
+
+  def start(self, state: State, key: PRNGKey) -> Start:
+    """Draws latents and labels for a call; renews the generator where it is due."""
+    key_latents, key_labels, key_steps, key_renew = jax.random.split(key, 4)
+    params = self.outer.renew(
+        key_renew, state.meta_params, state.step, self.generator, self.latent_shape)
+    momentum = jnp.where(state.step == 0, 0, self.moments_momentum)  # The first call has no past.
+    return Start(
+        params, self.latents.of_call(key_latents, state.latents, state.step, self.layout),
+        self.draw_labels(key_labels, self.layout.batch_size, state),
+        self.layout.keys(key_steps), History(state.past, momentum))
+
+  def draw_labels(self, key: PRNGKey, number: int, state: State) -> Array:
+    """Draws the classes that are requested, [M, number] int32."""
+    return self.layout.draw(
+        key, lambda k: self.task.sample_labels(k, number, state.buffer.histogram))
+
+  def render(self, params: PyTree, latents: PyTree, labels: Array) -> Array:
+    """Renders the images [B, H, W, C] of one task."""
+    return generators.render(self.generator, params, self.latents.decode(latents, labels))
+
+  def invert(
+      self, start: Start, loss_fn: Callable[[PyTree, PRNGKey, Array], tuple[Array, StepOutput]]
+  ) -> Inversions:
+    """Runs the inner loops of all tasks, each from a copy of the generator.
 
     Args:
-      key: Split into one key a step.
-      loss_fn: (variables, key) -> (loss [], StepOutput), with variables
-        {'params': ..., 'latents': ...}.
-      params: Of the generator, where the copy starts.
-      latents: [B, Z], where they start.
+      start: From `start`.
+      loss_fn: (variables {'params', 'latents'}, key, labels [B]) -> (loss [], StepOutput); its
+        `aux` are moments.
     """
-    tx, variables = self.optimizer(), {'params': params, 'latents': latents}
-    return inner_loop.minimize(
-        key, loss_fn, variables, tx.init(variables), tx=tx, num_steps=self.num_steps,
-        keep=self.keep)
+
+    def invert_task(inputs):
+      latents, labels, key = inputs
+      tx, variables = self.inner.optimizer(), {'params': start.params, 'latents': latents}
+      minimum = inner_loop.minimize(
+          key, lambda variables, k: loss_fn(variables, k, labels), variables, tx.init(variables),
+          tx=tx, num_steps=self.inner.num_steps, keep=self.inner.keep)
+      return self.results(start, minimum), minimum.kept, minimum.variables['latents']
+
+    averaged, kept, latents = self.layout.map(
+        invert_task, (start.latents, start.labels, start.keys))
+    return Inversions(start.params, *self.layout.mean(averaged), kept, latents)
+
+  def results(self, start: Start, minimum: Minimum) -> tuple[Any, ...]:
+    """Returns the results of one inner loop that are averaged over tasks; see `Inversions`."""
+    return (self.outer.gradient(start.params, minimum), minimum.aux, minimum.metrics,
+            minimum.variables['params'])
+
+  def update(self, state: State, inversions: Inversions) -> State:
+    """Takes one step of the outer loop."""
+    step, tx, opt_state = state.step, self.optimizer, state.meta_opt_state
+    if self.latents.restart_every is not None:
+      opt_state = lax.cond(self.latents.is_restart(step), lambda: tx.init(inversions.start),
+                           lambda: state.meta_opt_state)
+    params, opt_state = self.outer.update(tx, inversions.meta_grads, opt_state, inversions.start)
+    past = optax.incremental_update(
+        inversions.moments, state.past, jnp.where(step == 0, 1, 1 - self.moments_momentum))
+    return state.replace(
+        step=step + 1, meta_params=params, meta_opt_state=opt_state, past=past,
+        latents=inversions.latents if self.latents.carry_latents else None,
+        ema=self.average.update(state.ema, inversions.params, self.outer.is_new(step)))
+
+  def sample(self, state: State, key: PRNGKey, draw: Callable[..., Batch] = replay.sample) -> Batch:
+    """Draws a batch for the student from the buffer, a share of it from the moving average.
+
+    Args:
+      state: Its buffer is not empty.
+      key: PRNG key.
+      draw: (key, buffer, number, axis) -> Batch.
+    """
+    layout, number = self.layout, self.average.num_images(self.layout)
+    if not number:
+      return draw(key, state.buffer, layout.sample_batch_size, layout.axis)
+    key, key_latents, key_labels = jax.random.split(key, 3)
+    inputs = (self.latents.draw(key_latents, number, layout),
+              self.draw_labels(key_labels, number, state))
+    images = layout.map(lambda latents: self.render(state.ema, *latents), inputs)
+    batch = draw(key, state.buffer, layout.sample_batch_size - layout.num_tasks * number,
+                 layout.axis)
+    return moving_average.append_images(batch, images)
+
+  def fresh_start(self, state: State, key: PRNGKey) -> tuple[State, PRNGKey]:
+    """Replaces carried latents by new ones, for images that no student has seen."""
+    key_latents, key = jax.random.split(key)
+    return state.replace(latents=self.latents.start(key_latents, self.layout)), key
 
 
-def check_momentum(moments_momentum: float) -> None:
-  """Raises a FieldError unless the momentum lies in [0, 1)."""
-  if not 0 <= moments_momentum < 1:
-    raise FieldError(
-        'moments_momentum', f'moments_momentum is {moments_momentum}, must be in [0, 1).')
+def generator(state: State) -> PyTree:
+  """Returns the variables of the meta-generator."""
+  return {'params': state.meta_params}
 
 
-def momentum_at(step: Array, moments_momentum: float) -> Array:
-  """Share of the past in the matched moments: 0 in the first call, which has no past."""
-  return jnp.where(step == 0, 0, moments_momentum)
-
-
-def average_moments(
-    past: dict[str, Moments], moments: dict[str, Moments], step: Array, moments_momentum: float
-) -> dict[str, Moments]:
-  """Returns momentum * past + (1 - momentum) * moments, by layer."""
-  new = jnp.where(step == 0, 1, 1 - moments_momentum)
-  return optax.incremental_update(moments, past, new)
-
-
-def with_late_adversary(factors: Factors, step: Array, adversarial_after: int) -> Factors:
-  """Switches the adversarial term off for the first `adversarial_after` calls."""
-  if not factors.active('adversarial'):
-    return factors
-  return factors._replace(adversarial=factors.adversarial * (step >= adversarial_after))
-
-
-def for_student(factors: Factors, student: Network | None) -> Factors:
-  """Switches the terms off that need a student, if there is none."""
-  if student is not None:
-    return factors
-  return factors._replace(adversarial=0.0, student_batch_norm=0.0)
+def with_generator(state: State, variables: PyTree) -> State:
+  """Returns the state with these variables in its meta-generator."""
+  return state.replace(meta_params=variables['params'])

@@ -4,12 +4,10 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import optax
 from jax import lax
 
 from dfkd_jax.messages import FieldError
 from dfkd_jax.synth.layout import Layout
-from dfkd_jax.tasks import Task
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
 
@@ -47,27 +45,12 @@ class Latents:
     """Draws latents [M, number, Z]."""
     return layout.draw(key, lambda k: self.sample_latents(k, self.batch_shape(number)))
 
-  def draw_with_labels(
-      self, key_latents: PRNGKey, key_labels: PRNGKey, number: int, task: Task, histogram: Array,
-      layout: Layout,
-  ) -> tuple[PyTree, Array]:
-    """Draws latents [M, number, Z] and labels [M, number], the inputs of `decode`."""
-    labels = layout.draw(key_labels, lambda k: task.sample_labels(k, number, histogram))
-    return self.draw(key_latents, number, layout), labels
-
   def start(self, key: PRNGKey, layout: Layout) -> PyTree | None:
     """Draws the latents [M, B, Z] that a state carries; None if it carries none."""
     return self.draw(key, layout.batch_size, layout) if self.carry_latents else None
 
   def of_call(self, key: PRNGKey, carried: PyTree | None, step: Array, layout: Layout) -> PyTree:
-    """Returns the latents [M, B, Z] with which a call starts.
-
-    Args:
-      key: PRNG key.
-      carried: From the call before, if latents are carried.
-      step: [] int32, calls so far.
-      layout: Of the call.
-    """
+    """Returns the latents [M, B, Z] of call `step`: new ones, or those of the call before."""
     if not self.carry_latents:
       return self.draw(key, layout.batch_size, layout)
     if self.restart_every is None:
@@ -75,21 +58,6 @@ class Latents:
     return lax.cond(
         self.is_restart(step), lambda: self.draw(key, layout.batch_size, layout), lambda: carried)
 
-  def carried(self, latents: PyTree) -> PyTree | None:
-    """Returns the latents after a call, if the next one starts from them; otherwise None."""
-    return latents if self.carry_latents else None
-
-  def restart_optimizer(
-      self, tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree, step: Array
-  ) -> PyTree:
-    """Returns the state of the outer optimizer, afresh where latents are."""
-    if self.restart_every is None:
-      return opt_state
-    return lax.cond(self.is_restart(step), lambda: tx.init(params), lambda: opt_state)
-
-  def is_restart(self, step: Array) -> Array | bool:
-    """Whether latents and the outer optimizer start afresh.
-
-    The published count is from one: calls 50, 100, ... restart.
-    """
-    return False if self.restart_every is None else (step + 1) % self.restart_every == 0
+  def is_restart(self, step: Array) -> Array:
+    """Whether latents and outer optimizer start afresh; the published count is from one."""
+    return (step + 1) % self.restart_every == 0

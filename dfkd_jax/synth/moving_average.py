@@ -10,7 +10,6 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import optax
 
 from dfkd_jax.messages import FieldError
 from dfkd_jax.synth.layout import Layout
-from dfkd_jax.types import Array, Batch, PRNGKey, PyTree
+from dfkd_jax.types import Array, Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +68,6 @@ class MovingAverage:
     if self.ema_decay is None:
       return None
     return optax.incremental_update(variables, ema, jnp.where(is_new, 1, 1 - self.ema_decay))
-
-
-def sample(
-    key: PRNGKey, layout: Layout, num_averaged: int, sample_own: Callable[[PRNGKey, int], Batch],
-    render_average: Callable[[PRNGKey, PRNGKey, int], Array],
-) -> Batch:
-  """Draws a batch for the student, `num_averaged` images of each task from the average.
-
-  Args:
-    key: PRNG key.
-    layout: Of the batch.
-    num_averaged: From `MovingAverage.num_images`.
-    sample_own: (key, number) -> Batch of `number` images that do not come from the average.
-    render_average: (key of latents, key of labels, number) -> images [M, number, H, W, C].
-  """
-  if not num_averaged:
-    return sample_own(key, layout.sample_batch_size)
-  key_own, key_latents, key_labels = jax.random.split(key, 3)
-  images = render_average(key_latents, key_labels, num_averaged)
-  return append_images(
-      sample_own(key_own, layout.sample_batch_size - layout.num_tasks * num_averaged), images)
 
 
 def append_images(batch: Batch, images: Array) -> Batch:

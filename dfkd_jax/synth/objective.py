@@ -67,6 +67,16 @@ class Factors(NamedTuple):
                        'method has no such term.')
     return self
 
+  def late_adversary(self, step: Array, adversarial_after: int) -> 'Factors':
+    """Switches the adversarial term off for the first `adversarial_after` calls."""
+    if not self.active('adversarial'):
+      return self
+    return self._replace(adversarial=self.adversarial * (step >= adversarial_after))
+
+  def for_student(self, student: Network | None) -> 'Factors':
+    """Switches the terms off that need a student, if there is none."""
+    return self if student else self._replace(adversarial=0.0, student_batch_norm=0.0)
+
 
 def terms(
     factors: Factors,

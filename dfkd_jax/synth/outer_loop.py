@@ -10,49 +10,19 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax import struct
 from jax import lax
 
-from dfkd_jax import parallel
 from dfkd_jax.messages import FieldError, check_option
 from dfkd_jax.synth import generators
-from dfkd_jax.synth.inner_loop import Minimum, StepOutput
-from dfkd_jax.synth.inversion import InnerLoop
-from dfkd_jax.synth.layout import Layout
-from dfkd_jax.synth.replay import ReplayBuffer
-from dfkd_jax.types import Array, Metrics, Moments, PRNGKey, PyTree
+from dfkd_jax.synth.inner_loop import InnerLoop, Minimum
+from dfkd_jax.types import Array, PRNGKey, PyTree
 
 META = ('fomaml', 'reptile', 'sequential', 'reinit')
-
-
-class State(struct.PyTreeNode):
-  """A generator that goes on from call to call, and the images so far."""
-
-  latents: PyTree | None = parallel.sharded()  # [M, B, Z], only if they are carried
-  step: Array  # [] int32, calls so far
-  meta_params: PyTree  # of the generator
-  meta_opt_state: PyTree
-  past: dict[str, Moments]  # of the teacher's inputs, averaged over the calls so far
-  buffer: ReplayBuffer
-  ema: PyTree | None = None  # moving average of the generator after its inner steps
-
-
-class Inversions(NamedTuple):
-  """Results of the inversions of one call."""
-
-  meta_grads: PyTree  # averaged over tasks and devices, as everything but `kept` and `latents`
-  moments: dict[str, Moments]  # of the last inner step
-  metrics: Metrics  # each [num_steps]
-  params: PyTree  # of the generators after their inner steps
-  kept: dict[str, Array]  # [M, B, ...], from each task's best (or last) step
-  latents: PyTree  # [M, B, Z], after the inner steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +61,6 @@ class OuterLoop:
           'redraw_std', f'redraw_std is {self.redraw_std}, must be above 0, or None.')
 
   @property
-  def learns(self) -> bool:
-    """Whether an outer optimizer moves the generator."""
-    return self.meta in ('fomaml', 'reptile')
-
-  @property
   def is_new_every_call(self) -> bool:
     """Whether each call has a generator of its own."""
     return self.meta == 'reinit' and self.redraw_every in (None, 1)
@@ -115,15 +80,7 @@ class OuterLoop:
       self, key: PRNGKey, params: PyTree, step: Array, generator: nn.Module,
       latent_shape: tuple[int, ...],
   ) -> PyTree:
-    """Draws the generator, or its first layers, anew if call `step` begins with that.
-
-    Args:
-      key: PRNG key.
-      params: Of the generator after the call before.
-      step: [] int32, calls so far.
-      generator: Names its `first_layers`.
-      latent_shape: [B, ...] of its latents.
-    """
+    """Draws the generator, or its `first_layers`, anew if call `step` begins with that."""
     if self.meta == 'reinit':
       def draw(params):
         if self.redraw_std:
@@ -132,34 +89,8 @@ class OuterLoop:
       return lax.cond(self.is_new(step), draw, lambda params: params, params)
     if self.reset_after is None:
       return params
-    reset = lambda params: generators.reset(key, params, generator.first_layers)
+    reset = lambda params: generators.redraw(key, params, layers=generator.first_layers)
     return lax.cond(step == self.reset_after, reset, lambda params: params, params)
-
-  def invert(
-      self, key: PRNGKey, loss_fn: Callable[[PyTree, PRNGKey, Array], tuple[Array, StepOutput]],
-      params: PyTree, latents: PyTree, labels: Array, inner: InnerLoop, layout: Layout,
-  ) -> Inversions:
-    """Runs the inner loops of all tasks, each from a copy of the generator.
-
-    Args:
-      key: PRNG key.
-      loss_fn: (variables, key, labels [B]) -> (loss [], StepOutput); its `aux` are moments.
-      params: Of the generator, where all inversions start.
-      latents: [M, B, Z], where they start.
-      labels: [M, B], the requested classes.
-      inner: The inner loop.
-      layout: Of the tasks.
-    """
-
-    def invert_task(inputs):
-      latents, labels, key_task = inputs
-      found = inner.minimize(
-          key_task, lambda variables, k: loss_fn(variables, k, labels), params, latents)
-      averaged = self.gradient(params, found), found.aux, found.metrics, found.variables['params']
-      return averaged, found.kept, found.variables['latents']
-
-    averaged, kept, latents = layout.map(invert_task, (latents, labels, layout.keys(key)))
-    return Inversions(*layout.mean(averaged), kept, latents)
 
   def gradient(self, params: PyTree, minimum: Minimum) -> PyTree:
     """Returns the meta-gradient of one inversion that started at `params`."""
@@ -172,18 +103,8 @@ class OuterLoop:
   def update(
       self, tx: optax.GradientTransformation, grads: PyTree, opt_state: PyTree, params: PyTree
   ) -> tuple[PyTree, PyTree]:
-    """Moves the generator by the averaged meta-gradient.
-
-    Args:
-      tx: From `optimizer`.
-      grads: Averaged over tasks and devices.
-      opt_state: Of `tx`.
-      params: Of the generator, where the inversions started.
-
-    Returns:
-      Parameters and optimizer state.
-    """
-    if not self.learns:
+    """Moves the generator, from where the inversions started, by the averaged meta-gradient."""
+    if self.meta in ('sequential', 'reinit'):
       return jax.tree.map(jnp.subtract, params, grads), opt_state
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state

@@ -9,23 +9,6 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.types import Array, Batch, Metrics, PRNGKey, PyTree
 
 
-def equal_weights(state: PyTree, batch: Batch, losses: Array) -> tuple[PyTree, Array]:
-  """Returns the state, and weights of one [B]."""
-  del batch
-  return state, jnp.ones_like(losses)
-
-
-def no_generator(state: PyTree) -> None:
-  """Returns None: the method has no generator that lasts from call to call."""
-  del state
-
-
-def same_state(state: PyTree, variables: PyTree) -> PyTree:
-  """Returns the state, which holds no generator."""
-  del variables
-  return state
-
-
 class Synthesizer(NamedTuple):
   """A method: how images are synthesised, and how the student's samples are weighed.
 
@@ -44,7 +27,8 @@ class Synthesizer(NamedTuple):
   sample: Callable[[PyTree, PRNGKey], Batch]
   """(state, key) -> Batch for one step of the student."""
 
-  weigh: Callable[[PyTree, Batch, Array], tuple[PyTree, Array]] = equal_weights
+  weigh: Callable[[PyTree, Batch, Array], tuple[PyTree, Array]] = (
+      lambda state, batch, losses: (state, jnp.ones_like(losses)))
   """(state, batch, the student's losses [B]) -> (state, weights [B])."""
 
   fresh: Callable[..., Batch] | None = None
@@ -52,11 +36,11 @@ class Synthesizer(NamedTuple):
   slots of -1. Without a student, terms that need one are left out. None: every `sample` is
   fresh."""
 
-  generator: Callable[[PyTree], PyTree | None] = no_generator
+  generator: Callable[[PyTree], PyTree | None] = lambda state: None
   """(state) -> the variables of a generator that lasts from call to call, {'params': ...} and
   perhaps 'batch_stats'; None if there is none."""
 
-  with_generator: Callable[[PyTree, PyTree], PyTree] = same_state
+  with_generator: Callable[[PyTree, PyTree], PyTree] = lambda state, variables: state
   """(state, variables) -> the state with these variables in its generator."""
 
   def fresh_images(

@@ -22,32 +22,24 @@ from flax import struct
 
 from dfkd_jax import augment as augmentations
 from dfkd_jax import parallel
-from dfkd_jax.models.network import Network
-from dfkd_jax.synth import (
-  generators,
-  inner_loop,
-  inversion,
-  moving_average,
-  objective,
-  outer_loop,
-  replay,
-)
+from dfkd_jax.synth import inner_loop, inversion, objective, replay
 from dfkd_jax.synth.contrast import Contrast, Head
-from dfkd_jax.synth.inversion import InnerLoop
+from dfkd_jax.synth.inner_loop import InnerLoop, StepOutput
+from dfkd_jax.synth.inversion import Inversions
 from dfkd_jax.synth.latents import Latents
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.moving_average import MovingAverage
-from dfkd_jax.synth.objective import Adversary, Factors, History
+from dfkd_jax.synth.objective import Adversary, Factors
 from dfkd_jax.synth.outer_loop import OuterLoop
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey, PyTree
+from dfkd_jax.types import Array, PRNGKey, PyTree
 
 
 class State(struct.PyTreeNode):
   """The generator, the head, and features of earlier images."""
 
-  inversion: outer_loop.State
+  inversion: inversion.State
   head: PyTree  # None where the contrast is off
   head_opt_state: PyTree
   bank: Array | None = parallel.sharded()  # [M, N, 2, D]: local and global features
@@ -76,42 +68,27 @@ def cmi(
   """Makes the CMI synthesizer, by default like the published CIFAR script.
 
   Args:
-    generator: Maps latents [B, Z] (or [B, h, w, Z]) to images [B, H, W, C] in (0, 1).
-    image_shape: [H, W, C] of its images.
-    task: Task of the teacher.
     factors: Of batch_norm, one_hot, adversarial and contrast.
     contrast: The contrast, its head and its memory bank.
     inner: The inner loop: 200 steps in the script, 500 in the papers' tables.
     outer: 'reinit' draws the generator anew before each call; the others work too.
     layout: Batch sizes, tasks and devices. Each task has its own bank; the head is their average.
     augment: (key, images) -> images, the global view.
-    latents, average, capacity, moments_momentum, adversarial_after, adversary: See `fast_dfkd`.
+    Others: See `fast_dfkd`.
   """
   factors = factors.checked(own=('contrast',))
-  inversion.check_momentum(moments_momentum)
   compares = factors.active('contrast')
   rows = contrast.rows(layout, compares)
-  stripe = layout.share(capacity, 'capacity')
-  num_averaged = average.num_images(layout, outer.is_new_every_call)
-  latent_shape = latents.batch_shape(layout.batch_size)
-  meta_tx = outer.optimizer(inner)
+  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
+                                 average, capacity, moments_momentum)
   head = Head(contrast.projection_size)
   head_tx = optax.adam(inner.generator_lr if contrast.head_lr is None else contrast.head_lr)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
+  def init(key, teacher):
     key_inversion, key_head = jax.random.split(key)
-    key_params, key_latents = jax.random.split(key_inversion)
-    params = generators.init(generator, key_params, latent_shape)
-    outputs = generators.check(
-        generator, params, latent_shape, image_shape, teacher, task.num_classes, factors)
     state = State(
-        inversion=outer_loop.State(
-            latents=latents.start(key_latents, layout), step=jnp.int32(0), meta_params=params,
-            meta_opt_state=meta_tx.init(params),
-            past=jax.tree.map(jnp.zeros_like, outputs.moments),
-            buffer=replay.create(stripe, image_shape, task.num_classes, layout.num_tasks),
-            ema=average.init(params)),
-        head=None, head_opt_state=None, bank=None, next=jnp.int32(0), size=jnp.int32(0))
+        inversion=meta.init(key_inversion, teacher, factors), head=None, head_opt_state=None,
+        bank=None, next=jnp.int32(0), size=jnp.int32(0))
     if not compares:
       return state
     features = jax.eval_shape(lambda: contrast.features(teacher(jnp.zeros((1, *image_shape)))))
@@ -120,105 +97,75 @@ def cmi(
     bank = jnp.zeros((layout.num_tasks, rows, 2, features.shape[-1]), features.dtype)
     return state.replace(head=params, head_opt_state=head_tx.init(params), bank=bank)
 
-  def advance(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None, factors: Factors
-  ) -> tuple[State, dict[str, PyTree], Metrics]:
-    """Runs one call; returns the next state, the kept values of each task, and metrics."""
-    old = state.inversion
-    key_latents, key_labels, key_steps, key_renew = jax.random.split(key, 4)
-    params = outer.renew(key_renew, old.meta_params, old.step, generator, latent_shape)
-    start = latents.of_call(key_latents, old.latents, old.step, layout)
-    labels = layout.draw(
-        key_labels,
-        lambda k: task.sample_labels(k, layout.batch_size, old.buffer.histogram))
-    factors = inversion.with_late_adversary(factors, old.step, adversarial_after)
-    history = History(old.past, inversion.momentum_at(old.step, moments_momentum))
+  def invert(state, key, teacher, student, factors):
+    """Runs the inner loops of one call; returns also the trained head and its optimizer state."""
+    start = meta.start(state.inversion, key)
+    factors = factors.late_adversary(state.inversion.step, adversarial_after)
 
     def invert_task(inputs):
       latents_of_task, labels, bank, key_task = inputs
 
       def loss_fn(variables, key_step):
         key_view, key_contrast = jax.random.split(key_step) if compares else (key_step, None)
-        inputs = latents.decode(variables['latents'], labels)
-        images = generators.render(generator, variables['params'], inputs)
+        images = meta.render(variables['params'], variables['latents'], labels)
         views = augment(key_view, images)
         outputs = teacher(views)
         terms = objective.terms(
             factors, outputs, views, task.labels_from(outputs.logits, labels), teacher=teacher,
-            student=student, history=history, adversary=adversary, reduce=task.reduce)
+            student=student, history=start.history, adversary=adversary, reduce=task.reduce)
         kept = {'images': images, 'labels': task.predicted(outputs.logits)}
         if compares:
           terms['contrast'], kept['features'] = contrast.compare(
               key_contrast, variables['head'], bank, state.size, teacher, images, outputs)
         loss, metrics = objective.total(terms, factors)
-        return loss, inner_loop.StepOutput(kept, outputs.moments, metrics)
+        return loss, StepOutput(kept, outputs.moments, metrics)
 
-      tx, variables = inner.optimizer(), {'params': params, 'latents': latents_of_task}
+      tx, variables = inner.optimizer(), {'params': start.params, 'latents': latents_of_task}
       opt_state = tx.init(variables)
       if compares:
         tx, opt_state = beside_head(tx, head_tx), (opt_state, state.head_opt_state)
         variables['head'] = state.head
-      found = inner_loop.minimize(
+      minimum = inner_loop.minimize(
           key_task, loss_fn, variables, opt_state, tx=tx, num_steps=inner.num_steps,
           keep=inner.keep)
-      trained = (found.variables['head'], found.opt_state[1]) if compares else (None, None)
-      averaged = (outer.gradient(params, found), found.aux, found.metrics,
-                  found.variables['params'], *trained)
-      return averaged, found.kept, found.variables['latents']
+      trained = (minimum.variables['head'], minimum.opt_state[1]) if compares else (None, None)
+      averaged = *meta.results(start, minimum), *trained
+      return averaged, minimum.kept, minimum.variables['latents']
 
     averaged, kept, moved = layout.map(
-        invert_task, (start, labels, state.bank, layout.keys(key_steps)))
-    meta_grads, moments, metrics, moved_params, head, head_opt_state = layout.mean(averaged)
-    opt_state = latents.restart_optimizer(meta_tx, old.meta_opt_state, params, old.step)
-    meta_params, opt_state = outer.update(meta_tx, meta_grads, opt_state, params)
-    new = old.replace(
-        step=old.step + 1, meta_params=meta_params, meta_opt_state=opt_state,
-        past=inversion.average_moments(old.past, moments, old.step, moments_momentum),
-        latents=latents.carried(moved),
-        ema=average.update(old.ema, moved_params, outer.is_new(old.step)))
-    return state.replace(inversion=new, head=head, head_opt_state=head_opt_state), kept, metrics
+        invert_task, (start.latents, start.labels, state.bank, start.keys))
+    *averaged, head, head_opt_state = layout.mean(averaged)
+    return Inversions(start.params, *averaged, kept, moved), head, head_opt_state
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
-    state, kept, metrics = advance(state, key, teacher, student, factors)
-    buffer = replay.add(state.inversion.buffer, kept['images'], kept['labels'], layout.axis)
-    state = state.replace(inversion=state.inversion.replace(buffer=buffer))
+  def synthesize(state, key, teacher, student):
+    inversions, head, head_opt_state = invert(state, key, teacher, student, factors)
+    new, kept = meta.update(state.inversion, inversions), inversions.kept
+    buffer = replay.add(new.buffer, kept['images'], kept['labels'], layout.axis)
+    state = state.replace(
+        inversion=new.replace(buffer=buffer), head=head, head_opt_state=head_opt_state)
     if compares:  # The features go over the oldest rows of the banks.
       slots = (state.next + jnp.arange(layout.batch_size)) % rows
       state = state.replace(
           bank=state.bank.at[:, slots].set(kept['features']),
           next=(state.next + layout.batch_size) % rows,
           size=jnp.minimum(state.size + layout.batch_size, rows))
-    return state, metrics
+    return state, inversions.metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
-    buffer, ema = state.inversion.buffer, state.inversion.ema
-    return moving_average.sample(
-        key, layout, num_averaged,
-        lambda key, number: replay.sample(key, buffer, number, layout.axis),
-        lambda key_latents, key_labels, number: layout.map(
-            lambda inputs: generators.render(generator, ema, latents.decode(*inputs)),
-            latents.draw_with_labels(
-                key_latents, key_labels, number, task, buffer.histogram, layout)))
+  def sample(state, key):
+    return meta.sample(state.inversion, key)
 
-  def fresh(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None = None
-  ) -> Batch:
-    key_latents, key = jax.random.split(key)
-    start = state.inversion.replace(latents=latents.start(key_latents, layout))
-    _, kept, _ = advance(
-        state.replace(inversion=start), key, teacher, student,
-        inversion.for_student(factors, student))
-    return replay.unsaved(kept['images'], kept['labels'])
+  def fresh(state, key, teacher, student=None):
+    start, key = meta.fresh_start(state.inversion, key)
+    inversions, *_ = invert(
+        state.replace(inversion=start), key, teacher, student, factors.for_student(student))
+    return replay.unsaved(inversions.kept['images'], inversions.kept['labels'])
 
-  def with_generator(state: State, variables: PyTree) -> State:
-    return state.replace(inversion=state.inversion.replace(meta_params=variables['params']))
+  def with_generator(state, variables):
+    return state.replace(inversion=inversion.with_generator(state.inversion, variables))
 
   return Synthesizer(
-      init, synthesize, sample, fresh=fresh,
-      generator=lambda state: {'params': state.inversion.meta_params},
-      with_generator=with_generator)
+      init, synthesize, sample, fresh=fresh, with_generator=with_generator,
+      generator=lambda state: inversion.generator(state.inversion))
 
 
 def beside_head(
@@ -233,8 +180,7 @@ def beside_head(
     others, head = split(variables)
     return tx.init(others), head_tx.init(head)
 
-  def update(grads, states, variables=None):
-    del variables
+  def update(grads, states, _=None):
     others, head = split(grads)
     updates, state = tx.update(others, states[0])
     head_updates, head_state = head_tx.update(head, states[1])

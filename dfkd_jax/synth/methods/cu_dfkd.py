@@ -22,7 +22,6 @@ from flax import struct
 from dfkd_jax import parallel
 from dfkd_jax.losses.curriculum import KINDS, self_paced_weights
 from dfkd_jax.messages import FieldError, check_option
-from dfkd_jax.models.network import Network
 from dfkd_jax.synth import generator_training, generators
 from dfkd_jax.synth.generator_training import GeneratorTraining
 from dfkd_jax.synth.latents import Latents
@@ -31,7 +30,7 @@ from dfkd_jax.synth.moving_average import MovingAverage
 from dfkd_jax.synth.objective import Adversary, Factors
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey, PyTree
+from dfkd_jax.types import Array
 
 PER = ('sample', 'batch')
 
@@ -115,7 +114,7 @@ def cu_dfkd(
       generator=generator, image_shape=image_shape, task=task, factors=factors,
       adversary=adversary, latents=latents, training=training, layout=layout, average=average)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
+  def init(key, teacher):
     state = online.init(key, teacher)
     if init_std is not None:
       params = generators.redraw(jax.random.fold_in(key, 1), state.params, init_std)
@@ -123,16 +122,14 @@ def cu_dfkd(
       state = state.replace(ema=average.init(state.variables))
     return State(state, jnp.int32(0))
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
+  def synthesize(state, key, teacher, student):
     online_state, metrics = online.synthesize(state.online, key, teacher, student)
     return state.replace(online=online_state), metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
+  def sample(state, key):
     return online.sample(state.online, key)
 
-  def weigh(state: State, batch: Batch, losses: Array) -> tuple[State, Array]:
+  def weigh(state, batch, losses):
     del batch
     threshold = curriculum.threshold_start + curriculum.threshold_growth * state.student_step
     state = state.replace(student_step=state.student_step + 1)
@@ -143,7 +140,7 @@ def cu_dfkd(
       losses = jnp.full_like(losses, mean)
     return state, self_paced_weights(losses, threshold, curriculum.curriculum_kind)
 
-  def with_generator(state: State, variables: PyTree) -> State:
+  def with_generator(state, variables):
     return state.replace(online=online.with_generator(state.online, variables))
 
   return Synthesizer(

@@ -16,8 +16,6 @@ from dfkd_jax.synth import generator_training
 from dfkd_jax.synth.latents import Latents
 from dfkd_jax.synth.objective import Factors
 
-State = generator_training.State
-
 dafl = functools.partial(
     generator_training.synthesizer,
     factors=Factors(one_hot=1.0, balance=20.0, activation=1e-3),

@@ -21,13 +21,12 @@ import optax
 from flax import struct
 
 from dfkd_jax import augment as augmentations
-from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generators, inner_loop, inversion, objective, replay
+from dfkd_jax.synth import generators, inner_loop, objective, replay
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.objective import Adversary, Factors
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
+from dfkd_jax.types import Array, PRNGKey
 
 
 class State(struct.PyTreeNode):
@@ -82,24 +81,21 @@ def deep_inversion(
   tx = optax.adam(learning_rate, b1=adam_b1, b2=adam_b2)
   shape = (layout.batch_size, *image_shape)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
+  def init(key, teacher):
     del key
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     generators.check_teacher(teacher, images, task.num_classes, factors)
     buffer = replay.create(stripe, image_shape, task.num_classes, layout.num_tasks)
     return State(step=jnp.int32(0), buffer=buffer)
 
-  def invert(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None, factors: Factors
-  ) -> tuple[Array, Array, Metrics]:
+  def invert(state, key, teacher, student, factors):
     """Returns images [M, B, H, W, C], the teacher's labels [M, B], and metrics."""
     key_pixels, key_labels, key_steps = jax.random.split(key, 3)
     pixels = layout.draw(key_pixels, lambda k: sample_pixels(k, shape))
     labels = layout.draw(
-        key_labels,
-        lambda k: task.sample_labels(k, layout.batch_size, state.buffer.histogram))
+        key_labels, lambda k: task.sample_labels(k, layout.batch_size, state.buffer.histogram))
     mean, std = (jnp.asarray(numbers, pixels.dtype) for numbers in (teacher.mean, teacher.std))
-    factors = inversion.with_late_adversary(factors, state.step, adversarial_after)
+    factors = factors.late_adversary(state.step, adversarial_after)
 
     def invert_task(inputs):
       pixels, labels, key_task = inputs
@@ -114,32 +110,27 @@ def deep_inversion(
         kept = pixels, task.predicted(outputs.logits)
         return loss, inner_loop.StepOutput(kept, (), metrics)
 
-      found = inner_loop.minimize(
+      minimum = inner_loop.minimize(
           key_task, loss_fn, pixels, tx.init(pixels), tx=tx, num_steps=num_steps, keep=keep,
           project=lambda pixels: jnp.clip(pixels, -mean / std, (1 - mean) / std))
-      best, labels = found.kept
-      images = (best if keep == 'best' else found.variables) * std + mean
+      best, labels = minimum.kept
+      images = (best if keep == 'best' else minimum.variables) * std + mean
       # The noise itself is kept if no step was better.
-      return jnp.clip(images, 0, 1), labels, found.metrics
+      return jnp.clip(images, 0, 1), labels, minimum.metrics
 
     images, labels, metrics = layout.map(
         invert_task, (pixels, labels, layout.keys(key_steps)))
     return images, labels, layout.mean(metrics)
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
+  def synthesize(state, key, teacher, student):
     images, labels, metrics = invert(state, key, teacher, student, factors)
     return State(state.step + 1, replay.add(state.buffer, images, labels, layout.axis)), metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
+  def sample(state, key):
     return replay.sample(key, state.buffer, layout.sample_batch_size, layout.axis)
 
-  def fresh(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None = None
-  ) -> Batch:
-    images, labels, _ = invert(
-        state, key, teacher, student, inversion.for_student(factors, student))
+  def fresh(state, key, teacher, student=None):
+    images, labels, _ = invert(state, key, teacher, student, factors.for_student(student))
     return replay.unsaved(images, labels)
 
   return Synthesizer(init, synthesize, sample, fresh=fresh)

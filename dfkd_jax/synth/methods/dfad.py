@@ -14,8 +14,6 @@ import functools
 from dfkd_jax.synth import generator_training
 from dfkd_jax.synth.objective import Adversary, Factors
 
-State = generator_training.State
-
 dfad = functools.partial(
     generator_training.synthesizer,
     factors=Factors(adversarial=1.0),

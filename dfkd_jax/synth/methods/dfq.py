@@ -14,8 +14,6 @@ import functools
 from dfkd_jax.synth import generator_training
 from dfkd_jax.synth.objective import Factors
 
-State = generator_training.State
-
 dfq = functools.partial(
     generator_training.synthesizer,
     factors=Factors(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0))

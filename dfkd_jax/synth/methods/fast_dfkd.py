@@ -14,25 +14,21 @@ References:
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from dfkd_jax import augment as augmentations
-from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generators, inversion, moving_average, objective, outer_loop, replay
-from dfkd_jax.synth.inner_loop import StepOutput
-from dfkd_jax.synth.inversion import InnerLoop
+from dfkd_jax.synth import inversion, objective, replay
+from dfkd_jax.synth.inner_loop import InnerLoop, StepOutput
 from dfkd_jax.synth.latents import Latents
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.moving_average import MovingAverage
-from dfkd_jax.synth.objective import Adversary, Factors, History
-from dfkd_jax.synth.outer_loop import Inversions, OuterLoop
+from dfkd_jax.synth.objective import Adversary, Factors
+from dfkd_jax.synth.outer_loop import OuterLoop
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
+from dfkd_jax.types import Array, PRNGKey
 
-State = outer_loop.State
+State = inversion.State
 
 
 def fast_dfkd(
@@ -76,82 +72,40 @@ def fast_dfkd(
     augment: (key, images) -> images, fresh in every inner step.
   """
   factors = factors.checked()
-  inversion.check_momentum(moments_momentum)
-  stripe = layout.share(capacity, 'capacity')
-  num_averaged = average.num_images(layout, outer.is_new_every_call)
-  latent_shape = latents.batch_shape(layout.batch_size)
-  meta_tx = outer.optimizer(inner)
+  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
+                                 average, capacity, moments_momentum)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
-    key_params, key_latents = jax.random.split(key)
-    params = generators.init(generator, key_params, latent_shape)
-    outputs = generators.check(
-        generator, params, latent_shape, image_shape, teacher, task.num_classes, factors)
-    return State(
-        latents=latents.start(key_latents, layout), step=jnp.int32(0), meta_params=params,
-        meta_opt_state=meta_tx.init(params), past=jax.tree.map(jnp.zeros_like, outputs.moments),
-        buffer=replay.create(stripe, image_shape, task.num_classes, layout.num_tasks),
-        ema=average.init(params))
+  def init(key, teacher):
+    return meta.init(key, teacher, factors)
 
-  def advance(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None, factors: Factors
-  ) -> tuple[State, Inversions]:
-    """Runs one call: the inner loops, then one step of the outer loop."""
-    key_latents, key_labels, key_steps, key_renew = jax.random.split(key, 4)
-    params = outer.renew(key_renew, state.meta_params, state.step, generator, latent_shape)
-    start = latents.of_call(key_latents, state.latents, state.step, layout)
-    labels = layout.draw(
-        key_labels,
-        lambda k: task.sample_labels(k, layout.batch_size, state.buffer.histogram))
-    factors = inversion.with_late_adversary(factors, state.step, adversarial_after)
-    history = History(state.past, inversion.momentum_at(state.step, moments_momentum))
+  def invert(state, key, teacher, student, factors):
+    """Runs the inner loops of one call."""
+    start = meta.start(state, key)
+    factors = factors.late_adversary(state.step, adversarial_after)
 
     def loss_fn(variables, key_step, labels):
-      inputs = latents.decode(variables['latents'], labels)
-      images = generators.render(generator, variables['params'], inputs)
+      images = meta.render(variables['params'], variables['latents'], labels)
       views = augment(key_step, images)
       outputs = teacher(views)
       terms = objective.terms(
           factors, outputs, views, task.labels_from(outputs.logits, labels), teacher=teacher,
-          student=student, history=history, adversary=adversary, reduce=task.reduce)
+          student=student, history=start.history, adversary=adversary, reduce=task.reduce)
       loss, metrics = objective.total(terms, factors)
       kept = {'images': images, 'labels': task.predicted(outputs.logits)}
       return loss, StepOutput(kept, outputs.moments, metrics)
 
-    found = outer.invert(key_steps, loss_fn, params, start, labels, inner, layout)
-    opt_state = latents.restart_optimizer(meta_tx, state.meta_opt_state, params, state.step)
-    meta_params, opt_state = outer.update(meta_tx, found.meta_grads, opt_state, params)
-    return state.replace(
-        step=state.step + 1, meta_params=meta_params, meta_opt_state=opt_state,
-        past=inversion.average_moments(state.past, found.moments, state.step, moments_momentum),
-        latents=latents.carried(found.latents),
-        ema=average.update(state.ema, found.params, outer.is_new(state.step))), found
+    return meta.invert(start, loss_fn)
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
-    state, found = advance(state, key, teacher, student, factors)
-    buffer = replay.add(state.buffer, found.kept['images'], found.kept['labels'], layout.axis)
-    return state.replace(buffer=buffer), found.metrics
+  def synthesize(state, key, teacher, student):
+    inversions = invert(state, key, teacher, student, factors)
+    state, kept = meta.update(state, inversions), inversions.kept
+    buffer = replay.add(state.buffer, kept['images'], kept['labels'], layout.axis)
+    return state.replace(buffer=buffer), inversions.metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
-    return moving_average.sample(
-        key, layout, num_averaged,
-        lambda key, number: replay.sample(key, state.buffer, number, layout.axis),
-        lambda key_latents, key_labels, number: layout.map(
-            lambda inputs: generators.render(generator, state.ema, latents.decode(*inputs)),
-            latents.draw_with_labels(
-                key_latents, key_labels, number, task, state.buffer.histogram, layout)))
+  def fresh(state, key, teacher, student=None):
+    state, key = meta.fresh_start(state, key)
+    kept = invert(state, key, teacher, student, factors.for_student(student)).kept
+    return replay.unsaved(kept['images'], kept['labels'])
 
-  def fresh(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None = None
-  ) -> Batch:
-    key_latents, key = jax.random.split(key)
-    state = state.replace(latents=latents.start(key_latents, layout))
-    _, found = advance(state, key, teacher, student, inversion.for_student(factors, student))
-    return replay.unsaved(found.kept['images'], found.kept['labels'])
-
-  return Synthesizer(
-      init, synthesize, sample, fresh=fresh,
-      generator=lambda state: {'params': state.meta_params},
-      with_generator=lambda state, variables: state.replace(meta_params=variables['params']))
+  return Synthesizer(init, synthesize, meta.sample, fresh=fresh, generator=inversion.generator,
+                     with_generator=inversion.with_generator)

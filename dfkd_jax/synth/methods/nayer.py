@@ -27,16 +27,15 @@ from flax import struct
 from dfkd_jax import augment as augmentations
 from dfkd_jax import tasks
 from dfkd_jax.messages import FieldError
-from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generators, inversion, moving_average, objective, outer_loop, replay
-from dfkd_jax.synth.inner_loop import StepOutput
-from dfkd_jax.synth.inversion import InnerLoop
+from dfkd_jax.synth import inversion, objective, replay
+from dfkd_jax.synth.inner_loop import InnerLoop, StepOutput
+from dfkd_jax.synth.latents import Latents
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.moving_average import MovingAverage
-from dfkd_jax.synth.objective import Adversary, Factors, History
-from dfkd_jax.synth.outer_loop import Inversions, OuterLoop
+from dfkd_jax.synth.objective import Adversary, Factors
+from dfkd_jax.synth.outer_loop import OuterLoop
 from dfkd_jax.synth.synthesizer import Synthesizer
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey, PyTree
+from dfkd_jax.types import Array, PRNGKey
 
 
 class NoisyLayers(struct.PyTreeNode):
@@ -46,7 +45,7 @@ class NoisyLayers(struct.PyTreeNode):
   bias: Array  # [L, Z]
 
 
-State = outer_loop.State
+State = inversion.State
 
 
 def nayer(
@@ -70,10 +69,7 @@ def nayer(
   """Makes the NAYER synthesizer; defaults are the published ones for CIFAR-100.
 
   Args:
-    generator: Maps latents [B, Z] (or [B, h, w, Z]) to images [B, H, W, C] in (0, 1).
-    image_shape: [H, W, C] of its images.
     task: Must have classes to ask for. Every class is asked for equally often, up to one.
-    factors: Factors of the terms.
     embeddings: [K, E], one for each class. Embeddings of text are a prior from outside: results
       then no longer rest on the teacher alone. None: one-hot, without such knowledge (under a
       random map without preferred directions all orthogonal embeddings are equivalent).
@@ -85,99 +81,63 @@ def nayer(
       on from the average over tasks. One task is the published algorithm.
     adversarial_after: Calls before the adversarial term sets in, published as 20 epochs, before
       the student's first step.
-    average, capacity, moments_momentum, adversary, augment: See `fast_dfkd`.
+    Others: See `fast_dfkd`.
   """
   num_classes = task.num_classes
   if not task.asks:
     raise FieldError('task', 'The task has no classes to ask for: this method needs one an image, '
                      'as its input.')
   factors = factors.checked()
-  inversion.check_momentum(moments_momentum)
   embeddings = check_embeddings(embeddings, num_classes)
-  task = task._replace(
-      sample_labels=tasks.classification(num_classes, stratified=True).sample_labels)
-  stripe = layout.share(capacity, 'capacity')
-  num_averaged = average.num_images(layout, outer.is_new_every_call)
-  latent_shape = (latent_dim,) if isinstance(latent_dim, int) else tuple(latent_dim)
-  batch_shape = (layout.batch_size, *latent_shape)
-  meta_tx = outer.optimizer(inner)
+  stratified = tasks.classification(num_classes, stratified=True)
+  task = task._replace(sample_labels=stratified.sample_labels)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
-    key_params, _ = jax.random.split(key)
-    params = generators.init(generator, key_params, batch_shape)
-    outputs = generators.check(
-        generator, params, batch_shape, image_shape, teacher, num_classes, factors)
-    return State(
-        latents=None, step=jnp.int32(0), meta_params=params, meta_opt_state=meta_tx.init(params),
-        past=jax.tree.map(jnp.zeros_like, outputs.moments),
-        buffer=replay.create(stripe, image_shape, num_classes, layout.num_tasks),
-        ema=average.init(params))
+  def draw(key, shape):
+    """Draws as many noisy layers as images of one class, for latents of a shape [B, ...]."""
+    number = -(-shape[0] // num_classes)
+    return draw_layers(key, number, embeddings.shape[1], math.prod(shape[1:]))
 
-  def draw(key_layers: PRNGKey, key_labels: PRNGKey, number: int, histogram: Array):
-    """Draws noisy layers of each task, and labels [M, number]."""
-    layers = layout.draw(key_layers, lambda k: draw_layers(
-        k, -(-number // num_classes), embeddings.shape[1], math.prod(latent_shape)))
-    return layers, layout.draw(key_labels, lambda k: task.sample_labels(k, number, histogram))
+  def decode(layers, labels):
+    normalised = normalise(jnp.asarray(embeddings, layers.kernel.dtype))
+    return decode_latents(layers, labels, normalised).reshape(latents.batch_shape(-1))
 
-  def render(params: PyTree, layers: NoisyLayers, labels: Array) -> Array:
-    latents = decode_latents(
-        layers, labels, normalise(jnp.asarray(embeddings, layers.kernel.dtype)))
-    return generators.render(generator, params, latents.reshape(-1, *latent_shape))
+  latents = Latents(latent_dim, sample_latents=draw, decode=decode)
+  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
+                                 average, capacity, moments_momentum)
 
-  def advance(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None, factors: Factors
-  ) -> tuple[State, Inversions]:
-    """Runs one call: inner loops on noisy layers and the generator, from which it goes on."""
-    key_layers, key_labels, key_steps, key_renew = jax.random.split(key, 4)
-    params = outer.renew(key_renew, state.meta_params, state.step, generator, batch_shape)
-    layers, labels = draw(key_layers, key_labels, layout.batch_size, state.buffer.histogram)
-    factors = inversion.with_late_adversary(factors, state.step, adversarial_after)
-    history = History(state.past, inversion.momentum_at(state.step, moments_momentum))
+  def init(key, teacher):
+    return meta.init(key, teacher, factors)
+
+  def invert(state, key, teacher, student, factors):
+    """Runs the inner loops of one call, on noisy layers and the generator."""
+    start = meta.start(state, key)
+    factors = factors.late_adversary(state.step, adversarial_after)
 
     def loss_fn(variables, key_step, labels):
-      images = render(variables['params'], variables['latents'], labels)
+      images = meta.render(variables['params'], variables['latents'], labels)
       views = augment(key_step, images)
       outputs = teacher(views)
       terms = objective.terms(
-          factors, outputs, views, labels, teacher=teacher, student=student, history=history,
-          adversary=adversary, reduce=task.reduce)
+          factors, outputs, views, labels, teacher=teacher, student=student,
+          history=start.history, adversary=adversary, reduce=task.reduce)
       loss, metrics = objective.total(terms, factors)
       kept = {'images': images, 'labels': task.predicted(outputs.logits)}
       return loss, StepOutput(kept, outputs.moments, metrics)
 
-    found = outer.invert(key_steps, loss_fn, params, layers, labels, inner, layout)
-    meta_params, opt_state = outer.update(
-        meta_tx, found.meta_grads, state.meta_opt_state, params)
-    return state.replace(
-        step=state.step + 1, meta_params=meta_params, meta_opt_state=opt_state,
-        past=inversion.average_moments(state.past, found.moments, state.step, moments_momentum),
-        ema=average.update(state.ema, found.params, outer.is_new(state.step))), found
+    return meta.invert(start, loss_fn)
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
-    state, found = advance(state, key, teacher, student, factors)
-    buffer = replay.add(state.buffer, found.kept['images'], found.kept['labels'], layout.axis)
-    return state.replace(buffer=buffer), found.metrics
+  def synthesize(state, key, teacher, student):
+    inversions = invert(state, key, teacher, student, factors)
+    state, kept = meta.update(state, inversions), inversions.kept
+    buffer = replay.add(state.buffer, kept['images'], kept['labels'], layout.axis)
+    return state.replace(buffer=buffer), inversions.metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
-    return moving_average.sample(
-        key, layout, num_averaged,
-        lambda key, number: replay.sample(key, state.buffer, number, layout.axis),
-        lambda key_layers, key_labels, number: layout.map(
-            lambda inputs: render(state.ema, *inputs),
-            draw(key_layers, key_labels, number, state.buffer.histogram)))
+  def fresh(state, key, teacher, student=None):
+    kept = invert(state, key, teacher, student, factors.for_student(student)).kept
+    return replay.unsaved(kept['images'], kept['labels'])
 
-  def fresh(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None = None
-  ) -> Batch:
-    _, found = advance(state, key, teacher, student, inversion.for_student(factors, student))
-    return replay.unsaved(found.kept['images'], found.kept['labels'])
-
-  return Synthesizer(
-      init, synthesize, sample, fresh=fresh,
-      generator=lambda state: {'params': state.meta_params},
-      with_generator=lambda state, variables: state.replace(meta_params=variables['params']))
+  return Synthesizer(init, synthesize, meta.sample, fresh=fresh, generator=inversion.generator,
+                     with_generator=inversion.with_generator)
 
 
 def draw_layers(key: PRNGKey, number: int, size: int, latent_dim: int) -> NoisyLayers:

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dfkd_jax.models.network import Network
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.synthesizer import Synthesizer
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
+from dfkd_jax.types import Array, Batch
 
 
 class State(struct.PyTreeNode):
@@ -29,17 +28,15 @@ def noise(*, image_shape: tuple[int, int, int], layout: Layout = Layout()) -> Sy
   """
   share = layout.share(layout.sample_batch_size, 'sample_batch_size')
 
-  def init(key: PRNGKey, teacher: Network) -> State:
+  def init(key, teacher):
     del key, teacher
     return State(step=jnp.int32(0))
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
+  def synthesize(state, key, teacher, student):
     del key, teacher, student
     return state.replace(step=state.step + 1), {}
 
-  def sample(state: State, key: PRNGKey) -> Batch:
+  def sample(state, key):
     del state
     images = layout.draw(key, lambda k: jax.random.uniform(k, (share, *image_shape)))
     unknown = jnp.full(layout.sample_batch_size, -1, jnp.int32)

@@ -18,28 +18,25 @@ References:
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from dfkd_jax import augment as augmentations
 from dfkd_jax import parallel
 from dfkd_jax.messages import FieldError, check_option
-from dfkd_jax.models.network import Network
-from dfkd_jax.synth import generators, inversion, moving_average, objective, outer_loop, replay
+from dfkd_jax.synth import inversion, objective, replay
 from dfkd_jax.synth import priorities as priority
-from dfkd_jax.synth.inner_loop import StepOutput
-from dfkd_jax.synth.inversion import InnerLoop
+from dfkd_jax.synth.inner_loop import InnerLoop, StepOutput
 from dfkd_jax.synth.latents import Latents
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.synth.modulation import Modulation
 from dfkd_jax.synth.moving_average import MovingAverage
-from dfkd_jax.synth.objective import Adversary, Factors, History
-from dfkd_jax.synth.outer_loop import Inversions, OuterLoop
+from dfkd_jax.synth.objective import Adversary, Factors
+from dfkd_jax.synth.outer_loop import OuterLoop
 from dfkd_jax.synth.priorities import Priorities
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
-from dfkd_jax.types import Array, Batch, Metrics, PRNGKey
+from dfkd_jax.types import Array, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Reading:
     check_option('normalise_weights', self.normalise_weights, ('none', 'max'))
 
 
-State = outer_loop.State
+State = inversion.State
 
 
 def ssd_kd(
@@ -99,58 +96,34 @@ def ssd_kd(
   """Makes the SSD-KD synthesizer; numbers that the paper's abstract lacks are FastDFKD's.
 
   Args:
-    generator: Maps latents [B, Z] (or [B, h, w, Z]) to images [B, H, W, C] in (0, 1).
-    image_shape: [H, W, C] of its images.
     task: Task of the teacher. Of dense tasks the modulation is per pixel.
-    factors: Factors of the terms.
     modulation: Multiplier of the one_hot term.
     priorities: How the student's images are drawn and weighed.
     reading: Choices that the paper's abstract leaves open.
     layout: Batch sizes, tasks and devices. Each task has a stripe of the buffer, within which
       priorities count.
     capacity: Images in the buffer of this device; 5,000 for CIFAR.
-    latents, inner, outer, average, moments_momentum, adversarial_after, adversary, augment: See
-      `fast_dfkd`.
+    Others: See `fast_dfkd`.
   """
   factors = factors.checked()
-  inversion.check_momentum(moments_momentum)
   asks = _asks(reading, task)
+  counts_asked = reading.counted == 'asked' and modulation.diversity
   if reading.new_priority == 'modulation' and not modulation.is_used:
     raise FieldError('new_priority', "new_priority is 'modulation', must be 'max' or 'one' where "
                      'there is no modulation.')
-  stripe = layout.share(capacity, 'capacity')
-  num_averaged = average.num_images(layout, outer.is_new_every_call)
-  latent_shape = latents.batch_shape(layout.batch_size)
-  meta_tx = outer.optimizer(inner)
+  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
+                                 average, capacity, moments_momentum)
 
-  def init(key: PRNGKey, teacher: Network) -> State:
-    key_params, key_latents = jax.random.split(key)
-    params = generators.init(generator, key_params, latent_shape)
-    outputs = generators.check(
-        generator, params, latent_shape, image_shape, teacher, task.num_classes, factors)
-    buffer = replay.create(
-        stripe, image_shape, task.num_classes, layout.num_tasks, prioritised=priorities.is_used)
-    return State(
-        latents=latents.start(key_latents, layout), step=jnp.int32(0), meta_params=params,
-        meta_opt_state=meta_tx.init(params), past=jax.tree.map(jnp.zeros_like, outputs.moments),
-        buffer=buffer, ema=average.init(params))
+  def init(key, teacher):
+    return meta.init(key, teacher, factors, prioritised=priorities.is_used)
 
-  def advance(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None, factors: Factors
-  ) -> tuple[State, Inversions]:
-    """Runs one call: the inner loops, then one step of the outer loop."""
-    key_latents, key_labels, key_steps, key_renew = jax.random.split(key, 4)
-    params = outer.renew(key_renew, state.meta_params, state.step, generator, latent_shape)
-    start = latents.of_call(key_latents, state.latents, state.step, layout)
-    labels = layout.draw(
-        key_labels,
-        lambda k: task.sample_labels(k, layout.batch_size, state.buffer.histogram))
-    factors = inversion.with_late_adversary(factors, state.step, adversarial_after)
-    history = History(state.past, inversion.momentum_at(state.step, moments_momentum))
+  def invert(state, key, teacher, student, factors):
+    """Runs the inner loops of one call."""
+    start = meta.start(state, key)
+    factors = factors.late_adversary(state.step, adversarial_after)
 
     def loss_fn(variables, key_step, labels):
-      inputs = latents.decode(variables['latents'], labels)
-      images = generators.render(generator, variables['params'], inputs)
+      images = meta.render(variables['params'], variables['latents'], labels)
       views = augment(key_step, images)
       outputs = teacher(views)
       targets = task.labels_from(outputs.logits, labels if asks else None)
@@ -158,46 +131,31 @@ def ssd_kd(
           outputs.logits, targets, state.buffer.histogram, is_constant=reading.stop_modulation,
           counts_targets=reading.counted == 'asked', is_normalised=reading.normalised_diversity)
       terms = objective.terms(
-          factors, outputs, views, targets, teacher=teacher, student=student, history=history,
-          modulation=phi, adversary=adversary, reduce=task.reduce)
+          factors, outputs, views, targets, teacher=teacher, student=student,
+          history=start.history, modulation=phi, adversary=adversary, reduce=task.reduce)
       loss, metrics = objective.total(terms, factors)
       kept = {'images': images, 'labels': task.predicted(outputs.logits), 'asked': labels,
               'modulation': None if phi is None else task.reduce(phi)}
       return loss, StepOutput(kept, outputs.moments, metrics)
 
-    found = outer.invert(key_steps, loss_fn, params, start, labels, inner, layout)
-    opt_state = latents.restart_optimizer(meta_tx, state.meta_opt_state, params, state.step)
-    meta_params, opt_state = outer.update(meta_tx, found.meta_grads, opt_state, params)
-    return state.replace(
-        step=state.step + 1, meta_params=meta_params, meta_opt_state=opt_state,
-        past=inversion.average_moments(state.past, found.moments, state.step, moments_momentum),
-        latents=latents.carried(found.latents),
-        ema=average.update(state.ema, found.params, outer.is_new(state.step))), found
+    return meta.invert(start, loss_fn)
 
-  def synthesize(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None
-  ) -> tuple[State, Metrics]:
-    state, found = advance(state, key, teacher, student, factors)
-    counts_asked = reading.counted == 'asked' and modulation.diversity
-    labels = found.kept['asked' if counts_asked else 'labels']
+  def synthesize(state, key, teacher, student):
+    inversions = invert(state, key, teacher, student, factors)
+    state, kept = meta.update(state, inversions), inversions.kept
+    labels = kept['asked' if counts_asked else 'labels']
     new_priorities = None  # 'max'
     if reading.new_priority == 'modulation':
-      new_priorities = -found.kept['modulation']
+      new_priorities = -kept['modulation']
     elif reading.new_priority == 'one':
       new_priorities = jnp.ones(labels.shape)
-    buffer = replay.add(state.buffer, found.kept['images'], labels, layout.axis, new_priorities)
-    return state.replace(buffer=buffer), found.metrics
+    buffer = replay.add(state.buffer, kept['images'], labels, layout.axis, new_priorities)
+    return state.replace(buffer=buffer), inversions.metrics
 
-  def sample(state: State, key: PRNGKey) -> Batch:
-    return moving_average.sample(
-        key, layout, num_averaged,
-        lambda key, number: priorities.sample(key, state.buffer, number, layout.axis),
-        lambda key_latents, key_labels, number: layout.map(
-            lambda inputs: generators.render(generator, state.ema, latents.decode(*inputs)),
-            latents.draw_with_labels(
-                key_latents, key_labels, number, task, state.buffer.histogram, layout)))
+  def sample(state, key):
+    return meta.sample(state, key, priorities.sample)
 
-  def weigh(state: State, batch: Batch, losses: Array) -> tuple[State, Array]:
+  def weigh(state, batch, losses):
     """Sets the priorities of these images to w KL, then renews w as (N P)^-beta."""
     if not priorities.is_used:
       return state, jnp.ones_like(losses)
@@ -212,18 +170,13 @@ def ssd_kd(
       weights /= parallel.pmax(weights.max(), layout.axis)
     return state.replace(buffer=buffer), weights
 
-  def fresh(
-      state: State, key: PRNGKey, teacher: Network, student: Network | None = None
-  ) -> Batch:
-    key_latents, key = jax.random.split(key)
-    state = state.replace(latents=latents.start(key_latents, layout))
-    _, found = advance(state, key, teacher, student, inversion.for_student(factors, student))
-    return replay.unsaved(found.kept['images'], found.kept['labels'])
+  def fresh(state, key, teacher, student=None):
+    state, key = meta.fresh_start(state, key)
+    kept = invert(state, key, teacher, student, factors.for_student(student)).kept
+    return replay.unsaved(kept['images'], kept['labels'])
 
-  return Synthesizer(
-      init, synthesize, sample, weigh, fresh,
-      generator=lambda state: {'params': state.meta_params},
-      with_generator=lambda state, variables: state.replace(meta_params=variables['params']))
+  return Synthesizer(init, synthesize, sample, weigh, fresh, inversion.generator,
+                     inversion.with_generator)
 
 
 def _asks(reading: Reading, task: Task) -> bool:

@@ -16,8 +16,6 @@ import functools
 from dfkd_jax.synth import generator_training
 from dfkd_jax.synth.objective import Factors
 
-State = generator_training.State
-
 zskt = functools.partial(
     generator_training.synthesizer,
     factors=Factors(adversarial=1.0))
