@@ -70,7 +70,7 @@ each_method = pytest.mark.parametrize('name', NAMES)
 def programs(name, kind):
   """The functions of a method, compiled once for all tests."""
   method = create(name, kind)
-  # Programs of one function share a cache, as methods share a default `weigh`; a partial has its own.
+  # Programs of one function share a cache, as with the default `weigh`; a partial has its own.
   compiled = lambda function: function and toys.jit(functools.partial(function))
   return method._replace(**{field: compiled(getattr(method, field)) for field in (
       'init', 'synthesize', 'sample', 'weigh', 'fresh')})
