@@ -121,8 +121,7 @@ def default_workdir(name: str) -> str:
 def load(name: str) -> ConfigDict:
   """Loads the locked config of 'FILE' or 'FILE:ARGUMENTS'; FILE may lie here or in the clone.
 
-  Raises:
-    ValueError: There is no such file, or its `get_config` fails or returns no config.
+  Raises a ValueError if there is no such file, or its `get_config` fails or returns no config.
   """
   file, _, arguments = name.partition(':')
   paths = list(filter(os.path.isfile, (file, ROOT / file)))

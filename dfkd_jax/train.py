@@ -86,10 +86,7 @@ def _run(config: ConfigDict, start: Start, teacher: Network | None) -> dict[str,
 
 
 def check(config: ConfigDict, start: Start, teacher: Network | None = None) -> None:
-  """Raises an InvalidError with a line for each problem of the config and the folder.
-
-  Loads nothing and writes nothing.
-  """
+  """Raises an InvalidError with all problems of the config and the folder. Writes nothing."""
   raise_problems(check_structure, config)
   problems = find_problems(config, teacher)
   if config.job != 'check':

@@ -129,10 +129,7 @@ def schedule(section: Optimizer, rounds: int, steps_per_round: int) -> optax.Sch
 
 
 def make_mesh(settings: Settings) -> jax.sharding.Mesh:
-  """Makes the mesh: `num_devices`, or as many as the tasks or batches can be spread over.
-
-  Raises a FieldError if there are not so many devices, or not all have an even share.
-  """
+  """Makes the mesh: `num_devices`, or as many as can share the tasks or batches evenly."""
   (field, number), num_devices = shared_number(settings), settings.num_devices
   if num_devices is None and jax.process_count() == 1:
     num_devices = max(n for n in range(1, jax.device_count() + 1) if number % n == 0)

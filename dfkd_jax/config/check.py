@@ -67,11 +67,9 @@ def check_values(config: ConfigDict) -> Iterator[FieldError]:
 
 
 def find_problems(config: ConfigDict, teacher: Network | None = None) -> Problems:
-  """Returns all problems of a config, without those that only follow from another.
+  """Returns all problems of a config that has the structure, without those that follow from others.
 
-  Args:
-    config: The config of the run; `check_structure` must have passed.
-    teacher: A network that replaces the config's teacher.
+  `teacher` is a network that replaces the config's teacher.
   """
   problems, settings = Problems(), resolve(config)
   problems.run(check_values, config)
@@ -82,10 +80,12 @@ def find_problems(config: ConfigDict, teacher: Network | None = None) -> Problem
   problems.run(_check_job, settings,
                reads=('job', 'dataset.name', 'train.label_factor', 'train.teacher_factor'))
   problems.run(_check_numbers, settings, problems)
+  if settings.job != 'check':
+    problems.run(build.make_mesh, settings,
+                 reads=('job', 'num_devices', 'method.num_tasks', 'train.batch_size'))
   for check, *reads in (
       (_check_networks, 'train.network'), (_check_augmentations, 'dataset.image_shape'),
-      (_check_shares, 'method.num_tasks'), (_check_method, 'method.name'),
-      (_check_data_set, 'dataset.name', 'dataset.data_dir')):
+      (_check_method, 'method.name'), (_check_data_set, 'dataset.name', 'dataset.data_dir')):
     problems.run(check, settings, problems, reads=('job', *reads))
   return problems
 
@@ -152,22 +152,15 @@ def _check_networks(settings: Settings, problems: Problems) -> None:
         *_SHAPES, f'{role}.name', f'{role}.options', f'{role}.resize'))
 
 
-def _check_shares(settings: Settings, problems: Problems) -> None:
-  """Checks that devices and tasks can share batches and buffers evenly."""
-  method, reads = settings.method, ('method.batch_size', 'distill.batch_size')
-  if settings.job != 'check':
-    problems.run(build.make_mesh, settings, reads=('num_devices', 'train.batch_size'))
+def _check_method(settings: Settings, problems: Problems) -> Iterator[FieldError]:
+  """Checks the method's shares by task, its factors, its generator and its other numbers."""
+  method, reads = settings.method, ('method.num_tasks', 'method.batch_size', 'distill.batch_size')
+  if settings.job == 'train':
+    return
   if settings.job == 'distill':
     problems.run(build_method.batch_share, method, reads=reads)
     for name in sorted(build_method.SHARED & method.numbers.keys()):
       problems.run(build_method.task_share, method, name, reads=reads)
-
-
-def _check_method(settings: Settings, problems: Problems) -> Iterator[FieldError]:
-  """Checks the factors, the generator and the numbers of the method."""
-  method = settings.method
-  if settings.job == 'train':
-    return
   takes = build_method.parameters(method)
   if 'factors' in takes and not any(method.factors):
     yield FieldError('factors', 'all factors are 0, at least one must be above.')

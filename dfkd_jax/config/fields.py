@@ -9,7 +9,7 @@ from ml_collections import config_dict
 from dfkd_jax.messages import nearest, short_repr
 
 NO_DEFAULT = object()  # the field is in a config only if its method has it
-LARGEST = 2**31 - 1  # whole number: JAX counts in 32 bits
+LARGEST = 2**31 - 1  # JAX counts in 32 bits
 _TYPES = {int: 'whole number', float: 'number', bool: 'True or False', str: 'text', dict: 'section'}
 FROM_1, FROM_0, ABOVE_0, ANY = '[1, inf)', '[0, inf)', '(0, inf)', '(-inf, inf)'
 SHARE, DECAY = '(0, 1]', '[0, 1)'

@@ -48,12 +48,8 @@ def _find(config: ConfigDict, field: str) -> tuple[ConfigDict, type | None]:
   if isinstance(known.get(field), ConfigDict):
     raise ValueError(f'config.{field} is a section; set one of its fields.')
   if field not in known and not (section.endswith('.options') and section in known):
-    while section not in known:
-      section = section.rpartition('.')[0]
-    siblings = [name for name in known if name and name.rpartition('.')[0] == section]
-    raise ValueError(
-        f'Unknown config field {field!r}.{nearest(field, known)} '
-        f'config{section and f".{section}"} has: {", ".join(siblings) or "no fields"}.')
+    raise ValueError(f'Unknown config field {field!r}.{nearest(field, known)} '
+                     'python main.py --help lists all fields.')
   if row := BY_NAME.get(field):
     return known[section], row.kind if row.length is None else tuple
   return known[section], known[section].get_type(name) if field in known else None
