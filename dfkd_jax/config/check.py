@@ -134,7 +134,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldErro
 
 
 def _check_networks(settings: Settings, problems: Problems) -> None:
-  """Checks the networks that the job makes, and the sources of those that it loads."""
+  """Checks the networks of the job, and the sources of trained networks."""
   teacher, student, judge = settings.teacher, settings.student, settings.judge
   loaded, drawn = [teacher], student
   if settings.job == 'train':
@@ -204,11 +204,11 @@ def _check_arguments(settings: Settings) -> Iterator[FieldError]:
 
 def _check_augmentations(settings: Settings, problems: Problems) -> Iterator[FieldError]:
   """Yields options of the augmentations that do not suit the images."""
-  synthesis = [('augment.synthesis', settings.method.augment)] * (settings.job == 'distill')
-  student = [('augment.student', settings.augment)] * (settings.job != 'check')
   shape, size = settings.dataset.image_shape, max(settings.dataset.image_shape[:2])
-  for field, options in (*synthesis, *student):
-    if problems.affect(field):
+  for field, options, jobs in (
+      ('augment.synthesis', settings.method.augment, ['distill']),
+      ('augment.student', settings.augment, ['distill', 'train'])):
+    if settings.job not in jobs or problems.affect(field):
       continue
     pad, scale = options.get('pad', 0), options.get('scale', (0, 1))
     if pad >= size:
@@ -230,5 +230,5 @@ def _check_data_set(settings: Settings, problems: Problems) -> None:
   is_prepared = data.is_prepared(name, data_dir)
   for which in ('test', 'train') if settings.job == 'train' else ('test',):
     field, split = f'dataset.{which}_split', getattr(settings.dataset, f'{which}_split')
-    problems.run(data.check_prepared, name, split, data_dir, reads=(field,),
-        field=field if is_prepared else 'dataset.name')
+    problems.run(data.check_prepared, name, split, data_dir, reads=[field],
+                 field=field if is_prepared else 'dataset.name')
