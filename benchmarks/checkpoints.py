@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dfkd_jax import cli, distill, parallel
-from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.checkpoint import Checkpoints
@@ -35,7 +35,7 @@ def full_state(config: ConfigDict) -> dict:
   settings = resolve(config)
   teacher = build.fresh_network(settings.teacher, keys[0])
   student = build.fresh_network(settings.student, keys[1])
-  tx = build_optimizer.optimizer(
+  tx = build.optimizer(
       settings.optimizer, settings.distill.rounds, settings.distill.steps_per_round)
   synthesis = programs.init(build_method.synthesizer(settings.method, 1), mesh, keys[2], teacher)
   images = replay.find_buffer(synthesis).images

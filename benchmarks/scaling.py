@@ -38,7 +38,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from dfkd_jax import augment, cli, distill, parallel  # noqa: E402
-from dfkd_jax.config import build, build_method, build_optimizer  # noqa: E402
+from dfkd_jax.config import build, build_method  # noqa: E402
 from dfkd_jax.config.records import resolve  # noqa: E402
 from dfkd_jax.runs import programs  # noqa: E402
 
@@ -155,7 +155,7 @@ def compile_round(config) -> programs.Programs:
   teacher, student = (
       jax.eval_shape(lambda network=network: build.fresh_network(network, key))
       for network in (settings.teacher, settings.student))
-  tx = build_optimizer.optimizer(
+  tx = build.optimizer(
       settings.optimizer, rounds.learning_rounds, rounds.steps_per_round)
   synthesis = jax.eval_shape(build_method.synthesizer(method, 1)(None).init, key, teacher)
   learner = jax.eval_shape(lambda network: distill.init(network, tx), student)

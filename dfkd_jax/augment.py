@@ -5,7 +5,6 @@ Each draws anew for every image, except `roll_and_flip`, which draws once per ba
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -15,30 +14,20 @@ from jax import lax
 from dfkd_jax.messages import check_choice
 from dfkd_jax.types import Array, PRNGKey
 
-_ATTEMPTS = 10  # Boxes drawn per resized crop, as in torchvision.
+_ATTEMPTS = 10  # boxes drawn per resized crop, as in torchvision
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def create(name: str, **options) -> Callable[[PRNGKey, Array], Array]:
-  """Makes an augmentation (key, images) -> images by name, for configs.
+  """Makes an augmentation (key, images) -> images for configs: 'none', or a function's name here.
 
-  Args:
-    name: 'none', or the name of a function of this file that takes a key.
-    **options: Further arguments of that function.
-
-  Raises:
-    ValueError: The name is unknown, or it has no such option.
+  `options` are further arguments of the function; a ValueError lists the allowed names.
   """
-  function = _BY_NAME[check_choice(name, _BY_NAME, 'augmentation')]
-  allowed = list(inspect.signature(function).parameters)[2:]
-  for option in options:
-    if option not in allowed:
-      raise ValueError(f'augmentation {name!r} has no option {option!r}; it has {allowed}.')
-  return functools.partial(function, **options)
+  return functools.partial(_BY_NAME[check_choice(name, _BY_NAME, 'augmentation')], **options)
 
 
 def identity(key: PRNGKey, images: Array) -> Array:
-  """Returns the images."""
+  """Returns the images unchanged."""
   del key
   return images
 
@@ -64,22 +53,12 @@ def crop_and_flip(key: PRNGKey, images: Array, pad: int = 4) -> Array:
 
 def resized_crop(
     key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO, align_corners: bool = True,
-) -> Array:
+    ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """Resizes a box of random area and shape from each image to full size.
 
   GoogLeNet's crop (arXiv:1409.4842) as in torchvision: the first of ten boxes that fits in the
-  image. If none fits, the first box is cut down to the image.
-
-  Args:
-    key: PRNG key.
-    images: [B, H, W, C].
-    scale: Bounds of the box's share of the image's area.
-    ratio: Bounds of width / height, drawn log-uniformly.
-    align_corners: See `resize_boxes`.
-
-  Returns:
-    [B, H, W, C].
+  image. If none fits, the first box is cut down to the image. `scale` bounds the box's share of
+  the image's area; `ratio` bounds width / height, drawn log-uniformly.
   """
   area_key, ratio_key, place_key = jax.random.split(key, 3)
   count, limits = images.shape[0], jnp.asarray(images.shape[1:3], jnp.float32)
@@ -96,36 +75,25 @@ def resized_crop(
 
 def resized_crop_and_flip(
     key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO, align_corners: bool = True,
-) -> Array:
+    ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """`resized_crop`, then `flip`: for ImageNet-sized images, and CMI's local view."""
   crop_key, flip_key = jax.random.split(key)
   return flip(flip_key, resized_crop(crop_key, images, scale, ratio, align_corners))
 
 
 def roll_and_flip(key: PRNGKey, images: Array, pixels: int = 4) -> Array:
-  """Rolls the batch by up to `pixels` on both axes, and mirrors it with probability 1/2.
-
-  DeepInversion's jitter.
-  """
+  """DeepInversion's jitter: rolls the batch by up to `pixels`, and mirrors it half of the time."""
   roll_key, flip_key = jax.random.split(key)
   offsets = jax.random.randint(roll_key, (2,), -pixels, pixels + 1)
-  images = jnp.roll(images, offsets, axis=(1, 2))
-  flag = jax.random.bernoulli(flip_key)
-  return flip_where(images, jnp.broadcast_to(flag, images.shape[:1]))
+  flags = jnp.broadcast_to(jax.random.bernoulli(flip_key), images.shape[:1])
+  return flip_where(jnp.roll(images, offsets, axis=(1, 2)), flags)
 
 
 def crop_at(images: Array, offsets_xy: Array, pad: int) -> Array:
-  """Pads images by zeros, then cuts each at its offset.
+  """Pads images [B, H, W, C] by `pad` zeros on each side, then cuts each at its offset.
 
-  Args:
-    images: [B, H, W, C].
-    offsets_xy: [B, 2] integers in 0..2*pad, column then row in the padded image. An offset of
-      `pad` leaves the image unchanged.
-    pad: Width of the border.
-
-  Returns:
-    [B, H, W, C].
+  `offsets_xy` are [B, 2] integers in 0..2*pad, column then row in the padded image. An offset of
+  `pad` leaves the image unchanged.
   """
   padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
   cut = lambda image, offset: lax.dynamic_slice(image, (offset[1], offset[0], 0), images.shape[1:])
@@ -147,30 +115,25 @@ def resize_boxes(
     sizes: [B, 2] rows and columns of each box, at least 1.
     align_corners: Whether the centres of the outer pixels of box and result coincide. Otherwise
       their outer edges do.
-
-  Returns:
-    [B, H, W, C].
   """
-  dtype, (height, width) = images.dtype, images.shape[1:3]
-  rows = _pixel_weights(corners[:, 0], sizes[:, 0], height, align_corners).astype(dtype)
-  columns = _pixel_weights(corners[:, 1], sizes[:, 1], width, align_corners).astype(dtype)
+
+  def pixel_weights(axis):  # weight of each source pixel in each pixel of the result
+    first, size, length = corners[:, axis], sizes[:, axis], images.shape[1 + axis]
+    steps = jnp.arange(length, dtype=jnp.float32)
+    if align_corners:
+      inside = steps * (size[:, None] - 1) / max(length - 1, 1)
+    else:
+      inside = (steps + 0.5) * size[:, None] / length - 0.5
+    positions = first[:, None] + jnp.clip(inside, 0, size[:, None] - 1)
+    weights = jnp.maximum(1 - jnp.abs(positions[:, :, None] - steps), 0)
+    return weights.astype(images.dtype)  # [B, length, length]
+
   # Matrix products, since their gradient needs no scatter; in full precision, as in resizing.
   product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
-  return product('bvw,bhwc->bhvc', columns, product('buh,bhwc->buwc', rows, images))
+  rows = product('buh,bhwc->buwc', pixel_weights(0), images)
+  return product('bvw,bhwc->bhvc', pixel_weights(1), rows)
 
 
-def _pixel_weights(first: Array, size: Array, length: int, align_corners: bool) -> Array:
-  """Weight of each source pixel in each pixel of the result: [B, length, length]."""
-  steps = jnp.arange(length, dtype=jnp.float32)
-  if align_corners:
-    inside = steps * (size[:, None] - 1) / max(length - 1, 1)
-  else:
-    inside = (steps + 0.5) * size[:, None] / length - 0.5
-  positions = first[:, None] + jnp.clip(inside, 0, size[:, None] - 1)
-  return jnp.maximum(1 - jnp.abs(positions[:, :, None] - steps), 0)
-
-
-_FUNCTIONS = (
-    identity, crop, flip, crop_and_flip, resized_crop, resized_crop_and_flip, roll_and_flip)
-_BY_NAME = {
-    'none': identity, **{function.__name__: function for function in _FUNCTIONS}, 'shift': shift}
+_BY_NAME = {function.__name__: function for function in (
+    crop, flip, crop_and_flip, resized_crop, resized_crop_and_flip, roll_and_flip)}
+_BY_NAME |= {'none': identity, 'identity': identity, 'shift': shift}

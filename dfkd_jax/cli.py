@@ -1,10 +1,10 @@
 r"""The command line: python main.py [--config=FILE[:ARGUMENTS]] [--config.FIELD=VALUE ...]."""
 
 import argparse
-import importlib.util
 import logging
 import os
 import pathlib
+import runpy
 import shlex
 import sys
 import traceback
@@ -40,57 +40,41 @@ Open MPI up to 4 and TPU pods on Kubernetes the processes find each other. Elsew
 --config.distributed.coordinator=auto.
 """
 _STATUS = {'SIGTERM': 0, 'SIGINT': 130}  # a scheduler's request is no error; 130 as in shells
-_MAX_LINES, _MAX_LETTERS = 3, 1_000  # of all errors; of one line
 _MACHINE_ERRORS = ('JaxRuntimeError', 'MemoryError')  # such as a device without room
 
 
-class _Parser(argparse.ArgumentParser):
-  """Raises ValueError instead of exiting."""
-
-  def error(self, message: str) -> None:
-    raise ValueError(f'{message}; see --help.')
-
-
 def main(argv: Sequence[str]) -> int:
-  """Runs a command line.
-
-  Returns:
-    The exit status: 0, 1 after a machine's error, 2 after wrong input, 130 after Ctrl-C.
-  """
+  """Runs a command line; returns 0, 1 for a machine's error, 2 for wrong input, 130 for Ctrl-C."""
+  options = None
   try:
     with run_signals.signals() as stop_request:
-      return _main(argv, stop_request)
+      options, overrides = _parse(argv)
+      config = load(options.config)
+      override(config, [*_init_from(config, options.init_from), *overrides])
+      from dfkd_jax import train  # takes seconds, so arguments are checked first
+
+      workdir = default_workdir(options.config) if options.workdir is None else options.workdir
+      summary = train.run(config, workdir, command=shlex.join(['python', *argv]),
+                          resume=options.resume, signals=stop_request)
+    return _STATUS.get(summary.get('stopped'), 0)
   except KeyboardInterrupt as error:
-    name = error.name if isinstance(error, run_signals.Interrupted) else 'SIGINT'
+    name = getattr(error, 'name', 'SIGINT')  # of run_signals.Interrupted
     print(f'Stopped by {name}. The same command goes on from the last checkpoint, if there is one.',
           file=sys.stderr)
     return _STATUS[name]
-
-
-def _main(argv: Sequence[str], stop_request: run_signals.StopRequest) -> int:
-  options = None
-  try:
-    options, overrides = _parse(argv)
-    config = load(options.config)
-    override(config, [*_init_from(config, options.init_from), *overrides])
-    from dfkd_jax import train  # takes seconds, so arguments are checked first
-
-    workdir = default_workdir(options.config) if options.workdir is None else options.workdir
-    summary = train.run(config, workdir, command=shlex.join(['python', *argv]),
-                        resume=options.resume, signals=stop_request)
-  except ValueError as error:
+  except (ValueError, argparse.ArgumentError) as error:
     if options and options.traceback:
       raise
-    for line in _lines(error):
+    lines = [one_line(problem) for problem in getattr(error, 'problems', (error,))]
+    for line in filter(None, (*lines[:2], ' '.join(lines[2:]))):  # three lines at most
       print(f'error: {line}', file=sys.stderr)
     return 2
   except Exception as error:
     if not options or options.traceback or type(error).__name__ not in _MACHINE_ERRORS:
       raise  # a bug, which needs its traceback
-    print(f'error: {type(error).__name__}: {_one_line(error)} (--traceback shows where.)',
+    print(f'error: {type(error).__name__}: {one_line(error)} (--traceback shows where.)',
           file=sys.stderr)
     return 1
-  return _STATUS.get(summary.get('stopped'), 0)
 
 
 def silence_libraries() -> None:
@@ -101,20 +85,10 @@ def silence_libraries() -> None:
   sys.unraisablehook = lambda unraisable: None
 
 
-def _lines(error: ValueError) -> list[str]:
-  """Formats each problem as a line; the last line has all that are left."""
-  problems = [_one_line(problem) for problem in getattr(error, 'problems', (error,))]
-  return [*problems[:_MAX_LINES - 1], *filter(None, [' '.join(problems[_MAX_LINES - 1:])])]
-
-
-def _one_line(text: object) -> str:
-  return one_line(text, _MAX_LETTERS)
-
-
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   """Returns the options, and the arguments that set fields of the config."""
-  parser = _Parser(
-      prog='python main.py', description=_HELP, allow_abbrev=False,
+  parser = argparse.ArgumentParser(
+      prog='python main.py', description=_HELP, allow_abbrev=False, exit_on_error=False,
       epilog=f'fields of the config, with defaults and allowed values:\n{docs.as_text()}',
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', metavar='FILE[:ARGUMENTS]', default='configs/default.py',
@@ -147,38 +121,25 @@ def default_workdir(name: str) -> str:
 def load(name: str) -> ConfigDict:
   """Loads the locked config of 'FILE' or 'FILE:ARGUMENTS'; FILE may lie here or in the clone.
 
-  Raises:
-    ValueError: There is no such file, or its `get_config` fails or returns no config.
+  Raises a ValueError if there is no such file, or its `get_config` fails or returns no config.
   """
   file, _, arguments = name.partition(':')
-  paths = [path for path in (pathlib.Path(file), ROOT / file)
-           if os.path.isfile(path) and path.suffix == '.py']
-  if not paths:
-    known = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / 'configs').glob('*.py'))
-             if 'def get_config(' in path.read_text(encoding='utf-8')]
+  paths = list(filter(os.path.isfile, (file, ROOT / file)))
+  if not paths or not file.endswith('.py'):
+    known = [f'configs/{path.name}' for path in sorted((ROOT / 'configs').glob('*.py'))]
     raise ValueError(f'--config is {file!r}, must be a Python file.{nearest(file, known)}')
-  spec = importlib.util.spec_from_file_location(f'{paths[0].stem}_config', paths[0])
-  module, before = importlib.util.module_from_spec(spec), sys.dont_write_bytecode
-  sys.dont_write_bytecode = True  # leave nothing beside the file
   try:
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, 'get_config', None)):
+    get_config = runpy.run_path(str(paths[0])).get('get_config')
+    if not callable(get_config):
       raise ValueError('it has no function get_config.')
-    config = module.get_config(*filter(None, [arguments]))
-  except (Exception, SystemExit) as error:
-    raise ValueError(f'--config is {name!r}: {_origin(error, paths[0])}{error}') from error
-  finally:
-    sys.dont_write_bytecode = before
-  if not isinstance(config, ConfigDict):
-    raise ValueError(f'--config is {name!r}: get_config returns a {type(config).__name__}, must '
-                     'return a ConfigDict.')
-  return config.lock()
-
-
-def _origin(error: BaseException, path: pathlib.Path) -> str:
-  """Returns line and kind of a config file's error; a ValueError explains itself."""
-  if isinstance(error, (ValueError, SyntaxError)):
-    return ''
-  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-           if os.path.abspath(frame.filename) == os.path.abspath(path)]
-  return f'{f"line {lines[-1]}: " if lines else ""}{type(error).__name__}: '
+    config = get_config(*filter(None, [arguments]))
+    if not isinstance(config, ConfigDict):
+      raise ValueError(f'get_config returns a {type(config).__name__}, must return a ConfigDict.')
+    return config.lock()
+  except (ValueError, SyntaxError) as error:
+    raise ValueError(f'--config is {name!r}: {error}') from error
+  except (Exception, SystemExit) as error:  # a mistake in the file
+    lines = [f'line {frame.lineno}: ' for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(paths[0])] or ['']
+    raise ValueError(
+        f'--config is {name!r}: {lines[-1]}{type(error).__name__}: {error}') from error

@@ -6,20 +6,13 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_LONGEST_NAME = 80  # Characters shown of a name.
-_LONGEST_LINE = 1000  # Characters shown of a whole message.
-
 
 class RefusedError(ValueError):
   """A file that holds no weights, or more than weights. Its message follows the words 'it '."""
 
 
 class FieldError(ValueError):
-  """A value that is not allowed.
-
-  Attributes:
-    field: Name of the argument, or dotted name of the config field, that has it.
-  """
+  """A value that is not allowed, of `field`: an argument, or a dotted name in the config."""
 
   def __init__(self, field: str, message: str):
     self.field = field
@@ -39,15 +32,11 @@ def explain_read_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_choice(name: str, allowed: Iterable[str], what: str) -> str:
-  """Returns a name that is allowed.
-
-  Raises:
-    ValueError: It is not allowed. Lists the nearest allowed name, and all of them.
-  """
+  """Returns the name; raises a ValueError that lists all names if it is not allowed."""
   allowed = tuple(allowed)
   if name not in allowed:
-    hint = nearest(name, allowed)
-    raise ValueError(f'Unknown {what} {name!r}.{hint} Known: {", ".join(allowed)}.')
+    raise ValueError(
+        f'Unknown {what} {name!r}.{nearest(name, allowed)} Known: {", ".join(allowed)}.')
   return name
 
 
@@ -63,28 +52,22 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
   return f' Did you mean {similar[0]!r}?' if similar else ''
 
 
-def one_line(message: Any, most: int = _LONGEST_LINE) -> str:
-  """Writes a message as one line. Cuts its middle out if it is longer than `most` characters.
-
-  Characters that would control the terminal are escaped.
-  """
+def one_line(message: Any, most: int = 1000) -> str:
+  """Writes a message as one line of about `most` characters; escapes terminal controls."""
   text = _shorten(' '.join(str(message).split()), most)
   return _shorten(''.join(c if c.isprintable() else repr(c)[1:-1] for c in text), most)
 
 
 def short_repr(value: object, most: int = 100) -> str:
-  """Writes a value as Python does. Cuts the middle out if that is longer than `most` characters."""
+  """Writes a value as Python does; cuts the middle out beyond `most` characters."""
   return _shorten(repr(value), most)
 
 
 def safe_name(value: Any) -> str:
-  """Writes a name from a file as one short line.
-
-  Shows text and numbers. Other objects may take forever to print: shows their type only.
-  """
+  """Writes text or a number from a file as one short line, and of other objects the type only."""
   if not isinstance(value, (str, bytes, int, float, type(None))):
     return f'a {type(value).__name__}'
-  return one_line(value if isinstance(value, str) else repr(value), _LONGEST_NAME)
+  return one_line(value if isinstance(value, str) else repr(value), most=80)
 
 
 def safe_names(values: Iterable[Any], most: int = 5) -> list[str]:

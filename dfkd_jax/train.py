@@ -1,8 +1,6 @@
 """Runs a config: checks it, joins the processes, and hands it to its job."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,12 +8,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from dfkd_jax import parallel, paths
-from dfkd_jax.config.check import find_problems, is_single_process
-from dfkd_jax.config.problems import caught, raise_problems
+from dfkd_jax.config.check import check_structure, check_values, find_problems, is_single_process
+from dfkd_jax.config.problems import Problems, raise_problems
 from dfkd_jax.config.records import Settings, resolve
-from dfkd_jax.config.values import check_structure, check_values
 from dfkd_jax.jobs import distillation, preflight, supervised
-from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
 from dfkd_jax.runs import checkpoint_format, config_diff, init_from
@@ -40,8 +36,7 @@ def run(
     workdir: Folder of the results; made if missing.
     command: Command that started the run, for the record.
     teacher: A network of yours (`models.bind`) that replaces the config's teacher.
-    resume: 'force' resumes a run of another config. 'force:FIELD,...' resumes one that differs in
-      these fields only. The summary keeps what changed, and after which round.
+    resume: 'force' resumes a run of another config; 'force:FIELD,...' if only these fields differ.
     signals: Whether to end after the current round on SIGTERM or SIGINT; or the value of
       `run_signals.signals` if it listens already.
 
@@ -50,10 +45,9 @@ def run(
     InvalidError: The config or the folder has problems, one line each. Nothing was written.
     ValueError: Data or weights do not fit, a number was not finite, or the disk refuses a file.
   """
-  with contextlib.ExitStack() as stack:
-    stop_request = signals
-    if isinstance(signals, bool):
-      stop_request = stack.enter_context(run_signals.signals(signals))
+  listening = isinstance(signals, run_signals.StopRequest)
+  listener = contextlib.nullcontext(signals) if listening else run_signals.signals(signals)
+  with listener as stop_request:
     try:
       return _run(config, Start(workdir, command, resume, stop_request), teacher)
     except run_signals.Stopped as early:
@@ -78,7 +72,12 @@ def _run(config: ConfigDict, start: Start, teacher: Network | None) -> dict[str,
       stored = run_folder.read_stored(paths.expand_path(start.workdir, 'workdir'))
     parallel.check_same_on_all(
         checkpoint_format.hash_json(stored), f'The run in {start.workdir}')
-  _configure_jax(settings)
+  if settings.precision:
+    jax.config.update('jax_default_matmul_precision', settings.precision)
+  if settings.compilation_cache:
+    folder = paths.expand_path(settings.compilation_cache)
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+    compilation_cache.reset_cache()  # or JAX ignores the folder after its first compilation
   if settings.job == 'check':
     return preflight.run(settings, teacher)
   if settings.job == 'train':
@@ -86,45 +85,29 @@ def _run(config: ConfigDict, start: Start, teacher: Network | None) -> dict[str,
   return distillation.run(settings, start, teacher)
 
 
-def _configure_jax(settings: Settings) -> None:
-  if settings.precision:
-    jax.config.update('jax_default_matmul_precision', settings.precision)
-  if settings.compilation_cache:
-    folder = paths.expand_path(settings.compilation_cache)
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    compilation_cache.reset_cache()  # or JAX ignores the folder after its first compilation
-
-
 def check(config: ConfigDict, start: Start, teacher: Network | None = None) -> None:
-  """Checks the config and the folder, loads nothing and writes nothing.
-
-  Raises:
-    InvalidError: Has a line for each problem.
-  """
+  """Raises an InvalidError with all problems of the config and the folder. Writes nothing."""
   raise_problems(check_structure, config)
   problems = find_problems(config, teacher)
   if config.job != 'check':
-    folder = functools.partial(_check_folder, start=start, is_wrong=problems.affect)
-    problems.run(folder, resolve(config))
+    _check_folder(resolve(config), start, problems)
   problems.raise_if_any()
 
 
-def _check_folder(
-    settings: Settings, start: Start, is_wrong: Callable[[str], bool]) -> Iterator[FieldError]:
-  """Yields problems of the folder, of the runs to begin from, and of resuming."""
-  stored = {}
-  try:
+def _check_folder(settings: Settings, start: Start, problems: Problems) -> None:
+  """Collects problems of the folder, of the runs to begin from, and of resuming."""
+
+  def read_folder():
     workdir = paths.expand_path(start.workdir, 'workdir')
     run_folder.check_place(workdir)
     run_folder.check_not_running(workdir)
-    stored = run_folder.read_stored(workdir)
-  except ValueError as error:
-    yield FieldError('workdir', str(error))
+    return workdir, run_folder.read_stored(workdir)
+
+  workdir, stored = problems.run(read_folder, field='workdir') or (None, {})
   unread = init_from.unread_sources(settings.init_from, stored, settings.control)
   for name, source in sorted(unread._asdict().items()):
     if source is not None:
-      yield from caught(f'init_from.{name}', init_from.source_path, name, source)
-  if not is_wrong('workdir'):
-    yield from caught('workdir', config_diff.config_changes, stored,
-                      config_diff.run_identity(settings.run.config), workdir,
-                      start.resume, is_wrong)
+      problems.run(init_from.source_path, name, source, field=f'init_from.{name}')
+  identity = config_diff.run_identity(settings.run.config)
+  problems.run(config_diff.config_changes, stored, identity, workdir, start.resume,
+               problems.affect, reads=['workdir'], field='workdir')

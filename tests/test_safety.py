@@ -25,7 +25,7 @@ ALLOWED = {
     'dfkd_jax/data/tfds.py': {'importlib.util'},  # Whether TensorFlow is installed.
     # Finds a method by the name of a file in synth/methods, and checks the name.
     'dfkd_jax/synth/__init__.py': {'importlib'},
-    'dfkd_jax/cli.py': {'importlib.util'},  # A config is a program of the user's own.
+    'dfkd_jax/cli.py': {'runpy'},  # A config is a program of the user's own.
 }
 
 

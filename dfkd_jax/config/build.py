@@ -1,28 +1,24 @@
-"""Makes networks, data sets and the mesh of devices from resolved settings."""
+"""Makes networks, data sets, optimizers and the mesh of devices from resolved settings."""
 
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 
-from dfkd_jax import data, models, parallel, report, weights
+from dfkd_jax import data, distill, models, parallel, report, weights
 from dfkd_jax.config.problems import wrong_value
-from dfkd_jax.config.records import Dataset, NetworkSettings, Settings
+from dfkd_jax.config.records import Dataset, NetworkSettings, Optimizer, Settings
 from dfkd_jax.messages import FieldError, check_choice
 from dfkd_jax.models.network import Network
-from dfkd_jax.paths import expand_path
 from dfkd_jax.types import PRNGKey
 
 TEACHERS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'teachers'
 
 
 def module(network: NetworkSettings) -> nn.Module:
-  """Makes the module of a network.
-
-  Raises:
-    FieldError: There is no such model, or with these options it does not take the images.
-  """
+  """Makes the module of a network; raises a FieldError if it does not take options or images."""
   role, name, options = network.role, network.name, network.options
   if name is None:
     raise wrong_value(f'{role}.name', None, f'one of {", ".join(models.names())}.')
@@ -54,54 +50,39 @@ def fresh_network(network: NetworkSettings, key: PRNGKey) -> Network:
 
 
 def trained_network(network: NetworkSettings) -> Network:
-  """Makes a network with the weights of its source.
-
-  Raises:
-    FieldError: The weights cannot be read, do not fit, or fail their check.
-  """
-  field, source = f'{network.role}.source', network.source
-  path, made = weights_path(source, field), module(network)
+  """Makes a network with weights; raises a FieldError if they do not fit, or fail their check."""
+  field = f'{network.role}.source'
+  path, made = weights_path(network.source, field), module(network)
   try:
     variables = weights.load(path, made, network.input_shape)
     loaded = models.bind(made, variables, **network.preprocessing)
     weights.check_network(loaded, network.image_shape, weights.read_probe(path),
-                  moments=network.needs_moments)
-  except OSError as error:
-    message = f'{field} is {source!r}, which cannot be read: {error.strerror}.'
-    raise FieldError(field, message) from error
-  except ValueError as error:
-    raise FieldError(field, f'{field} is {source!r}: {error}') from error
-  return loaded
+                          moments=network.needs_moments)
+    return loaded
+  except (OSError, ValueError) as error:
+    reason = f'which cannot be read: {error.strerror}.' if isinstance(error, OSError) else error
+    raise FieldError(field, f'{field} is {network.source!r}: {reason}') from error
 
 
 def check_source(network: NetworkSettings) -> None:
   """Checks that a network's weights are named and, if they are local, there; reads none."""
-  field, source = f'{network.role}.source', network.source
-  if source is None and (network.role == 'teacher' or network.name is not None):
+  field = f'{network.role}.source'
+  if network.source is None:
     raise wrong_value(field, None, 'weights: a file (.safetensors, .pth, .h5, ...), a folder, '
                       'hf:OWNER/REPO or embedded:NAME. configs/teacher_*.py train a teacher.')
-  if source is not None and source.startswith('hf:'):
-    try:
-      weights.check_hub_source(source)
-    except ValueError as error:
-      raise FieldError(field, f'{field} is {error}') from None
-  elif source is not None:
-    weights_path(source, field)
+  weights_path(network.source, field, download=False)
 
 
-def weights_path(source: str, field: str = 'teacher.source') -> pathlib.Path:
-  """Returns the file or folder of weights; downloads from the hub.
-
-  Raises:
-    ValueError: There is none.
-  """
+def weights_path(
+    source: str, field: str = 'teacher.source', download: bool = True) -> pathlib.Path | None:
+  """Returns the file or folder of weights; of the hub, downloads it or only checks its name."""
   if source.startswith('embedded:'):
     names = sorted(path.stem for path in TEACHERS.glob('*.safetensors'))
     name = check_choice(source.removeprefix('embedded:'), names, f'embedded teacher of {field},')
     return TEACHERS / f'{name}.safetensors'
-  if not source.startswith('hf:'):
-    expand_path(source.partition('#')[0], field)
   try:
+    if source.startswith('hf:') and not download:
+      return weights.check_hub_source(source)
     return weights.resolve(source)
   except ValueError as error:
     raise FieldError(field, f'{field} is {error}') from None
@@ -114,11 +95,7 @@ def make_card(network: Network, source: str | None, role: str = 'teacher') -> we
 
 
 def load_split(dataset: Dataset, split: str, shard: tuple[int, int] = (0, 1)) -> data.Dataset:
-  """Loads a split of a data set, or a shard of it.
-
-  Raises:
-    ValueError: It is not there, or has other images or classes than the settings say.
-  """
+  """Loads a split of a data set, or a shard; raises a ValueError for other images or classes."""
   loaded = data.load(dataset.name, split, dataset.data_dir, image_shape=dataset.image_shape,
                      crop=dataset.crop, shard=shard)
   if len(loaded.class_names) != dataset.num_classes:
@@ -127,24 +104,42 @@ def load_split(dataset: Dataset, split: str, shard: tuple[int, int] = (0, 1)) ->
   return loaded
 
 
-def make_mesh(settings: Settings) -> jax.sharding.Mesh:
-  """Makes the mesh: `num_devices`, or as many as the tasks or batches can be spread over.
+def optimizer(
+    section: Optimizer, rounds: int, steps_per_round: int) -> optax.GradientTransformation:
+  """Makes the optimizer; weight decay is coupled, on all parameters, as published."""
+  rate = schedule(section, rounds, steps_per_round)
+  if section.name == 'adam':
+    return optax.chain(optax.add_decayed_weights(section.weight_decay), optax.adam(rate))
+  return distill.coupled_sgd(rate, section.momentum, section.weight_decay, section.nesterov)
 
-  Raises:
-    FieldError: There are not so many devices, or not all processes would have a share.
-  """
-  if settings.num_devices is not None:
-    return parallel.make_mesh(settings.num_devices)
-  field, number = shared_number(settings)
-  devices, processes = jax.device_count(), jax.process_count()
-  if processes > 1 and number % devices:
-    raise wrong_value(
-        field, number, f'a multiple of {devices}, the devices of all {processes} processes.')
-  return parallel.make_mesh(max(n for n in range(1, devices + 1) if number % n == 0))
+
+def schedule(section: Optimizer, rounds: int, steps_per_round: int) -> optax.Schedule:
+  """Makes the learning rate by step; `rounds` are epochs, or rounds with student steps."""
+  rate, warmup = section.learning_rate, section.warmup_steps
+  if section.schedule == 'constant':
+    return optax.constant_schedule(rate)
+  if section.schedule == 'steps':
+    return optax.piecewise_constant_schedule(
+        rate, {epoch * steps_per_round: section.gamma for epoch in section.milestones})
+  if section.schedule == 'cosine_by_round':
+    return distill.cosine_by_round(rate, rounds, steps_per_round, section.end_value)
+  return optax.warmup_cosine_decay_schedule(
+      0.0 if warmup else rate, rate, warmup, max(rounds * steps_per_round, warmup + 1),
+      section.end_value)
+
+
+def make_mesh(settings: Settings) -> jax.sharding.Mesh:
+  """Makes the mesh: `num_devices`, or as many as can share the tasks or batches evenly."""
+  (field, number), num_devices = shared_number(settings), settings.num_devices
+  if num_devices is None and jax.process_count() == 1:
+    num_devices = max(n for n in range(1, jax.device_count() + 1) if number % n == 0)
+  mesh = parallel.make_mesh(num_devices)  # of several processes: over all devices
+  parallel.even_share(number, mesh.size, field)
+  return mesh
 
 
 def note_idle_devices(settings: Settings, used: int) -> None:
-  """Prints how to use all devices, if some are idle without being asked to."""
+  """Prints how to use all devices, if some are idle by default."""
   devices, (field, number) = jax.device_count(), shared_number(settings)
   if settings.num_devices is None and used < devices:
     report.note(f'{used} of {devices} devices are used, since {field} is {number}: '

@@ -16,25 +16,18 @@ from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.weights import embeddings
 
 SHARED = {'capacity', 'bank_size'}  # numbers that all tasks share
-# A section of the config that a method takes as one argument.
-_SECTIONS = {'adversary': objective.Adversary, 'adversarial': schedules.ramp}
+_MAKERS = {  # of an argument from the section or file of its name
+    'adversary': lambda section: objective.Adversary(**section),
+    'adversarial': lambda section: schedules.ramp(**section), 'embeddings': embeddings.load}
 
 
 def synthesizer(
-    method: MethodSettings, num_devices: int, factors: objective.Factors | None = None,
+    method: MethodSettings, num_devices: int, factors: objective.Factors | None = None
 ) -> Callable[[str | None], Synthesizer]:
-  """Returns a function from the mapped axis to the method.
+  """Returns a function from the mapped axis to the method; both raise FieldErrors.
 
   Settings count tasks, batches and buffers over all devices. Each device gets its share here, so a
-  run is the same on any number of devices that divides its tasks.
-
-  Args:
-    method: Its settings.
-    num_devices: Devices that share the tasks.
-    factors: Factors of the terms; None: the factors of the settings.
-
-  Raises:
-    FieldError: A number is not allowed; also raised by the returned function.
+  run is the same on any number of devices that divides its tasks. `factors` replace the settings'.
   """
   taken, numbers = parameters(method), method.numbers
   for name in numbers:
@@ -44,17 +37,17 @@ def synthesizer(
   local_tasks = parallel.even_share(method.num_tasks, num_devices, 'method.num_tasks')
   arguments = _arguments(method)
   arguments |= {name: task_share(method, name) * local_tasks for name in SHARED & numbers.keys()}
-  if 'num_tasks' in numbers:
-    arguments['num_tasks'] = local_tasks
-  if 'generator' in taken:
-    arguments['generator'] = generator(method.generator)
   offered = {
       'image_shape': method.generator.image_shape, 'task': method.task,
       'factors': factors or method.factors, 'augment': augment.create(**method.augment),
       'sample_batch_size': batch_share(method) * local_tasks}
+  if 'num_tasks' in numbers:
+    offered['num_tasks'] = local_tasks
+  if 'generator' in taken:
+    offered['generator'] = generator(method.generator)
   arguments |= {name: value for name, value in offered.items() if name in taken}
 
-  def make(axis: str | None) -> Synthesizer:
+  def make(axis):
     try:
       return synth.create(method.name, **arguments, **({'axis': axis} if 'axis' in taken else {}))
     except FieldError as error:
@@ -77,17 +70,12 @@ def _arguments(method: MethodSettings) -> dict[str, Any]:
   numbers = dict(method.numbers)
   if numbers.pop('generator_schedule', None) == 'cosine':
     numbers['generator_lr'] = optax.cosine_decay_schedule(
-        numbers['generator_lr'], method.total_calls * numbers['num_steps'])
+        numbers['generator_lr'], method.distill.total_calls * numbers['num_steps'])
   if 'latent_dim' in numbers:
     numbers['latent_dim'] = latent_dim(method)
-  if 'embeddings' in numbers:
+  for name in _MAKERS.keys() & numbers.keys():
     try:
-      numbers['embeddings'] = embeddings.load(numbers['embeddings'])
-    except ValueError as error:
-      raise FieldError('method.embeddings', str(error)) from None
-  for name in _SECTIONS.keys() & numbers.keys():
-    try:
-      numbers[name] = _SECTIONS[name](**numbers[name])
+      numbers[name] = _MAKERS[name](numbers[name])
     except (TypeError, ValueError) as error:
       raise FieldError(f'method.{name}', f'method.{name} is {numbers[name]}: {error}') from error
   return numbers
@@ -103,22 +91,16 @@ def task_share(method: MethodSettings, name: str) -> int:
 
 def batch_share(method: MethodSettings) -> int:
   """Returns a task's share of the student's batch."""
-  return parallel.even_share(method.sample_batch_size, method.num_tasks, 'distill.batch_size')
+  return parallel.even_share(method.distill.batch_size, method.num_tasks, 'distill.batch_size')
 
 
 def generator(settings: NetworkSettings) -> nn.Module:
-  """Makes the generator.
-
-  Raises:
-    FieldError: It has no such options, or cannot make such images.
-  """
+  """Makes the generator; raises a FieldError if its options do not suit it or the images."""
   shape, options = settings.image_shape, settings.options
   try:
     if settings.name == 'spatial_generator':
-      made = models.SpatialGenerator(channels=shape[-1], **options)
-    else:
-      made = models.Generator(image_shape=shape, **options)
-    return set_compute(made, settings)
+      return set_compute(models.SpatialGenerator(channels=shape[-1], **options), settings)
+    return set_compute(models.Generator(image_shape=shape, **options), settings)
   except (TypeError, ValueError) as error:
     raise FieldError('generator.options', f'generator.options is {options}: {error}') from error
 
@@ -126,9 +108,10 @@ def generator(settings: NetworkSettings) -> nn.Module:
 def latent_dim(method: MethodSettings) -> int | tuple[int, int, int]:
   """Returns Z, or (h, w, Z) if latents have the shape of an image."""
   made, size = generator(method.generator), method.numbers.get('latent_dim', 2)
+  if not hasattr(made, 'latent_shape'):
+    return size
   try:
-    shape = getattr(made, 'latent_shape', None)
-    return shape(method.generator.image_shape, size) if shape else size
+    return made.latent_shape(method.generator.image_shape, size)
   except ValueError as error:
     raise FieldError('dataset.image_shape', str(error)) from None
 
@@ -136,4 +119,4 @@ def latent_dim(method: MethodSettings) -> int | tuple[int, int, int]:
 def latent_shape(method: MethodSettings, batch_size: int) -> tuple[int, ...]:
   """Returns the shape of a batch of latents, [B, Z] or [B, h, w, Z]."""
   size = latent_dim(method)
-  return (batch_size, *((size,) if isinstance(size, int) else size))
+  return (batch_size, size) if isinstance(size, int) else (batch_size, *size)

@@ -3,241 +3,232 @@
 Takes a second or two. Reads names, numbers, shapes and paths. Weights and images are read later.
 """
 
-import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dfkd_jax import augment, data, parallel
+from dfkd_jax import augment, data
 from dfkd_jax.config import build, build_method
-from dfkd_jax.config.problems import Problems, caught, wrong_value
-from dfkd_jax.config.records import Distributed, NetworkSettings, Settings, resolve
-from dfkd_jax.config.values import check_values
-from dfkd_jax.messages import FieldError
+from dfkd_jax.config.fields import BY_NAME, OPEN, RUN_FIELDS, leaves
+from dfkd_jax.config.problems import Problems, wrong_value
+from dfkd_jax.config.records import Distributed, MethodSettings, Settings, resolve
+from dfkd_jax.messages import FieldError, nearest
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
 from dfkd_jax.paths import expand_path
 
-ROLES = ('teacher', 'student', 'judge')
+_NO_PATHS = ('hf:', 'embedded:')  # sources that are no paths
+_SHAPES = ('job', 'dataset.image_shape', 'dataset.num_classes', 'compute_dtype')
 
 
 def is_single_process(distributed: Distributed) -> bool:
   """Whether a run is one process, which waits for no other."""
-  if distributed.coordinator is not None or distributed.process_id is not None:
-    return False
-  return distributed.num_processes == 1 or (
-      distributed.num_processes is None and launch.started_together() == 1)
+  processes = distributed.num_processes
+  processes = launch.started_together() if processes is None else processes
+  return distributed.coordinator is None and distributed.process_id is None and processes == 1
+
+
+def check_structure(config: ConfigDict) -> Iterator[FieldError]:
+  """Yields fields that are missing, unknown or no section; without any a config can be resolved."""
+  values, names = dict(leaves(config)), [field.name for field in RUN_FIELDS]
+  sections = {name.rpartition('.')[0] for name in names} | {'augment', *OPEN} - {''}
+  for name in sorted(sections & values.keys()):
+    if not isinstance(values[name], ConfigDict):
+      yield wrong_value(name, values[name], 'a section of the config.')
+      return
+  missing = [name for name in names if name not in values
+             and (not name.startswith('augment.') or name.endswith('.name'))]
+  if missing:
+    yield FieldError(missing[0], f'The config has no {", ".join(missing[:5])}'
+                     f'{" ..." * (len(missing) > 5)}. It must have all fields of `fields.base()`.')
+  open_sections = tuple(f'{section}.' for section in OPEN)
+  for name in values:
+    if name not in names and name not in sections and not name.startswith(open_sections):
+      yield FieldError(name, f'Unknown config field {name!r}.{nearest(name, names)} '
+                       'python main.py --help lists all fields.')
+
+
+def check_values(config: ConfigDict) -> Iterator[FieldError]:
+  """Yields each value that its row does not allow, and each path that can be none."""
+  values = dict(leaves(config))
+  for row in BY_NAME.values():
+    value = values.get(row.name)
+    if row.name not in values or row.kind is dict:
+      continue
+    if error := row.error(value):
+      yield FieldError(row.name, error)
+    elif 'path' in row.flags and value is not None and not value.startswith(_NO_PATHS):
+      try:
+        expand_path(value.partition('#')[0], row.name)
+      except ValueError as error:
+        yield FieldError(row.name, str(error))
 
 
 def find_problems(config: ConfigDict, teacher: Network | None = None) -> Problems:
-  """Returns all problems of a config, without those that only follow from another.
+  """Returns all problems of a config that has the structure, without those that follow from others.
 
-  Args:
-    config: The config of the run; `check_structure` must have passed.
-    teacher: A network that replaces the config's teacher.
+  `teacher` is a network that replaces the config's teacher.
   """
   problems, settings = Problems(), resolve(config)
   problems.run(check_values, config)
-  numbers = settings.method.numbers.items()
   method = settings.method._replace(numbers={
-      name: value for name, value in numbers if not problems.affect(f'method.{name}')})
-  settings = settings._replace(
-      method=method, teacher=settings.teacher if teacher is None else None)
-  for check, reads in CHECKS:
-    problems.run(check, settings, reads)
+      name: value for name, value in settings.method.numbers.items()
+      if not problems.affect(f'method.{name}')})
+  settings = settings._replace(method=method, teacher=settings.teacher if teacher is None else None)
+  problems.run(_check_job, settings,
+               reads=('job', 'dataset.name', 'train.label_factor', 'train.teacher_factor'))
+  problems.run(_check_numbers, settings, problems)
+  if settings.job != 'check':
+    problems.run(build.make_mesh, settings,
+                 reads=('job', 'num_devices', 'method.num_tasks', 'train.batch_size'))
+  for check, *reads in (
+      (_check_networks, 'train.network'), (_check_augmentations, 'dataset.image_shape'),
+      (_check_method, 'method.name'), (_check_data_set, 'dataset.name', 'dataset.data_dir')):
+    problems.run(check, settings, problems, reads=('job', *reads))
   return problems
 
 
 def _check_job(settings: Settings) -> Iterator[FieldError]:
-  """Fields that a job needs, or has no use for."""
-  if settings.control and settings.dataset.name is None:
-    yield wrong_value('control', True, 'False where dataset.name is None: a control is evaluated '
-                      'on real images.')
+  """Yields fields that a job needs, or has no use for."""
+  train, data_set, images = settings.train, settings.dataset.name, settings.run.images
+  if settings.control and data_set is None:
+    yield wrong_value('control', True, 'False without dataset.name: it needs real images.')
   if settings.job != 'train':
     return
   if settings.teacher is None:
-    yield FieldError('teacher', "teacher is a network, must be None where job is 'train', which "
-                     'reads it from teacher.source.')
-  if settings.run.images is not None:
-    yield wrong_value('budget.images', settings.run.images, "None where job is 'train', which "
-                      'synthesises no image.')
-  if settings.dataset.name is None:
-    yield wrong_value('dataset.name', None, "the name of a prepared data set where job is 'train'.")
-  if not (settings.train.label_factor or settings.train.teacher_factor):
+    yield FieldError('teacher', "teacher is a network, must be None where job is 'train'.")
+  if images is not None:
+    yield wrong_value('budget.images', images, "None where job is 'train': it synthesises none.")
+  if data_set is None:
+    yield wrong_value('dataset.name', None, "a prepared data set where job is 'train'.")
+  if not (train.label_factor or train.teacher_factor):
     yield FieldError('train.label_factor', 'train.label_factor and train.teacher_factor are 0, '
                      'one must be above: there is nothing to learn.')
 
 
-def _check_rounds(settings: Settings) -> Iterator[FieldError]:
-  section = settings.distill
-  if settings.job == 'distill' and section.distill_after >= section.rounds:
-    yield wrong_value('distill.distill_after', section.distill_after, 'below distill.rounds, '
-                      f'{section.rounds}, so that the student learns.')
-
-
-def _check_calls(settings: Settings) -> Iterator[FieldError]:
-  steps, calls = settings.distill.steps_per_round, settings.distill.calls_per_round
-  if settings.job == 'distill' and steps % calls:
-    yield wrong_value('distill.steps_per_round', steps,
-                      f'a multiple of {calls}, distill.calls_per_round.')
-
-
-def _check_warmup(settings: Settings) -> Iterator[FieldError]:
-  steps, schedule = settings.optimizer.warmup_steps, settings.optimizer.schedule
-  if steps and schedule != 'cosine_by_step':
-    yield wrong_value('optimizer.warmup_steps', steps, f'0 with the schedule {schedule!r}.')
-
-
-def _check_cache(settings: Settings) -> Iterator[FieldError]:
-  if settings.compilation_cache is not None:
-    path = expand_path(settings.compilation_cache, 'compilation_cache')
-    if path == path.parent or (path.exists() and not path.is_dir()):
-      yield wrong_value('compilation_cache', str(path), 'a folder for compiled programs alone.')
-
-
-def _check_channels(settings: Settings) -> Iterator[FieldError]:
-  channels = settings.dataset.image_shape[-1]
+def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldError]:
+  """Yields values that do not go together; skips those that are wrong by themselves."""
+  is_wrong, distill, optimizer = problems.affect, settings.distill, settings.optimizer
+  rounds, after, shape = distill.rounds, distill.distill_after, settings.dataset.image_shape
+  steps, calls, cache = (
+      distill.steps_per_round, distill.calls_per_round, settings.compilation_cache)
+  if settings.job == 'distill':
+    if not is_wrong('distill.rounds', 'distill.distill_after') and after >= rounds:
+      yield wrong_value('distill.distill_after', after, f'below distill.rounds, {rounds}.')
+    if not is_wrong('distill.steps_per_round', 'distill.calls_per_round') and steps % calls:
+      yield wrong_value('distill.steps_per_round', steps,
+                        f'a multiple of {calls}, distill.calls_per_round.')
+  if (optimizer.warmup_steps and optimizer.schedule != 'cosine_by_step'
+      and not is_wrong('optimizer.warmup_steps', 'optimizer.schedule')):
+    yield wrong_value('optimizer.warmup_steps', optimizer.warmup_steps,
+                      f'0 with the schedule {optimizer.schedule!r}.')
+  if cache is not None and not is_wrong('compilation_cache') and expand_path(cache).is_file():
+    yield wrong_value('compilation_cache', cache, 'a folder.')
   for network in filter(None, (settings.teacher, settings.student, settings.judge)):
     for name in ('mean', 'std'):
-      value = network.preprocessing[name]
-      if isinstance(value, tuple) and len(value) not in (1, channels):
-        yield wrong_value(f'{network.role}.{name}', value,
-                          f'one number, or one for each of the {channels} channels.')
+      field, value = f'{network.role}.{name}', network.preprocessing[name]
+      if not is_wrong('dataset.image_shape', field) and len(value) not in (1, shape[-1]):
+        yield wrong_value(field, value, f'one number, or one for each of the {shape[-1]} channels.')
 
 
-def _used_networks(settings: Settings, role: str) -> Iterator[tuple[NetworkSettings, bool]]:
-  """Yields the networks of a role that the job makes, and whether it loads their weights."""
+def _check_networks(settings: Settings, problems: Problems) -> None:
+  """Checks the networks of the job, and the sources of trained networks."""
   teacher, student, judge = settings.teacher, settings.student, settings.judge
+  loaded, drawn = [teacher], student
   if settings.job == 'train':
-    used = [(getattr(settings, settings.train.network), False),
-            (teacher if settings.train.teacher_factor else None, True)]
-  elif settings.job == 'check':
-    used = [(teacher, True), (student if student.name else None, False)]
-  else:
-    used = [(teacher, True), (student, False),
-            (judge if judge.name or judge.source else None, True)]
-  yield from ((network, loads) for network, loads in used if network and network.role == role)
+    loaded = [teacher] if settings.train.teacher_factor else []
+    drawn = getattr(settings, settings.train.network)
+  elif settings.job == 'check' and not student.name:
+    drawn = None
+  elif settings.job == 'distill' and (judge.name or judge.source):
+    loaded.append(judge)
+  for network in filter(None, (*loaded, drawn)):
+    role = network.role
+    if network in loaded:
+      problems.run(build.check_source, network, reads=[f'{role}.source'], field=f'{role}.source')
+    problems.run(build.module, network, reads=(
+        *_SHAPES, f'{role}.name', f'{role}.options', f'{role}.resize'))
 
 
-def _check_source(settings: Settings, role: str) -> Iterator[FieldError]:
-  for network, loads in _used_networks(settings, role):
-    if loads:
-      yield from caught(f'{role}.source', build.check_source, network)
-
-
-def _check_network(settings: Settings, role: str) -> Iterator[FieldError]:
-  for network, _ in _used_networks(settings, role):
-    yield from caught(f'{role}.options', build.module, network)
-
-
-def _check_factors(settings: Settings) -> Iterator[FieldError]:
+def _check_method(settings: Settings, problems: Problems) -> Iterator[FieldError]:
+  """Checks the method's shares by task, its factors, its generator and its other numbers."""
+  method, reads = settings.method, ('method.num_tasks', 'method.batch_size', 'distill.batch_size')
   if settings.job == 'train':
     return
-  has_factors = 'factors' in build_method.parameters(settings.method)
-  if has_factors and not any(settings.method.factors):
+  if settings.job == 'distill':
+    problems.run(build_method.batch_share, method, reads=reads)
+    for name in sorted(build_method.SHARED & method.numbers.keys()):
+      problems.run(build_method.task_share, method, name, reads=reads)
+  takes = build_method.parameters(method)
+  if 'factors' in takes and not any(method.factors):
     yield FieldError('factors', 'all factors are 0, at least one must be above.')
+  if 'generator' in takes:
+    problems.run(_check_generator, method, reads=(*_SHAPES, 'method.latent_dim', 'generator'))
+  if settings.job == 'distill':
+    problems.run(_check_arguments, settings, reads=(
+        *_SHAPES, 'method.num_tasks', 'num_devices', 'generator', 'distill.batch_size',
+        'distill.rounds', 'distill.calls_per_round', 'labels', 'augment.synthesis', 'factors'))
 
 
-def _check_generator(settings: Settings) -> Iterator[FieldError]:
-  method, shape = settings.method, settings.dataset.image_shape
-  if settings.job == 'train' or 'generator' not in build_method.parameters(method):
-    return
-  generator = build_method.generator(method.generator)
+def _check_generator(method: MethodSettings) -> None:
+  """Checks that the generator makes images of the data set's shape."""
+  shape, generator = method.generator.image_shape, build_method.generator(method.generator)
   latents = jax.ShapeDtypeStruct(build_method.latent_shape(method, 2), jnp.float32)
   try:
     images, _ = jax.eval_shape(generator.init_with_output, jax.random.key(0), latents)
   except Exception as error:  # a width of 0, or of another type, may raise anything
-    yield wrong_value('generator.options', method.generator.options, 'options with which generator '
-                      f'{method.generator.name!r} makes images {shape}: {error}')
-    return
+    raise wrong_value('generator.options', method.generator.options, 'options with which generator '
+                      f'{method.generator.name!r} makes images {shape}: {error}') from error
   if images.shape[1:] != shape:
-    yield wrong_value('dataset.image_shape', shape, f'{images.shape[1:]}, as the generator makes.')
+    raise wrong_value('dataset.image_shape', shape, f'{images.shape[1:]}, as the generator makes.')
 
 
-def _check_augmentation(settings: Settings, which: str) -> Iterator[FieldError]:
-  shape, field = settings.dataset.image_shape, f'augment.{which}'
-  if settings.job == 'check' or (which == 'synthesis' and settings.job == 'train'):
-    return
-  options = settings.method.augment if which == 'synthesis' else settings.augment
-  pad, scale = options.get('pad', 0), options.get('scale', (0, 1))
-  if pad >= max(shape[:2]):
-    yield wrong_value(f'{field}.pad', pad, f'below {max(shape[:2])}, the size of the images.')
-  if scale[0] > scale[1]:
-    yield wrong_value(f'{field}.scale', scale, '(least, most) of an image.')
-  try:
-    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    jax.eval_shape(augment.create(**options), jax.random.key(0), images)
-  except Exception as error:  # an option of another type may raise anything
-    yield wrong_value(field, options, f'an augmentation of images {shape}: {error}')
-
-
-def _check_devices(settings: Settings) -> None:
-  if settings.job != 'check':
-    field, number = build.shared_number(settings)
-    parallel.even_share(number, build.make_mesh(settings).size, field)
-
-
-def _check_tasks(settings: Settings) -> Iterator[FieldError]:
-  method = settings.method
-  if settings.job == 'distill':
-    yield from caught('distill.batch_size', build_method.batch_share, method)
-    for name in sorted(build_method.SHARED & method.numbers.keys()):
-      yield from caught(f'method.{name}', build_method.task_share, method, name)
-
-
-def _check_method(settings: Settings) -> Iterator[FieldError]:
-  """The method's own checks, repeated without each number that it refuses."""
-  method = settings.method
-  while settings.job == 'distill':
+def _check_arguments(settings: Settings) -> Iterator[FieldError]:
+  """Yields the errors of the method's constructor, called again without each refused number."""
+  method, numbers = settings.method, dict(settings.method.numbers)
+  while True:
     try:
-      build_method.synthesizer(method, build.make_mesh(settings).size)(None)
+      build_method.synthesizer(
+          method._replace(numbers=numbers), build.make_mesh(settings).size)(None)
       return
     except FieldError as error:
       yield error
-      name = error.field.removeprefix('method.')
+      if numbers.pop(error.field.removeprefix('method.'), None) is None:
+        return
     except Exception as error:  # a number of another type may raise anything
-      prefix = f'Cannot create method {method.name!r} from {method.numbers}: '
-      yield FieldError('method', f'{prefix * (not isinstance(error, ValueError))}{error}')
+      yield FieldError('method', f'Cannot create method {method.name!r} from {numbers}: {error}')
       return
-    if name not in method.numbers:
-      return
-    method = method._replace(numbers={
-        number: value for number, value in method.numbers.items() if number != name})
 
 
-def _check_dataset(settings: Settings) -> Iterator[FieldError]:
-  dataset = settings.dataset
-  if settings.job == 'check' or dataset.name is None:
+def _check_augmentations(settings: Settings, problems: Problems) -> Iterator[FieldError]:
+  """Yields options of the augmentations that do not suit the images."""
+  shape, size = settings.dataset.image_shape, max(settings.dataset.image_shape[:2])
+  for field, options, jobs in (
+      ('augment.synthesis', settings.method.augment, ['distill']),
+      ('augment.student', settings.augment, ['distill', 'train'])):
+    if settings.job not in jobs or problems.affect(field):
+      continue
+    pad, scale = options.get('pad', 0), options.get('scale', (0, 1))
+    if pad >= size:
+      yield wrong_value(f'{field}.pad', pad, f'below {size}, the size of the images.')
+    if scale[0] > scale[1]:
+      yield wrong_value(f'{field}.scale', scale, '(least, most) of an image.')
+    try:
+      images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+      jax.eval_shape(augment.create(**options), jax.random.key(0), images)
+    except Exception as error:  # an option of another type may raise anything
+      yield wrong_value(field, options, f'an augmentation of images {shape}: {error}')
+
+
+def _check_data_set(settings: Settings, problems: Problems) -> None:
+  """Checks that the splits that the job reads are prepared."""
+  name, data_dir = settings.dataset.name, settings.dataset.data_dir
+  if settings.job == 'check' or name is None:
     return
-  is_prepared = data.is_prepared(dataset.name, dataset.data_dir)
+  is_prepared = data.is_prepared(name, data_dir)
   for which in ('test', 'train') if settings.job == 'train' else ('test',):
-    field = f'dataset.{which}_split'
-    yield from caught(field if is_prepared else 'dataset.name', data.check_prepared, dataset.name,
-                      getattr(dataset, f'{which}_split'), dataset.data_dir)
-
-
-_SHAPES = ('job', 'dataset.image_shape', 'dataset.num_classes', 'compute_dtype')
-CHECKS = (  # with the fields that each reads
-    (_check_job, ('job', 'dataset.name', 'train.label_factor', 'train.teacher_factor')),
-    (_check_rounds, ('job', 'distill.rounds', 'distill.distill_after')),
-    (_check_calls, ('job', 'distill.steps_per_round', 'distill.calls_per_round')),
-    (_check_warmup, ('optimizer.warmup_steps', 'optimizer.schedule')),
-    (_check_cache, ('compilation_cache',)),
-    (_check_channels, ('dataset.image_shape',)),
-    *((functools.partial(_check_source, role=role), ('job', 'train.network', f'{role}.source'))
-      for role in ROLES),
-    *((functools.partial(_check_network, role=role),
-       (*_SHAPES, 'train.network', f'{role}.name', f'{role}.options', f'{role}.resize'))
-      for role in ROLES),
-    (_check_factors, ('job', 'method.name')),
-    (_check_generator, (*_SHAPES, 'method.name', 'method.latent_dim', 'generator')),
-    *((functools.partial(_check_augmentation, which=which),
-       ('job', f'augment.{which}', 'dataset.image_shape')) for which in ('synthesis', 'student')),
-    (_check_devices, ('job', 'num_devices', 'method.num_tasks', 'train.batch_size')),
-    (_check_tasks, ('job', 'method.num_tasks', 'method.batch_size', 'distill.batch_size')),
-    (_check_method, (*_SHAPES, 'method.name', 'method.num_tasks', 'num_devices', 'generator',
-                     'distill.batch_size', 'labels', 'augment.synthesis', 'factors')),
-    (_check_dataset, ('job', 'dataset.name', 'dataset.data_dir')),
-)
+    field, split = f'dataset.{which}_split', getattr(settings.dataset, f'{which}_split')
+    problems.run(data.check_prepared, name, split, data_dir, reads=[field],
+                 field=field if is_prepared else 'dataset.name')

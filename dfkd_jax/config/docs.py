@@ -1,7 +1,6 @@
 """Documents all fields: python -m dfkd_jax.config.docs > docs/configuration.md."""
 
-from dfkd_jax.config.field import NO_DEFAULT, Field
-from dfkd_jax.config.fields import METHOD_FIELDS, RUN_FIELDS
+from dfkd_jax.config.fields import BY_NAME, METHOD_FIELDS, NO_DEFAULT, RUN_FIELDS, Field
 
 _HEAD = """# Configuration
 
@@ -24,7 +23,7 @@ def as_text() -> str:
   """Formats all fields for --help."""
   return '\n'.join(
       f'  --config.{field.name}{_default(field, "=")}\n      {field.doc}; {field.describe()}'
-      for field in (*RUN_FIELDS, *METHOD_FIELDS))
+      for field in BY_NAME.values())
 
 
 def as_markdown() -> str:

@@ -1,32 +1,87 @@
 """The table of config fields: one row a field. Defaults, checks, --help and docs come from it."""
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from dfkd_jax.config.field import NO_DEFAULT, Field
+from dfkd_jax.messages import nearest, short_repr
 
+NO_DEFAULT = object()  # the field is in a config only if its method has it
+LARGEST = 2**31 - 1  # JAX counts in 32 bits
+_TYPES = {int: 'whole number', float: 'number', bool: 'True or False', str: 'text', dict: 'section'}
 FROM_1, FROM_0, ABOVE_0, ANY = '[1, inf)', '[0, inf)', '(0, inf)', '(-inf, inf)'
 SHARE, DECAY = '(0, 1]', '[0, 1)'
 PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
 SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 
-def _network(role: str, doc: str) -> tuple[Field, ...]:
+class Field(NamedTuple):
+  """One row of the table of fields."""
+
+  name: str  # dotted, such as 'distill.rounds'
+  default: Any
+  kind: type  # int, float, bool, str, or dict for a section without fixed fields
+  allowed: str | tuple[str, ...]  # interval of numbers such as '[0, 1)', or the choices, or ''
+  doc: str
+  flags: str = ''  # 'none': may be None; 'path': names a file; 'free': may change on resume
+  length: int | None = None  # of a tuple; 0: any length; None: no tuple
+
+  def describe(self) -> str:
+    """Returns the allowed values in words, such as 'a whole number in [1, inf)'."""
+    kind, none = _TYPES[self.kind], ' or None' * ('none' in self.flags)
+    if isinstance(self.allowed, tuple):
+      return f'one of {", ".join(self.allowed)}{none}'
+    if self.length is not None:
+      kind = f'a tuple of {f"{self.length} " * bool(self.length)}{kind}s'
+    elif self.kind in (int, float, dict):
+      kind = f'a {kind}'
+    return f'{kind}{f" in {self.allowed}" * bool(self.allowed)}{none}'
+
+  def error(self, value: Any) -> str | None:
+    """Returns why a value is not allowed, or None if it is allowed."""
+    if value is None and 'none' in self.flags:
+      return None
+    values = (value,) if self.length is None else value
+    has_length = self.length is None or (
+        isinstance(value, (tuple, list)) and self.length in (0, len(value)))
+    if not has_length or not all(map(self._allows, values)):
+      hint = nearest(str(value), self.allowed) if isinstance(self.allowed, tuple) else ''
+      return f'{self.name} is {short_repr(value)}, must be {self.describe()}.{hint}'
+    if self.kind is int and self.allowed.endswith('inf)') and max(values, default=0) > LARGEST:
+      return f'{self.name} is {short_repr(value)}, must be at most {LARGEST}.'
+    return None
+
+  def _allows(self, value: Any) -> bool:
+    """Whether one value has the right type and is allowed."""
+    kinds = (int, float) if self.kind is float else (self.kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
+      return False
+    if isinstance(self.allowed, tuple):
+      return value in self.allowed
+    return not self.allowed or is_inside(value, self.allowed)
+
+
+def is_inside(number: float, interval: str) -> bool:
+  """Whether a number lies in an interval such as '[0, 1)'."""
+  low, high = map(float, interval[1:-1].split(','))
+  return (low <= number if interval[0] == '[' else low < number) and (
+      number <= high if interval[-1] == ']' else number < high)
+
+
+def _network(role: str, doc: str, is_trained: bool = True) -> tuple[Field, ...]:
   """Rows of a network's section."""
+  source = Field(f'{role}.source', None, str, '',
+                 'weights: a file, a folder, hf:OWNER/REPO or embedded:NAME', 'none path')
   return (
       Field(f'{role}.name', None, str, '', f'{doc}, one of `models.names()`', 'none'),
       Field(f'{role}.options', {}, dict, '', 'further arguments of the model'),
       Field(f'{role}.mean', (0.0,), float, ANY, 'mean of images in [0, 1], by channel', '', 0),
       Field(f'{role}.std', (1.0,), float, ABOVE_0, 'standard deviation, by channel', '', 0),
       Field(f'{role}.bgr', False, bool, '', 'whether it takes channels in reverse order'),
-      Field(f'{role}.resize', None, int, FROM_1, '(height, width) of its images', 'none', 2))
-
-
-def _source(role: str) -> Field:
-  doc = 'weights: a file, a folder, hf:OWNER/REPO or embedded:NAME'
-  return Field(f'{role}.source', None, str, '', doc, 'none path')
+      Field(f'{role}.resize', None, int, FROM_1, '(height, width) of its images', 'none', 2),
+      *[source] * is_trained)
 
 
 def _augmentation(name: str) -> tuple[Field, ...]:
@@ -59,8 +114,8 @@ RUN_FIELDS = (
     Field('dataset.train_split', 'train', str, '', 'split to train on'),
     Field('dataset.test_split', 'test', str, '', 'split to evaluate on'),
     Field('dataset.crop', None, float, SHARE, 'share of the short side of photos', 'none'),
-    *_network('teacher', 'the teacher'), _source('teacher'), *_network('student', 'the student'),
-    *_network('judge', 'a second trained network that looks at the images'), _source('judge'),
+    *_network('teacher', 'the teacher'), *_network('student', 'the student', is_trained=False),
+    *_network('judge', 'a second trained network that looks at the images'),
     Field('generator.name', 'generator', str, ('generator', 'spatial_generator'), 'the generator'),
     Field('generator.options', {}, dict, '', 'further arguments of the generator'),
     Field('method.name', None, str, '', 'the method, one of `synth.names()`', 'none'),
@@ -123,55 +178,50 @@ RUN_FIELDS = (
     Field('distributed.process_id', None, int, FROM_0, 'number of this process', 'none free'),
     Field('distributed.timeout', 300, int, FROM_1, 'seconds to wait for the others', 'free'),
 )
-
-
-def _number(name: str, kind: type, allowed: str | tuple, doc: str, flags: str = 'none') -> Field:
-  return Field(f'method.{name}', NO_DEFAULT, kind, allowed, doc, flags)
-
-
-METHOD_FIELDS = (  # in a config if its method has them; None: the method's own default
-    _number('num_steps', int, FROM_1, 'inner steps of a call', ''),
-    _number('batch_size', int, FROM_1, 'images of a task in a call', ''),
-    _number('num_tasks', int, FROM_1, 'inversions in a call, on all devices', ''),
-    _number('capacity', int, FROM_1, 'images in the replay buffer, on all devices'),
-    _number('latent_dim', int, FROM_1, 'size of a latent'),
-    _number('adversarial_after', int, FROM_0, 'calls before the adversarial term starts'),
-    _number('generator_lr', float, ABOVE_0, 'learning rate of the generator'),
-    _number('generator_schedule', str, ('constant', 'cosine'), 'its schedule over the run'),
-    _number('latent_lr', float, ABOVE_0, 'learning rate of the latents'),
-    _number('learning_rate', float, ABOVE_0, 'learning rate of the pixels'),
-    _number('adam_b1', float, DECAY, "decay of Adam's first moment"),
-    _number('adam_b2', float, DECAY, "decay of Adam's second moment"),
-    _number('moments_momentum', float, DECAY, 'share of former calls in the matched moments'),
-    _number('ema_decay', float, DECAY, "decay of the generator's moving average"),
-    _number('ema_share', float, '(0, 1)', "share of the student's images from that average"),
-    _number('meta_lr', float, ABOVE_0, 'learning rate of the meta-generator'),
-    _number('reset_after', int, FROM_0, 'calls before the first layers are redrawn'),
-    _number('restart_every', int, FROM_1, 'calls between fresh latents, if latents are carried'),
-    _number('redraw_every', int, FROM_1, 'calls that a redrawn generator lasts'),
-    _number('redraw_std', float, ABOVE_0, 'standard deviation of redrawn weights'),
-    _number('init_std', float, ABOVE_0, "standard deviation of the generator's first weights"),
-    _number('adversary.temperature', float, ABOVE_0, 'temperature of the adversarial term', ''),
-    _number('adversary.divergence', str, ('kl', 'js', 'l1'), 'its divergence', ''),
-    _number('adversarial.init_value', float, FROM_0, 'first factor of a ramp'),
-    _number('adversarial.slope', float, FROM_0, 'increase of the factor in an epoch'),
-    _number('adversarial.begin', int, FROM_0, 'epoch after which the ramp rises'),
-    _number('adversarial.end', int, FROM_0, 'epoch in which the ramp ends'),
-    _number('adversarial.every', int, FROM_1, 'calls of an epoch'),
-    _number('balance_temperature', float, ABOVE_0, 'temperature of the balance term'),
-    _number('bank_size', int, FROM_1, 'images in the memory bank, on all devices'),
-    _number('num_negatives', int, FROM_1, 'rows of the bank in a contrast'),
-    _number('projection_size', int, FROM_1, 'size of a projected feature'),
-    _number('contrast_temperature', float, ABOVE_0, 'temperature of the contrast'),
-    _number('head_lr', float, ABOVE_0, 'learning rate of the projection head'),
-    _number('embeddings', str, '', 'file with an embedding of each class', 'none path'),
-    _number('gamma', float, FROM_0, 'exponent of the difficulty'),
-    _number('beta', float, FROM_0, 'exponent of the importance weights'),
-    _number('epsilon', float, ABOVE_0, 'least priority'),
-    _number('clip_weights', float, ABOVE_0, 'largest importance weight'),
-    _number('threshold_start', float, ABOVE_0, "the curriculum's first threshold"),
-    _number('threshold_growth', float, FROM_0, 'growth of the threshold in a step'),
-)
+# In a config if its method has them. None: the method's own default.
+METHOD_FIELDS = tuple(Field(f'method.{name}', NO_DEFAULT, *row) for name, *row in (
+    ('num_steps', int, FROM_1, 'inner steps of a call'),
+    ('batch_size', int, FROM_1, 'images of a task in a call'),
+    ('num_tasks', int, FROM_1, 'inversions in a call, on all devices'),
+    ('capacity', int, FROM_1, 'images in the replay buffer, on all devices', 'none'),
+    ('latent_dim', int, FROM_1, 'size of a latent', 'none'),
+    ('adversarial_after', int, FROM_0, 'calls before the adversarial term starts', 'none'),
+    ('generator_lr', float, ABOVE_0, 'learning rate of the generator', 'none'),
+    ('generator_schedule', str, ('constant', 'cosine'), 'its schedule over the run', 'none'),
+    ('latent_lr', float, ABOVE_0, 'learning rate of the latents', 'none'),
+    ('learning_rate', float, ABOVE_0, 'learning rate of the pixels', 'none'),
+    ('adam_b1', float, DECAY, "decay of Adam's first moment", 'none'),
+    ('adam_b2', float, DECAY, "decay of Adam's second moment", 'none'),
+    ('moments_momentum', float, DECAY, 'share of former calls in the matched moments', 'none'),
+    ('ema_decay', float, DECAY, "decay of the generator's moving average", 'none'),
+    ('ema_share', float, '(0, 1)', "share of the student's images from that average", 'none'),
+    ('meta_lr', float, ABOVE_0, 'learning rate of the meta-generator', 'none'),
+    ('reset_after', int, FROM_0, 'calls before the first layers are redrawn', 'none'),
+    ('restart_every', int, FROM_1, 'calls between fresh latents, if latents are carried', 'none'),
+    ('redraw_every', int, FROM_1, 'calls that a redrawn generator lasts', 'none'),
+    ('redraw_std', float, ABOVE_0, 'standard deviation of redrawn weights', 'none'),
+    ('init_std', float, ABOVE_0, "standard deviation of the generator's first weights", 'none'),
+    ('adversary.temperature', float, ABOVE_0, 'temperature of the adversarial term'),
+    ('adversary.divergence', str, ('kl', 'js', 'l1'), 'its divergence'),
+    ('adversarial.init_value', float, FROM_0, 'first factor of a ramp', 'none'),
+    ('adversarial.slope', float, FROM_0, 'increase of the factor in an epoch', 'none'),
+    ('adversarial.begin', int, FROM_0, 'epoch after which the ramp rises', 'none'),
+    ('adversarial.end', int, FROM_0, 'epoch in which the ramp ends', 'none'),
+    ('adversarial.every', int, FROM_1, 'calls of an epoch', 'none'),
+    ('balance_temperature', float, ABOVE_0, 'temperature of the balance term', 'none'),
+    ('bank_size', int, FROM_1, 'images in the memory bank, on all devices', 'none'),
+    ('num_negatives', int, FROM_1, 'rows of the bank in a contrast', 'none'),
+    ('projection_size', int, FROM_1, 'size of a projected feature', 'none'),
+    ('contrast_temperature', float, ABOVE_0, 'temperature of the contrast', 'none'),
+    ('head_lr', float, ABOVE_0, 'learning rate of the projection head', 'none'),
+    ('embeddings', str, '', 'file with an embedding of each class', 'none path'),
+    ('gamma', float, FROM_0, 'exponent of the difficulty', 'none'),
+    ('beta', float, FROM_0, 'exponent of the importance weights', 'none'),
+    ('epsilon', float, ABOVE_0, 'least priority', 'none'),
+    ('clip_weights', float, ABOVE_0, 'largest importance weight', 'none'),
+    ('threshold_start', float, ABOVE_0, "the curriculum's first threshold", 'none'),
+    ('threshold_growth', float, FROM_0, 'growth of the threshold in a step', 'none'),
+))
 BY_NAME = {field.name: field for field in (*RUN_FIELDS, *METHOD_FIELDS)}
 FREE = frozenset(field.name for field in RUN_FIELDS if 'free' in field.flags)
 # Sections that may have other fields too: arguments of a method, an augmentation or a network.
@@ -190,6 +240,9 @@ def base() -> config_dict.ConfigDict:
   return config_dict.create(**sections)
 
 
-def is_open(name: str) -> bool:
-  """Whether a field lies in a section that may have fields without a row."""
-  return name.startswith(tuple(f'{section}.' for section in OPEN))
+def leaves(section: config_dict.ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """Yields the dotted names and values of all fields and sections."""
+  for name, value in section.items():
+    yield prefix + name, value
+    if isinstance(value, config_dict.ConfigDict):
+      yield from leaves(value, f'{prefix}{name}.')

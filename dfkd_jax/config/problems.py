@@ -7,11 +7,7 @@ from dfkd_jax.messages import FieldError, short_repr
 
 
 class InvalidError(ValueError):
-  """The config or the run's folder has problems.
-
-  Attributes:
-    problems: One line a problem.
-  """
+  """The config or the run's folder has problems; `problems` has a line for each."""
 
   def __init__(self, problems: Iterable[str]):
     self.problems = tuple(problems)
@@ -30,20 +26,26 @@ class Problems:
     return any(f'{field}.'.startswith(name) or name.startswith(f'{field}.')
                for field in fields for name in names)
 
-  def run(self, check: Callable, subject: Any, reads: Iterable[str] = ()) -> None:
-    """Collects the problems that a check yields or raises.
+  def run(self, check: Callable, *inputs: Any, reads: Iterable[str] = (), field: str = '') -> Any:
+    """Returns check(*inputs), or None; collects the FieldErrors that it yields or raises.
 
-    Skips the check if a field that it reads has a problem, as its own would only follow from that.
+    Skips the check if a field that it `reads` has a problem: its own would only follow from that.
+    A ValueError that names no field is one of `field`.
     """
     if self.affect(*reads):
-      return
+      return None
     try:
-      for error in check(subject) or ():
-        if not self.affect(error.field):
-          self.errors.append(error)
-    except FieldError as error:
-      if not self.affect(error.field):
-        self.errors.append(error)
+      result = check(*inputs)
+      for error in result if isinstance(result, Iterator) else ():
+        self._add(error)
+      return result
+    except ValueError as error:
+      self._add(error if isinstance(error, FieldError) else FieldError(field, str(error)))
+      return None
+
+  def _add(self, error: FieldError) -> None:
+    if not self.affect(error.field):
+      self.errors.append(error)
 
   def raise_if_any(self) -> None:
     """Raises an InvalidError with all problems, if there are any."""
@@ -51,21 +53,13 @@ class Problems:
       raise InvalidError(' '.join(str(error).split()) for error in self.errors)
 
 
-def raise_problems(check: Callable, subject: Any) -> None:
-  """Raises an InvalidError with all problems that a check yields, if there are any."""
+def raise_problems(check: Callable, *inputs: Any) -> None:
+  """Raises an InvalidError with all problems of a check, if there are any."""
   problems = Problems()
-  problems.run(check, subject)
+  problems.run(check, *inputs)
   problems.raise_if_any()
 
 
 def wrong_value(field: str, value: Any, allowed: str) -> FieldError:
   """Returns the problem of a value; `allowed` completes 'must be'."""
   return FieldError(field, f'{field} is {short_repr(value)}, must be {allowed}')
-
-
-def caught(field: str, function: Callable, *arguments: Any) -> Iterator[FieldError]:
-  """Yields the ValueError of a call as a problem of a field."""
-  try:
-    function(*arguments)
-  except ValueError as error:
-    yield error if isinstance(error, FieldError) else FieldError(field, str(error))

@@ -11,28 +11,6 @@ from dfkd_jax.config.fields import RUN_FIELDS
 from dfkd_jax.synth.objective import Factors
 
 
-class RunSettings(NamedTuple):
-  """What every run needs, whatever its job."""
-
-  config: dict[str, Any]  # the whole config as JSON; kept in checkpoints and in the summary
-  seed: int
-  evaluate_every: int  # rounds
-  evaluate_batch_size: int
-  save_every: int  # rounds between checkpoints
-  max_to_keep: int | None  # checkpoints; None keeps all
-  keep_best: bool  # whether checkpoints hold the best student too
-  minutes: float | None  # budget of each start
-  images: int | None  # budget of synthesised images, for the whole run
-  reseed: int  # how often a round with non-finite numbers may be repeated with other keys
-
-
-class InitFrom(NamedTuple):
-  """Where a new run takes its first student and generator from; None: drawn at random."""
-
-  student: str | None  # folder of a run, or file of weights
-  generator: str | None  # folder of a run
-
-
 def _record(section: str) -> type:
   """Returns a namedtuple with the fields of a section, which config/fields.py documents."""
   names = [row.name.partition('.')[2] for row in RUN_FIELDS if row.name.startswith(f'{section}.')]
@@ -41,6 +19,13 @@ def _record(section: str) -> type:
 
 Dataset, Train, Optimizer = _record('dataset'), _record('train'), _record('optimizer')
 Preflight, Grid, Distributed = _record('preflight'), _record('grid'), _record('distributed')
+InitFrom = _record('init_from')
+
+
+# What every run needs, whatever its job. `config` is the whole config as JSON, which is kept.
+RunSettings = namedtuple('RunSettings', (
+    'config', 'seed', 'evaluate_every', 'evaluate_batch_size', 'save_every', 'max_to_keep',
+    'keep_best', 'minutes', 'images', 'reseed'))
 
 
 class Distill(_record('distill')):
@@ -55,8 +40,8 @@ class Distill(_record('distill')):
 
   @property
   def total_calls(self) -> int:
-    """Calls of the method in the whole run; 0 where a number is missing, before it is checked."""
-    return (self.rounds or 0) * (self.calls_per_round or 0)
+    """Calls of the method in the whole run."""
+    return self.rounds * self.calls_per_round
 
   @property
   def steps_per_call(self) -> int:
@@ -93,8 +78,7 @@ class MethodSettings(NamedTuple):
   task: tasks.Task
   generator: NetworkSettings
   augment: dict[str, Any]  # name and arguments of the augmentation
-  sample_batch_size: int  # images of a student step
-  total_calls: int  # of the whole run
+  distill: Distill
 
   @property
   def num_tasks(self) -> int:
@@ -107,63 +91,37 @@ class MethodSettings(NamedTuple):
     return self.num_tasks * self.numbers.get('batch_size', 0)
 
 
-class Settings(NamedTuple):
-  """A resolved config."""
+_SECTIONS = {record.__name__.lower(): record for record in (
+    Dataset, Distill, Train, Optimizer, Preflight, Grid, Distributed, InitFrom)}
+_SINGLE = ('job', 'control', 'buffer', 'device_memory_gb', 'num_devices', 'precision',
+           'compilation_cache')  # fields that are in no section
 
-  job: str
-  run: RunSettings
-  dataset: Dataset
-  task: tasks.Task
-  teacher: NetworkSettings
-  student: NetworkSettings
-  judge: NetworkSettings
-  method: MethodSettings
-  distill: Distill
-  train: Train
-  optimizer: Optimizer
-  augment: dict[str, Any]  # of the student's images: name and arguments
-  preflight: Preflight
-  grid: Grid
-  init_from: InitFrom
-  distributed: Distributed
-  control: bool
-  buffer: str
-  device_memory_gb: float | None
-  num_devices: int | None
-  precision: str | None
-  compilation_cache: str | None
+
+# A resolved config. `augment` has the name and arguments of the augmentation of student's images.
+Settings = namedtuple('Settings', (
+    'run', 'task', 'method', 'teacher', 'student', 'judge', 'augment', *_SINGLE, *_SECTIONS))
 
 
 def resolve(config: ConfigDict) -> Settings:
   """Returns the records of a config, which must have all fields; does not check their values."""
   values = FrozenConfigDict(config).to_dict()  # with tuples in place of lists
-  distill, labels = Distill(**values['distill']), values['labels']
+  labels = values['labels']
   task = tasks.classification(values['dataset']['num_classes'], balanced=labels == 'balanced',
                               stratified=labels == 'stratified')
   numbers = _without_none(values['method'])
   method = MethodSettings(
       numbers.pop('name', None), numbers, Factors(**values['factors']), task,
       _network(values, 'generator'), _without_none(values['augment']['synthesis']),
-      distill.batch_size, distill.total_calls)
-  sections = {record.__name__.lower(): record(**values[record.__name__.lower()])
-              for record in (Dataset, Train, Optimizer, Preflight, Grid, Distributed)}
-  names = ('job', 'control', 'buffer', 'device_memory_gb', 'num_devices', 'precision',
-           'compilation_cache')
-  return Settings(
-      run=_run_settings(config), task=task, method=method, distill=distill,
-      **{role: _network(values, role) for role in ('teacher', 'student', 'judge')},
-      augment=_without_none(values['augment']['student']),
-      init_from=InitFrom(**values['init_from']), **sections,
-      **{name: values[name] for name in names})
-
-
-def _run_settings(config: ConfigDict) -> RunSettings:
-  return RunSettings(
-      config=json.loads(config.to_json_best_effort()), seed=config.seed,
-      evaluate_every=config.evaluate.every, evaluate_batch_size=config.evaluate.batch_size,
-      save_every=config.checkpoint.every, max_to_keep=config.checkpoint.max_to_keep,
-      keep_best=config.checkpoint.keep_best, minutes=config.budget.minutes,
-      images=config.budget.images, reseed=config.faults.reseed)
+      Distill(**values['distill']))
+  run = RunSettings(
+      json.loads(config.to_json_best_effort()), config.seed, config.evaluate.every,
+      config.evaluate.batch_size, save_every=config.checkpoint.every,
+      max_to_keep=config.checkpoint.max_to_keep, keep_best=config.checkpoint.keep_best,
+      minutes=config.budget.minutes, images=config.budget.images, reseed=config.faults.reseed)
+  networks = [_network(values, role) for role in ('teacher', 'student', 'judge')]
+  sections = {name: record(**values[name]) for name, record in _SECTIONS.items()}
+  return Settings(run, task, method, *networks, _without_none(values['augment']['student']),
+                  **{name: values[name] for name in _SINGLE}, **sections)
 
 
 def _network(values: dict[str, Any], role: str) -> NetworkSettings:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dfkd_jax import augment, distill, parallel
-from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import Settings
 from dfkd_jax.evaluate import synthetic_images
 from dfkd_jax.jobs import noise_control, preflight, sample_images
@@ -109,7 +109,7 @@ class _Distillation:
         network and parallel.place(self.mesh, network) for network in (self.teacher, self.judge))
     self.plan = programs.Plan(
         self.mesh, build_method.synthesizer(self.method, self.mesh.size, self.factors),
-        build_optimizer.optimizer(
+        build.optimizer(
             settings.optimizer, rounds.learning_rounds, rounds.steps_per_round),
         rounds, augment.create(**settings.augment), self.method.num_tasks // self.mesh.size)
 
@@ -186,7 +186,7 @@ class _Distillation:
 def _rates(settings: Settings, seconds: dict[str, float]) -> dict[str, float]:
   """Returns rates of the compiled programs: images times inner steps a second, images a second."""
   rounds, method = settings.distill, settings.method
-  image_steps = method.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
+  image_steps = rounds.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
   images = rounds.learning_rounds * rounds.steps_per_round * rounds.batch_size
   return {'synthesis_image_steps': image_steps / seconds['synthesis'],
           'student_images': images / seconds['student']}

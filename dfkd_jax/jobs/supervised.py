@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from dfkd_jax import augment, distill, parallel
-from dfkd_jax.config import build, build_optimizer
+from dfkd_jax.config import build
 from dfkd_jax.config.records import Settings, Train
 from dfkd_jax.jobs.round import round_key
 from dfkd_jax.losses import divergence
@@ -85,7 +85,7 @@ class _Training:
       network = build.fresh_network(self.network, self.init_key)
       network = init_from.load_student(
           network, self.unread.student, self.settings.dataset.image_shape)
-      self.tx = build_optimizer.optimizer(self.settings.optimizer, self.train.epochs, self.steps)
+      self.tx = build.optimizer(self.settings.optimizer, self.train.epochs, self.steps)
       return parallel.place(self.mesh, distill.init(network, self.tx))
 
   def compile(self, student: distill.Student) -> None:

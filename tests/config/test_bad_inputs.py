@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from refusals import folder, generate, refused, run_main
 
 from dfkd_jax import augment, models, synth
-from dfkd_jax.config.values import leaves
+from dfkd_jax.config.fields import leaves
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -260,12 +260,13 @@ def test_the_file_is_named(data):
 
 WORKDIRS = {
     'file': 'file', 'file/run': 'file', 'loop': 'loop', 'loop/run': 'loop', 'nowhere': 'nowhere',
-    'x' * 300: '300',
+    'x' * 300: 'too long',
     '/proc/version/run': '/proc/version', '/proc/sys/run': '/proc/sys', 'a\0b': 'a\\x00b',
     'other': 'another config',
     'other/../other': 'another config', 'part': 'no whole summary', 'pipe': 'summary.json',
     'odd': 'metrics.jsonl',
-    'odder': 'checkpoints', '~nobody_of_this_name/run': 'nobody_of_this_name', 'a/' * 3000: '4095'}
+    'odder': 'checkpoints', '~nobody_of_this_name/run': 'nobody_of_this_name',
+    'a/' * 3000: 'too long'}
 
 
 @pytest.fixture(scope='module')

@@ -14,10 +14,10 @@ import toy_runs
 from ml_collections import config_dict
 
 from dfkd_jax import augment, synth, train, weights
-from dfkd_jax.config import build, build_method, build_optimizer
+from dfkd_jax.config import build, build_method
+from dfkd_jax.config.check import check_structure, check_values
 from dfkd_jax.config.problems import raise_problems
 from dfkd_jax.config.records import resolve
-from dfkd_jax.config.values import check_structure, check_values
 from dfkd_jax.synth import schedules
 
 FILES = {path.stem: path for path in sorted((toy_runs.ROOT / 'configs').glob('*.py'))}
@@ -121,7 +121,7 @@ def traced(text):
                             which=which: build.fresh_network(getattr(resolve(config), which), key))
               for which in ('teacher', 'student') if config[which].name}
   trained = networks['student' if config.job == 'distill' else config.train.network].params
-  tx = build_optimizer.optimizer(resolve(config).optimizer, 3, 2)
+  tx = build.optimizer(resolve(config).optimizer, 3, 2)
   updates, _ = jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), trained)
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, trained)
   image_shape = tuple(config.dataset.image_shape)
@@ -335,7 +335,7 @@ def test_published_learning_rates():
   """In epoch j of distillation: 2e-4 + (0.2 - 2e-4) (1 + cos(pi j / 200)) / 2."""
   config = CONFIGS['cifar10']()
   section = config.distill
-  rate = build_optimizer.schedule(config.optimizer, section.rounds - section.distill_after,
+  rate = build.schedule(config.optimizer, section.rounds - section.distill_after,
                                   section.steps_per_round)
   for epoch, wanted in ((0, 0.2), (1, 0.199988), (100, 0.1001), (119, 0.070725), (199, 2.1232e-4)):
     for step in (0, 399):
@@ -354,7 +354,7 @@ def test_numbers_of_the_published_baselines(job, batch_size, gamma, label_factor
   assert (train_section.label_factor,
           train_section.teacher_factor) == (label_factor, teacher_factor)
   assert (optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 1e-4)
-  rate = build_optimizer.schedule(optimizer, 200, 10)
+  rate = build.schedule(optimizer, 200, 10)
   for epoch, times in ((0, 0), (119, 0), (120, 1), (149, 1), (150, 2), (180, 3), (199, 3)):
     assert float(rate(10 * epoch + 9)) == pytest.approx(0.1 * gamma**times)
 

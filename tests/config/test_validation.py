@@ -11,7 +11,7 @@ from configs import default
 from dfkd_jax import synth, train
 from dfkd_jax.config import build, docs, fields
 from dfkd_jax.config.check import is_single_process
-from dfkd_jax.config.field import NO_DEFAULT, is_inside
+from dfkd_jax.config.fields import NO_DEFAULT, is_inside
 from dfkd_jax.config.problems import InvalidError
 from dfkd_jax.config.records import Distributed, resolve
 from dfkd_jax.jobs import distillation
@@ -211,7 +211,7 @@ def test_the_folder_is_looked_at_with_the_rest(tmp_path):
   (tmp_path / 'other' / 'checkpoints').write_text('here')
   for name, piece in (('file/run', 'file'), ('loop', 'broken link'),
                       ('loop/run', 'broken link'),
-                      ('run', 'summary.json'), ('other', 'checkpoints'), ('x' * 256, '255'),
+                      ('run', 'summary.json'), ('other', 'checkpoints'), ('x' * 256, 'too long'),
                       ('a\0b', 'a path')):
     first, second = problems_of(workdir=tmp_path / name, seed=-1)
     assert 'seed' in first

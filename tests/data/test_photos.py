@@ -11,9 +11,9 @@ from PIL import Image
 from configs import common
 from dfkd_jax import data
 from dfkd_jax.config import build
+from dfkd_jax.config.check import check_values
 from dfkd_jax.config.problems import raise_problems
 from dfkd_jax.config.records import resolve
-from dfkd_jax.config.values import check_values
 from dfkd_jax.data import images as data_images
 from dfkd_jax.data import prepare
 
