@@ -13,7 +13,8 @@ def load(path: str | os.PathLike) -> np.ndarray:
   path = paths.expand_path(path, 'embeddings')
   try:
     if path.suffix == '.npy':
-      array = np.load(path, allow_pickle=False)
+      with path.open('rb') as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
     else:
       array, *others = reading.read(path).values()
       if others:

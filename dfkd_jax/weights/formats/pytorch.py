@@ -7,7 +7,6 @@ any module, to be called. This reader knows a short list of names, and refuses a
 
 import functools
 import io
-import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -31,10 +30,11 @@ def _rebuild_tensor(
     *_: Any) -> np.ndarray:
   """Makes a read-only view of a buffer. NumPy raises an error if it reaches beyond the end."""
   dtype, buffer = storage
-  if math.prod(shape) > (count := len(buffer) // dtype.itemsize):  # A copy could fill the memory.
-    raise RefusedError(f'repeats the {count} numbers of a storage in a larger tensor')
   strides = [stride * dtype.itemsize for stride in strides]
   array = np.ndarray(shape, dtype, buffer, offset * dtype.itemsize, strides)
+  if array.nbytes > len(buffer):  # A copy of it could fill the memory.
+    raise RefusedError(f'repeats the {len(buffer) // dtype.itemsize} numbers of a storage in a '
+                       f'tensor of {array.size}')
   array.flags.writeable = False
   return array
 
