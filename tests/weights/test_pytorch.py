@@ -143,7 +143,7 @@ def test_nested_and_circular_containers_end(read_bytes):
   assert list(read_bytes(saved('zip', lambda tree: {'net': tree, 'bomb': bomb}))) == list(ARRAYS)
   circle = {}
   circle['net'] = circle
-  with pytest.raises(ValueError, match='truncated or damaged'):
+  with pytest.raises(ValueError, match='holds no arrays by name'):
     read_bytes(Saver().zip(circle))
 
 
