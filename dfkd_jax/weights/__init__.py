@@ -3,13 +3,11 @@
 from dfkd_jax.weights.card import Card, describe
 from dfkd_jax.weights.digest import digest_arrays, digest_files
 from dfkd_jax.weights.formats.orbax import find_checkpoint, read_subtree
-from dfkd_jax.weights.formats.safetensors import read_metadata
+from dfkd_jax.weights.formats.safetensors import read_metadata, save_safetensors, to_safetensors
 from dfkd_jax.weights.hub import check_hub_source, resolve
-from dfkd_jax.weights.loading import load
 from dfkd_jax.weights.name_schemes import translate_names
 from dfkd_jax.weights.probe import Probe, check_network, make_probe, read_probe
-from dfkd_jax.weights.reading import read
-from dfkd_jax.weights.saving import save_safetensors, to_safetensors
+from dfkd_jax.weights.reading import load, read
 from dfkd_jax.weights.torch_layout import from_variables, to_variables
 
 __all__ = [

@@ -41,12 +41,9 @@ class Card(NamedTuple):
 def describe(
     network: Network, source: str | os.PathLike[str] | None,
     path: str | os.PathLike[str] | None = None) -> Card:
-  """Makes the card of a network.
+  """Makes the card of a network, with weights from a source, or from no file if that is None.
 
-  Args:
-    network: A network with its weights.
-    source: The user's name of the weights; None if they are from no file.
-    path: Where they lie, if `source` is no path.
+  `path` says where they lie if `source` is no path.
   """
   moments = network.running().values()
   if source is None:

@@ -19,11 +19,10 @@ _SHARD = re.compile(r'-shard\d+of\d+\.bin$')  # Of TensorFlow.js. Its model.json
 def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
   """Finds the file or folder that a source names, for `read` and `load`. Downloads it if needed.
 
-  Args:
-    source: A path of a file or folder, with '#ENTRY' for an entry of a checkpoint (see `read`). Or
-      'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', kept in the hub's cache. Without FILE it is
-      model.safetensors, or pytorch_model.bin, or the only file of weights. A model.json of
-      TensorFlow.js comes with its shards.
+  A source is a path, with '#ENTRY' for an entry of a checkpoint (see `read`). Or it is
+  'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', kept in the hub's cache. Without FILE it is
+  model.safetensors, or pytorch_model.bin, or the only file of weights. A model.json of
+  TensorFlow.js comes with its shards.
 
   Raises:
     ValueError: There is no such file, or it cannot be fetched.
@@ -55,8 +54,20 @@ def _fetch(source: str) -> tuple[pathlib.Path, str | None]:
   except ImportError:
     raise ValueError(f"{source!r} needs huggingface_hub: pip install 'dfkd_jax[hf]'.") from None
 
+  def download(names):
+    patterns = list(map(glob.escape, names))
+    folder = pathlib.Path(hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+      raise RefusedError(f'has no file {missing[0]!r}')
+    return folder
+
   try:
-    return _download_weights(hub, repo, revision, file), entry
+    file = file or _choose_file(hub, repo, revision)
+    path = download([file]) / file
+    if path.suffix == '.json':
+      folder = pathlib.PurePosixPath(file).parent
+      download([(folder / name).as_posix() for name in tfjs.list_shards(path.read_bytes())])
+    return path, entry
   except RefusedError as error:
     raise ValueError(f'{source!r} {one_line(error)}.') from None
   except Exception as error:  # Of the hub, its HTTP library, or the disk.
@@ -64,43 +75,17 @@ def _fetch(source: str) -> tuple[pathlib.Path, str | None]:
     raise ValueError(f'{source!r} cannot be fetched: {one_line(lines[0])}') from error
 
 
-def _download_weights(
-    hub: Any, repo: str, revision: str | None, file: str | None) -> pathlib.Path:
-  file = file or _choose_file(_list_files(hub, repo, revision))
-  path = _download(hub, repo, revision, [file]) / file
-  if path.suffix == '.json':
-    folder = pathlib.PurePosixPath(file).parent
-    shards = [(folder / name).as_posix() for name in tfjs.list_shards(path.read_bytes())]
-    _download(hub, repo, revision, shards)
-  return path
-
-
-def _download(hub: Any, repo: str, revision: str | None, names: list[str]) -> pathlib.Path:
-  """Downloads files, unless they are in the cache. Returns the folder of the repository."""
-  patterns = list(map(glob.escape, names))
-  folder = hub.snapshot_download(repo, revision=revision, allow_patterns=patterns)
-  if missing := [name for name in names if not (pathlib.Path(folder) / name).is_file()]:
-    raise RefusedError(f'has no file {missing[0]!r}')
-  return pathlib.Path(folder)
-
-
-def _list_files(hub: Any, repo: str, revision: str | None) -> list[str]:
-  """Lists the files of a repository; without a connection, the usual ones that are in the cache."""
+def _choose_file(hub: Any, repo: str, revision: str | None) -> str:
+  """Chooses the file of weights of a repository, or of its part in the cache if offline."""
   try:
-    return hub.list_repo_files(repo, revision=revision)
+    names = hub.list_repo_files(repo, revision=revision)
   except Exception:
     names = [name for name in (*HUB_FILES, 'model.json')
              if isinstance(hub.try_to_load_from_cache(repo, name, revision=revision), str)]
     if not names:
       raise
-    return names
-
-
-def _choose_file(names: list[str]) -> str:
-  """Chooses the file of weights of a repository."""
-  for name in HUB_FILES:
-    if name in names:
-      return name
+  if usual := [name for name in HUB_FILES if name in names]:
+    return usual[0]
   names = sorted(name for name in names if pathlib.PurePosixPath(name).name == 'model.json'
                  or (name.endswith(_SUFFIXES) and not _SHARD.search(name)))
   if len(names) != 1:

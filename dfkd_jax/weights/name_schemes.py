@@ -1,12 +1,11 @@
 """Translates names and layouts of other code bases to PyTorch's, for `to_variables`."""
 
-import collections
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dfkd_jax.messages import safe_name
+from dfkd_jax.weights.torch_layout import to_torch_layout
 
 _KERAS_LEAVES = {
     'kernel': 'weight', 'depthwise_kernel': 'weight', 'gamma': 'weight', 'beta': 'bias',
@@ -35,47 +34,20 @@ def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     'conv2_block1_1_conv', get torchvision's names.
   * The EfficientNets of lukemelas, '_blocks.3._expand_conv.weight': get timm's names
     ('blocks.2.0.conv_pw.weight'). A stage begins where the number of channels changes.
-
-  Args:
-    arrays: Arrays from `read`.
-
-  Raises:
-    ValueError: Two arrays get the same name.
   """
-  if has_keras_names(arrays):
-    renamed = [(_keras_name(name), _from_keras(name, array)) for name, array in arrays.items()]
-  elif '_conv_stem.weight' in arrays:
-    rename = _lukemelas_names(arrays)
-    renamed = [(rename(name), array) for name, array in arrays.items()]
-  else:
-    return dict(arrays)
-  name, count = collections.Counter(name for name, _ in renamed).most_common(1)[0]
-  if count > 1:
-    raise ValueError(f'Two parameters are called {safe_name(name)} once names are translated.')
-  return dict(renamed)
+  keras = {name: name.removesuffix(':0').split('/')[-2:] for name in arrays}
+  if arrays and all(len(end) == 2 and end[1] in _KERAS_LEAVES for end in keras.values()):
+    return {f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}': _from_keras(arrays[name], leaf)
+            for name, (layer, leaf) in keras.items()}
+  if '_conv_stem.weight' in arrays:
+    return dict(zip(_lukemelas_names(arrays), arrays.values(), strict=True))
+  return dict(arrays)
 
 
-def has_keras_names(arrays: Mapping[str, np.ndarray]) -> bool:
-  """Whether all names are '<layer>/<weight>' with a weight of Keras."""
-  return bool(arrays) and all('/' in name and _split(name)[1] in _KERAS_LEAVES for name in arrays)
-
-
-def _split(name: str) -> tuple[str, str]:
-  """Layer and weight of 'conv1/kernel', and of 'conv1/conv1/kernel:0'."""
-  *_, layer, leaf = name.split('/')
-  return layer, leaf.removesuffix(':0')
-
-
-def _from_keras(name: str, array: np.ndarray) -> np.ndarray:
-  leaf = _split(name)[1]
+def _from_keras(array: np.ndarray, leaf: str) -> np.ndarray:
   if leaf == 'depthwise_kernel':  # [H, W, C, M] -> [C * M, 1, H, W]
     return array.transpose(2, 3, 0, 1).reshape(-1, 1, *array.shape[:2])
-  return np.moveaxis(array, (-1, -2), (0, 1)) if leaf == 'kernel' and array.ndim > 1 else array
-
-
-def _keras_name(name: str) -> str:
-  layer, leaf = _split(name)
-  return f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}'
+  return to_torch_layout(array, leaf)
 
 
 def _keras_layer(layer: str) -> str:
@@ -93,8 +65,8 @@ def _keras_layer(layer: str) -> str:
   return f'layer{int(stage) - 1}.{block}.{part}'
 
 
-def _lukemelas_names(arrays: Mapping[str, np.ndarray]) -> Callable[[str], str]:
-  """Makes the function from their names to timm's."""
+def _lukemelas_names(arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
+  """Timm's names of the arrays."""
   blocks, stage, block, channels = {}, -1, 0, None
   numbers = {match[1] for name in arrays if (match := re.match(r'_blocks\.(\d+)\.', name))}
   for number in sorted(numbers, key=int):
@@ -102,14 +74,12 @@ def _lukemelas_names(arrays: Mapping[str, np.ndarray]) -> Callable[[str], str]:
     before, channels = channels, project.shape[:1] if project is not None else None
     stage, block = (stage, block + 1) if channels == before else (stage + 1, 0)
     blocks[number] = f'blocks.{stage}.{block}'
-
-  def rename(name: str) -> str:
+  for name in arrays:
     layer, _, leaf = name.rpartition('.')
-    if not (match := re.fullmatch(r'_blocks\.(\d+)\.(\w+)', layer)):
-      return f'{_LUKEMELAS_LAYERS.get(layer, layer)}.{leaf}'
-    number, part = match.groups()
-    expands = f'_blocks.{number}._expand_conv.weight' in arrays
-    parts = _LUKEMELAS_BLOCK if expands else _LUKEMELAS_FIRST_BLOCK
-    return f'{blocks[number]}.{parts.get(part, part)}.{leaf}'
-
-  return rename
+    if match := re.fullmatch(r'_blocks\.(\d+)\.(\w+)', layer):
+      number, part = match.groups()
+      expands = f'_blocks.{number}._expand_conv.weight' in arrays
+      parts = _LUKEMELAS_BLOCK if expands else _LUKEMELAS_FIRST_BLOCK
+      yield f'{blocks[number]}.{parts.get(part, part)}.{leaf}'
+    else:
+      yield f'{_LUKEMELAS_LAYERS.get(layer, layer)}.{leaf}'

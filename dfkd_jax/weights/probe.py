@@ -25,86 +25,70 @@ class Probe(NamedTuple):
   logits: tuple[tuple[float, ...], ...]  # [3, at most 16]: 3 images, logits evenly spaced.
   tolerance: float  # Largest allowed absolute difference of a logit.
 
-  def to_json(self) -> str:
-    """Text for the metadata of a file, under 'probe'."""
-    return json.dumps(self._asdict())
-
 
 def make_probe(
     network: Network, image_shape: tuple[int, ...], *, seed: int = 0, tolerance: float = 0.02
 ) -> Probe:
-  """Computes the probe of a network, to be stored with its weights.
-
-  Args:
-    network: A network with its preprocessing.
-    image_shape: [H, W, C].
-    seed: Seed of the images.
-    tolerance: Allowed difference, as a share of the logits' standard deviation.
-  """
-  logits = _select(_compute_logits(network, probe_images(seed, image_shape)))
+  """Computes the probe of a network, with a tolerance in standard deviations of the logits."""
+  logits = _select(np.asarray(_forward(network, probe_images(seed, image_shape))))
   rounded = tuple(tuple(float(f'{value:.7g}') for value in row) for row in logits)
   return Probe(seed, tuple(image_shape), rounded, float(f'{tolerance * logits.std():.3g}'))
 
 
 def read_probe(path: str | os.PathLike[str]) -> Probe | None:
-  """Reads the probe of a safetensors file; None if it has none, or for other formats.
-
-  Raises:
-    ValueError: The metadata has something under 'probe' that is no probe.
-  """
+  """Reads the probe of a safetensors file; None if it has none, or for other formats."""
   path, _ = split_entry(path)
   try:
-    text = None if path.is_dir() else read_metadata(path).get('probe')
-  except ValueError:
-    return None
-  if text is None:
+    text = read_metadata(path)['probe']
+  except (OSError, ValueError, KeyError):  # A folder, another format, or no probe.
     return None
   try:
     fields = json.loads(text)
-    probe = Probe(
-        int(fields['seed']), tuple(map(int, fields['image_shape'])),
-        tuple(tuple(map(float, row)) for row in fields['logits']), float(fields['tolerance']))
-    if np.ndim(probe.logits) != 2 or len(probe.image_shape) != 3 or not 0 <= probe.seed < 2**32:
-      raise ValueError('other shapes')
+    logits = tuple(tuple(map(float, row)) for row in fields['logits'])
+    image_shape = tuple(map(int, fields['image_shape']))
+    return Probe(int(fields['seed']), image_shape, logits, float(fields['tolerance']))
   except Exception as error:  # Damaged JSON may raise anything.
     raise ValueError(
         f'The probe in the metadata of {path} is damaged: {safe_name(text)!r}.') from error
-  return probe
 
 
 def check_network(
     network: Network, image_shape: tuple[int, ...], expected: Probe | None = None, *,
-    moments: bool = True
-) -> dict[str, Any]:
+    moments: bool = True) -> dict[str, Any]:
   """Checks that weights are sound, as far as that is possible without data.
 
   Args:
     network: A network with its weights and preprocessing.
     image_shape: [H, W, C] of the data set.
-    expected: Probe from `read_probe`. Ignored for other image shapes, and if the module computes
-      in less precision than float32.
+    expected: From `read_probe`. Ignored for other image shapes, and for less than float32.
     moments: Whether running moments must look trained.
 
   Returns:
-    Plain data: the smallest running variance, the number of zero variances, the logits' standard
-    deviation, and the largest difference to the probe (None without one).
+    Plain data. `probe_difference` is the largest difference to the probe, or None.
 
   Raises:
-    ValueError: Values are not finite, variances are negative, moments are untrained, logits have
-      another shape or are equal for all images, or the probe differs.
+    ValueError: Values, variances, moments or logits are not sound, or the probe differs.
   """
   variances = _check_variables(network, moments)
   dtype = getattr(network.module, 'dtype', None) or jnp.float32
-  if expected is not None and (
-      tuple(expected.image_shape) != tuple(image_shape) or jnp.finfo(dtype).bits < 32):
+  if expected and (expected.image_shape != tuple(image_shape) or jnp.finfo(dtype).bits < 32):
     expected = None
-  logits = _compute_logits(network, probe_images(expected.seed if expected else 0, image_shape))
-  _check_logits(logits, getattr(network.module, 'num_classes', None))
+  images = probe_images(expected.seed if expected else 0, image_shape)
+  logits = np.asarray(_forward(network, images))
+  num_classes, shape = getattr(network.module, 'num_classes', None), logits.shape
+  if len(shape) < 2 or shape[0] != _NUM_IMAGES or num_classes not in (None, shape[-1]):
+    raise ValueError(f'The logits of {_NUM_IMAGES} images have the shape {shape}, must be '
+                     f'({_NUM_IMAGES}, ..., {num_classes or "classes"}).')
+  if count := (~np.isfinite(logits)).sum():
+    raise ValueError(f'{count} of {logits.size} logits of the probe are not finite.')
+  if (logits == logits[:1]).all():
+    raise ValueError(f'The logits are the same for {_NUM_IMAGES} different images: the weights do '
+                     'not compute anything.')
   return {
       'min_variance': float(variances.min()) if variances.size else None,
       'zero_variances': int((variances == 0).sum()),
       'logits_std': float(logits.std()),
-      'probe_difference': _compare(_select(logits), expected) if expected else None}
+      'probe_difference': _compare(logits, expected) if expected else None}
 
 
 def probe_images(seed: int, image_shape: tuple[int, ...]) -> np.ndarray:
@@ -131,41 +115,25 @@ def _check_variables(network: Network, trained: bool) -> np.ndarray:
   if trained and moments and all(is_initial):
     raise ValueError(f'The running moments of all {len(moments)} batch norms are 0 and 1, as '
                      'before any training: the weights come without them.')
-  return np.concatenate(
-      [np.asarray(norm.var).ravel() for norm in moments.values()] or [np.zeros(0)])
-
-
-def _compute_logits(network: Network, images: np.ndarray) -> np.ndarray:
-  with jax.default_matmul_precision('highest'):
-    return np.asarray(_forward(network, jnp.asarray(images)), np.float32)
+  return np.concatenate([np.zeros(0), *(np.asarray(n.var).ravel() for n in moments.values())])
 
 
 @jax.jit
 def _forward(network: Network, images: Array) -> Array:
-  return network(images).logits
-
-
-def _check_logits(logits: np.ndarray, num_classes: int | None) -> None:
-  if logits.ndim < 2 or len(logits) != _NUM_IMAGES or num_classes not in (None, logits.shape[-1]):
-    raise ValueError(f'The logits of {_NUM_IMAGES} images have the shape {logits.shape}, must be '
-                     f'({_NUM_IMAGES}, ..., {num_classes or "classes"}).')
-  if count := (~np.isfinite(logits)).sum():
-    raise ValueError(f'{count} of {logits.size} logits of the probe are not finite.')
-  if (logits == logits[:1]).all():
-    raise ValueError(f'The logits are the same for {_NUM_IMAGES} different images: the weights do '
-                     'not compute anything.')
+  with jax.default_matmul_precision('highest'):
+    return network(images).logits.astype(jnp.float32)
 
 
 def _select(logits: np.ndarray) -> np.ndarray:
   """Selects at most 16 logits of each image: [3, ..., K] -> [3, at most 16]."""
   flat = logits.reshape(len(logits), -1)
-  size = flat.shape[1]
-  return flat[:, np.linspace(0, size - 1, min(_NUM_LOGITS, size)).astype(int)]
+  last = flat.shape[1] - 1
+  return flat[:, np.linspace(0, last, min(_NUM_LOGITS, last + 1)).astype(int)]
 
 
 def _compare(logits: np.ndarray, probe: Probe) -> float:
   """The largest difference of the logits to those in a probe."""
-  expected = np.asarray(probe.logits)
+  logits, expected = _select(logits), np.asarray(probe.logits)
   if logits.shape != expected.shape:
     raise ValueError(f'The probe in the file has logits of the shape {expected.shape}, the network '
                      f'{logits.shape}.')

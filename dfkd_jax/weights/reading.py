@@ -1,4 +1,4 @@
-"""Reads published weights as arrays by name, whatever the file's format."""
+"""Reads published weights, whatever their format: as arrays by name, or for a module."""
 
 import io
 import os
@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
-from dfkd_jax.messages import RefusedError, explain_read_errors, safe_names
-from dfkd_jax.paths import special_kind
-from dfkd_jax.weights.formats import keras, npz, orbax, pytorch, safetensors, tfjs
+from dfkd_jax.messages import RefusedError, explain_read_errors, one_line, safe_names
+from dfkd_jax.types import PyTree
+from dfkd_jax.weights.formats import archives, keras, npz, orbax, pytorch, safetensors, tfjs
+from dfkd_jax.weights.name_schemes import translate_names
+from dfkd_jax.weights.torch_layout import to_variables
 
 HUB_FILES = ('model.safetensors', 'pytorch_model.bin')  # Usual names in repositories of the hub.
 _WRAPPERS = ('state_dict', 'model_state_dict', 'model', 'net', 'params', 'weights')
 _AVERAGES = ('state_dict_ema', 'ema_state_dict', 'model_ema', 'ema')
 _PREFIXES = ('module.', '_orig_mod.', 'model.')  # Of DataParallel, torch.compile, and trainers.
-_MOST_PREFIXES = 8
+_MOST_NESTED = 8  # Wrappers and prefixes around the weights.
 _UNSUPPORTED = {  # By the bytes at an offset.
     (0, b'\x93NUMPY'): 'one array of NumPy without a name; numpy.savez keeps names',
     (4, b'TFL3'): 'TensorFlow Lite', (0, b'GGUF'): 'GGUF',
@@ -38,18 +41,16 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
   * a folder of Orbax; for a run of this program, the latest student;
   * a folder with model.safetensors or pytorch_model.bin.
 
-  A state dict may lie within a checkpoint, under 'state_dict', 'model', 'net' and the like. An
-  average of weights ('ema', 'state_dict_ema' and the like) is read if there is nothing else, or on
-  request. Drops the prefixes 'module.', '_orig_mod.' and 'model.' if all names have them.
+  Arrays keep the file's layout and dtypes, including bfloat16. Names look like 'conv1/kernel' from
+  Keras and 'params.conv1.kernel' from Orbax. A state dict may lie within a checkpoint, under
+  'state_dict', 'model', 'net' and the like. An average of weights ('ema', 'state_dict_ema' and the
+  like) is read on request, or if there is no other. Drops the prefixes 'module.', '_orig_mod.' and
+  'model.' if all names have them.
 
   Args:
     path: Path of the file; 'file.pth#ema' is short for entry='ema'.
     entry: Key within a checkpoint, with dots for nested keys ('ema.model'). 'ema' stands for any
       of the names of averages.
-
-  Returns:
-    Read-only arrays in the file's layout and dtypes, including bfloat16. Names look like
-    'conv1/kernel' from Keras and 'params.conv1.kernel' from Orbax.
 
   Raises:
     OSError: There is no such file.
@@ -58,8 +59,6 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
   """
   path, chosen = split_entry(path)
   entry = entry or chosen
-  if kind := special_kind(path):
-    raise ValueError(f'Refused to read {path}: it is {kind}.')
   data = None if path.is_dir() else path.read_bytes()
   with explain_read_errors(path):
     if data is None:
@@ -67,7 +66,31 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
       if path.is_dir():
         return orbax.read(path, entry)
       data = path.read_bytes()
-    return _find_state_dict(_read_file(path, data), entry)
+    return _find_state_dict(_read_file(data, path.parent), entry)
+
+
+def load(
+    path: str | os.PathLike[str], module: nn.Module, image_shape: tuple[int, ...]
+) -> dict[str, PyTree]:
+  """Loads the variables of a module from published weights, or from a file of `save_safetensors`.
+
+  Args:
+    path: See `read`.
+    module: The architecture of the weights.
+    image_shape: Shape of its input without the batch: [H, W, C], or [Z] for a generator.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...} in the dtypes of `module.init`; half precision is widened.
+
+  Raises:
+    ValueError: The file cannot be read, or does not fit the module: names the first parameter, both
+      shapes, and both numbers of classes if these differ.
+  """
+  arrays = read(path)
+  try:
+    return to_variables(translate_names(arrays), module, image_shape)
+  except ValueError as error:
+    raise ValueError(f'{path} does not fit: {one_line(error)}') from None
 
 
 def split_entry(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None]:
@@ -79,11 +102,7 @@ def split_entry(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None]
 
 
 def find_weights(folder: pathlib.Path) -> pathlib.Path:
-  """Finds the tree of Orbax (a folder) or the file of weights in a folder.
-
-  Raises:
-    RefusedError: There is none.
-  """
+  """Finds the tree of Orbax (a folder) or the file of weights in a folder, or is refused."""
   if tree := orbax.find_checkpoint(folder):
     return tree
   for name in ('model.json', *HUB_FILES):
@@ -94,17 +113,18 @@ def find_weights(folder: pathlib.Path) -> pathlib.Path:
       f'it holds {safe_names(path.name for path in folder.iterdir())}')
 
 
-def _read_file(path: pathlib.Path, data: bytes) -> Any:
-  """Reads arrays by name, or whatever nested dicts a checkpoint has around them."""
-  if tfjs.is_model_json(data):
-    return tfjs.read(data, path.parent)
+def _read_file(data: bytes, folder: pathlib.Path) -> Any:
+  """Reads arrays by name, or the nested dicts that a checkpoint has around them."""
   for (offset, magic), name in _UNSUPPORTED.items():
     if data.startswith(magic, offset):
       raise RefusedError(f'is {name}')
   if data[4:9] == b'\0\0\0\0{':  # After the header's length, of 64 bits.
     return safetensors.read(data)
+  if data.startswith(b'{'):
+    return tfjs.read(data, folder)
   if data.startswith(b'PK\x03\x04'):
-    return _read_archive(data)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+      return _read_archive(archive)
   if data.startswith(b'\x80'):
     return pytorch.read_legacy(data)
   if data.startswith(b'\x89HDF\r\n\x1a\n'):
@@ -114,23 +134,27 @@ def _read_file(path: pathlib.Path, data: bytes) -> Any:
       f'or truncated; it has {len(data)} bytes and begins with {data[:8]!r}')
 
 
-def _read_archive(data: bytes) -> Any:
-  with zipfile.ZipFile(io.BytesIO(data)) as archive:
-    names = archive.namelist()
+def _read_archive(archive: zipfile.ZipFile) -> Any:
+  archives.check_sizes(archive.infolist())
+  names = archive.namelist()
   if names and all(name.endswith('.npy') for name in names):
-    return npz.read_npz(data)
+    return npz.read_npz(archive)
   if 'model.weights.h5' in names:
-    return keras.read_keras(data)
-  return pytorch.read_zip(data)
+    return keras.read_h5(archive.read('model.weights.h5'))
+  return pytorch.read_zip(archive)
 
 
 def _find_state_dict(tree: Any, entry: str | None) -> dict[str, np.ndarray]:
   """Finds the state dict in nested dicts, and drops the prefixes of wrapped modules."""
   for key in entry.split('.') if entry else ():
-    tree = _enter(tree, key)
-  while isinstance(tree, Mapping) and (
-      keys := [key for key in _WRAPPERS + _AVERAGES if isinstance(tree.get(key), Mapping)]):
-    tree = tree[keys[0]]
+    nodes = _nested_dicts(tree)
+    names = [name for name in (key, *(_AVERAGES if key == 'ema' else ())) if name in nodes]
+    if not names:
+      raise RefusedError(f'holds no entry {key!r}, but {safe_names(nodes, 9) or "arrays alone"}')
+    tree = nodes[names[0]]
+  for _ in range(_MOST_NESTED):
+    nodes = _nested_dicts(tree)
+    tree = next((nodes[key] for key in _WRAPPERS + _AVERAGES if key in nodes), tree)
   if not isinstance(tree, Mapping):
     raise RefusedError(f'holds a {type(tree).__name__}, and no arrays by name')
   arrays = {name: array for name, array in tree.items() if isinstance(array, np.ndarray)}
@@ -138,17 +162,12 @@ def _find_state_dict(tree: Any, entry: str | None) -> dict[str, np.ndarray]:
     raise RefusedError(f'holds no arrays by name, but {safe_names(tree)}')
   if len(arrays) > 1:
     arrays.pop('n_averaged', None)  # The counter of PyTorch's AveragedModel.
-  for _ in range(_MOST_PREFIXES):
+  for _ in range(_MOST_NESTED):
     prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in arrays)), '')
     arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
   return arrays
 
 
-def _enter(tree: Any, key: str) -> Any:
-  """Takes one step into a checkpoint."""
+def _nested_dicts(tree: Any) -> dict[Any, Mapping]:
   items = tree.items() if isinstance(tree, Mapping) else ()
-  nodes = {name: node for name, node in items if isinstance(node, Mapping)}
-  for name in (key, *(_AVERAGES if key == 'ema' else ())):
-    if name in nodes:
-      return nodes[name]
-  raise RefusedError(f'holds no entry {key!r}, but {safe_names(nodes, 9) or "arrays alone"}')
+  return {key: node for key, node in items if isinstance(node, Mapping)}

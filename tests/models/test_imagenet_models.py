@@ -320,11 +320,8 @@ def test_depthwise_kernels_of_keras_keep_their_channels():
   np.testing.assert_array_equal(out['dw.weight'][3 * 5 + 2, 0], kernel[:, :, 3, 2])
 
 
-def test_own_names_pass_and_clashes_are_refused():
+def test_own_names_pass():
   names = {
       'conv1.weight': np.zeros(1), 'blocks.0.0.conv_dw.weight': np.zeros(1),
       'odd/name': np.zeros(1)}
   assert weights.translate_names(names) == names
-  with pytest.raises(ValueError, match=r'Two parameters are called conv1\.weight once'):
-    weights.translate_names(
-        {'conv1/kernel': np.zeros((1, 1, 1, 1)), 'conv1_conv/kernel': np.zeros((1, 1, 1, 1))})

@@ -10,7 +10,7 @@ import pytest
 from torch_files import saved
 
 from dfkd_jax import weights
-from dfkd_jax.weights.formats import archives, pytorch
+from dfkd_jax.weights.formats import archives
 
 ZEROS = bytes(2_000_000)
 MOST_MEMORY = 1_000_000  # Bytes, for files of a few thousand.
@@ -80,8 +80,8 @@ def test_headers_with_the_size_of_a_bomb_are_bounded_together(refuse):
   size = 4 * count + len(header.getvalue())
   members = {name: header.getvalue() + ZEROS for name in ('a.npy', 'b.npy')}
   reason = refuse(pack(members, sizes={'a.npy': size, 'b.npy': size}))
-  for part in (f'announces {2 * size} bytes', "'a.npy'", f'{size} bytes', str(archives.LARGEST)):
-    assert part in reason
+  assert f'announces {2 * size} bytes' in reason
+  assert str(archives.LARGEST) in reason
 
 
 def test_archives_up_to_the_bound_are_read(tmp_path, monkeypatch, refuse):
@@ -91,20 +91,12 @@ def test_archives_up_to_the_bound_are_read(tmp_path, monkeypatch, refuse):
   monkeypatch.setattr(archives, 'LARGEST', 160 + 168)
   np.testing.assert_array_equal(weights.read(tmp_path / 'w')['b'], arrays['b'])
   monkeypatch.setattr(archives, 'LARGEST', 160 + 167)
-  reason = refuse(data)
-  for part in ('announces 328 bytes', "'b.npy' (168 bytes)", '327'):
-    assert part in reason
-
-
-@pytest.mark.parametrize('method', [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-@pytest.mark.parametrize('name', ['a.npy', 'model.weights.h5', 'archive/data.pkl'])
-def test_methods_that_unpack_more_than_is_asked_for_are_refused(name, method, refuse):
-  assert f'{name!r} compressed by another method' in refuse(pack({name: ZEROS}, method))
+  assert refuse(data).startswith('announces 328 bytes of members, but at most 327 ')
 
 
 def test_weights_of_keras_are_bounded(tmp_path, monkeypatch, refuse):
   content = h5(dense=np.arange(3.0))
-  data = pack({'config.json': ZEROS, 'model.weights.h5': content})
+  data = pack({'model.weights.h5': content})
   (tmp_path / 'w').write_bytes(data)
   monkeypatch.setattr(archives, 'LARGEST', len(content))
   np.testing.assert_array_equal(weights.read(tmp_path / 'w')['dense/kernel'], np.arange(3.0))
@@ -112,47 +104,16 @@ def test_weights_of_keras_are_bounded(tmp_path, monkeypatch, refuse):
   assert refuse(data).startswith(f'announces {len(content)} bytes of members')
 
 
-def test_files_of_pytorch_are_bounded(tmp_path, monkeypatch, refuse):
-  arrays = {'a': np.arange(10_000)}
-  for form in ('zip', 'legacy'):  # Numbers beside a pickle do not count as part of it.
-    monkeypatch.setattr(pytorch, '_LARGEST_PICKLE', 1000)
-    (tmp_path / 'w').write_bytes(saved(form, arrays=arrays))
-    np.testing.assert_array_equal(weights.read(tmp_path / 'w')['a'], arrays['a'])
-    monkeypatch.setattr(pytorch, '_LARGEST_PICKLE', 100)
-    with pytest.raises(ValueError, match=r'(Refused to|Could not) read'):
-      weights.read(tmp_path / 'w')
+def test_files_of_pytorch_are_bounded(monkeypatch, refuse):
   monkeypatch.setattr(archives, 'LARGEST', 80_000)
-  assert 'at most 80000 are unpacked' in refuse(saved('zip', arrays=arrays))
+  data = saved('zip', arrays={'a': np.arange(10_000)})
+  assert 'at most 80000 are unpacked' in refuse(data)
 
 
 @pytest.mark.parametrize('name', ['model.weights.h5', 'archive/data.pkl'])
 def test_members_announce_no_more_than_the_memory_has_room_for(name, refuse):
   size = archives.LARGEST + 1
-  reason = refuse(pack({name: ZEROS}, sizes={name: size}))
-  assert f"announces {size} bytes of members, the largest '{name}'" in reason
-
-
-@pytest.mark.parametrize(('name', 'size'), [
-    ('model.weights.h5', 3000), ('a.npy', 159), ('archive/data.pkl', 200)])
-def test_no_more_is_unpacked_than_announced(name, size, tmp_path):
-  (tmp_path / 'w').write_bytes(pack({name: npy(np.arange(4.0)) + 50 * ZEROS}, sizes={name: size}))
-  tracemalloc.start()
-  try:
-    with pytest.raises(ValueError, match=r'^(Could not|Refused to) read [^\n]*: it [^\n]*$'):
-      weights.read(tmp_path / 'w')
-    assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
-  finally:
-    tracemalloc.stop()
-
-
-def test_the_bound_is_a_third_of_the_memory(monkeypatch):
-  pages = {'SC_PHYS_PAGES': 3 * 2**18, 'SC_PAGE_SIZE': 2**12}
-  monkeypatch.setattr(archives.os, 'sysconf', pages.__getitem__)
-  assert archives._memory_limit() == 2**30
-  pages['SC_PHYS_PAGES'] = 2**40
-  assert archives._memory_limit() == 2**34
-  monkeypatch.delattr(archives.os, 'sysconf')
-  assert archives._memory_limit() == 2**34
+  assert f'announces {size} bytes of members' in refuse(pack({name: ZEROS}, sizes={name: size}))
 
 
 def test_arrays_are_not_held_twice(tmp_path):

@@ -41,15 +41,6 @@ def refuse(tmp_path):
   return read
 
 
-@pytest.mark.parametrize('form', [bytes, zipped])
-@pytest.mark.parametrize('step', [
-    b'\x96' + struct.pack('<Q', 4 << 30), b'\x97', b'\x98', b'\x82\x01', b'\x83\x01\0',
-    b'\x84\x01\0\0\0', b'(ibuiltins\nset\n', b'(cbuiltins\nset\no',
-    b'ccollections\nOrderedDict\n)\x81', b'ctorch\nSize\n)}\x92'])
-def test_steps_that_pytorch_does_not_write_are_refused(form, step, refuse):
-  assert refuse(form(b'\x80\x05' + step + b'.')).startswith('is a pickle with a step that PyTorch')
-
-
 @pytest.mark.parametrize('announced', [
     b'\x8e' + struct.pack('<Q', 4 << 30), b'\x8d' + struct.pack('<Q', 4 << 30),
     b'B' + struct.pack('<I', 2**32 - 1), b'\x8b' + struct.pack('<i', 2**31 - 1),
@@ -58,14 +49,6 @@ def test_steps_that_pytorch_does_not_write_are_refused(form, step, refuse):
 def test_no_step_allocates_what_it_announces(announced, refuse):
   for form in (bytes, zipped):
     refuse(form(b'\x80\x05N' + announced + b'.'), 1_000_000)
-
-
-@pytest.mark.parametrize('name', [b'builtins\nset', b'torch\nSize', b'collections\nOrderedDict'])
-def test_lists_are_not_copied_again_and_again(name, refuse):
-  """Each copy would cost the file 9 bytes and the memory thousands."""
-  pairs = b'K\x01K\x02' + (b'\x86' if b'Ordered' in name else b'')
-  content = b'\x80\x02](' + pairs * 1000 + b'eq\x01c' + name + b'\nq\x02' + b'h\x02h\x01\x85R' * 500
-  assert 'same list again and again' in refuse(zipped(content + b'.'))
 
 
 @pytest.mark.parametrize('shape', [(1,) * 65, (2**80, 1), (1.5,), 'ab', (10**5000,)], ids=range(5))
@@ -113,19 +96,13 @@ def test_names_of_arrays_that_do_not_fit_are_short(tmp_path):
   assert len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize('metadata', [
-    '{"probe":5}', '{"probe":[[1]]}', '5', '[' * 5000, '{"probe":"\\u001b[2J"}'])
+@pytest.mark.parametrize('metadata', ['{"probe":5}', '{"probe":[[1]]}', '5'])
 def test_metadata_that_is_no_text_costs_one_line(metadata, tmp_path):
   header = f'{{"__metadata__":{metadata}}}'.encode()
   (tmp_path / 'w').write_bytes(struct.pack('<Q', len(header)) + header)
-  if 'probe' not in metadata:
-    with pytest.raises(ValueError, match='is no safetensors file'):
-      weights.read_metadata(tmp_path / 'w')
-    assert weights.read_probe(tmp_path / 'w') is None
-    return
-  with pytest.raises(ValueError, match=r'The probe in the metadata of .*w is damaged') as error:
-    weights.read_probe(tmp_path / 'w')
-  assert str(error.value).isprintable()
+  with pytest.raises(ValueError, match='is no safetensors file'):
+    weights.read_metadata(tmp_path / 'w')
+  assert weights.read_probe(tmp_path / 'w') is None
 
 
 def test_a_header_of_more_bytes_than_the_library_reads_is_not_read(tmp_path):

@@ -110,22 +110,10 @@ def test_numbers_without_names_are_refused(path, read_bytes):
     (lambda file: file.create_dataset('bn_conv1/bn_conv1/gamma', data=np.ones(5)),
      'holds two arrays called bn_conv1/gamma'),
     (lambda file: file.create_dataset('bomb', (2**36,), 'f4', chunks=(1024,)),
-     r'announces 2748779\d* bytes up to bomb')])
+     r'announces 2748779\d* bytes of arrays')])
 def test_other_content_is_refused(change, message, read_bytes):
   with pytest.raises(ValueError, match=rf'Refused to read .*weights: it {message}'):
     read_bytes(h5(ARRAYS, change))
-
-
-def test_arrays_that_were_never_written_are_bounded_together(read_bytes):
-  """Each alone is less than 1100 times the file."""
-  make = lambda file: [
-      file.create_dataset(f'w{index}', (2**18,), 'f4', chunks=(1024,)) for index in range(8)]
-  data = h5({}, make)
-  count = 1100 * len(data) // 2**20
-  assert 1 <= count < 8
-  message = rf'announces {(count + 1) * 2**20} bytes up to w{count}, .* {1100 * len(data)}\.$'
-  with pytest.raises(ValueError, match=message):
-    read_bytes(data)
 
 
 def test_other_files_are_never_opened(tmp_path, read_bytes):
@@ -192,15 +180,5 @@ def test_arrays_are_bounded_by_the_memory_too(form, read_bytes, monkeypatch):
   monkeypatch.setattr(archives, 'LARGEST', 200_000)
   assert read_bytes(data).keys() == {'a/kernel', 'b/kernel'}
   monkeypatch.setattr(archives, 'LARGEST', 199_999)
-  with pytest.raises(ValueError, match='it announces 200000 bytes up to b/kernel'):
+  with pytest.raises(ValueError, match='it announces 200000 bytes of arrays'):
     read_bytes(data)
-
-
-def test_attributes_that_are_no_text_are_ignored(read_bytes):
-
-  def name(file):
-    label(file)
-    file['layers/conv2d_3/vars'].attrs['name'] = np.zeros(5000, np.uint8)
-
-  names = read_bytes(h5(NUMBERED, name)).keys()
-  assert {'conv2d_3/kernel', 'block/dense/kernel', 'bn_conv1/gamma'} <= names

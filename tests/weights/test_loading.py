@@ -12,7 +12,6 @@ from safetensors import numpy as safetensors_numpy
 from torch_files import saved
 
 from dfkd_jax import models, weights
-from dfkd_jax.weights import loading
 
 
 def random_variables(module, image_shape):
@@ -167,30 +166,6 @@ def test_a_published_resnet56_scores_as_published():
   batches = [slice(begin, begin + 500) for begin in range(0, 10_000, 500)]
   correct = sum(int((classify(network, images[at]) == labels[at]).sum()) for at in batches)
   assert abs(correct - 9339) <= 2
-
-
-@pytest.mark.parametrize('other', ['layer1_0.conv1.weight', 'layer1.0_conv1.weight'])
-def test_two_names_of_one_parameter_are_refused(other):
-  state_dict, module, image_shape = changed()
-  state_dict[other] = state_dict['layer1.0.conv1.weight'] + 1
-  with pytest.raises(ValueError, match=rf'layer1\.0\.conv1\.weight and {other} are both'):
-    weights.to_variables(state_dict, module, image_shape)
-
-
-def test_two_last_layers_are_refused():
-  """One is whole. Half of another must not replace it."""
-  state_dict, module, image_shape = changed()
-  weight, bias = state_dict['fc.weight'] + 1, state_dict.pop('fc.bias')
-  state_dict |= {'linear.weight': weight, 'linear.bias': bias}
-  with pytest.raises(ValueError, match=r'fc\.weight and linear\.weight are both fc\.weight'):
-    weights.to_variables(state_dict, module, image_shape)
-
-
-def test_names_that_raise_anything_do_not_fit(tmp_path, monkeypatch):
-  monkeypatch.setattr(loading, 'translate_names', lambda arrays: {}['a\nb'])
-  (tmp_path / 'w').write_bytes(safetensors_numpy.save({'a': np.ones(3)}))
-  with pytest.raises(ValueError, match=r'^[^\n]*w does not fit: its names [^\n]* \(KeyError '):
-    weights.load(tmp_path / 'w', *MODULES[1])
 
 
 CONVNET, IMAGE = models.create('convnet', 5, widths=(2, 3), strides=(1, 2)), (6, 4, 3)

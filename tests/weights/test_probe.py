@@ -154,14 +154,10 @@ def test_files_without_a_probe(tmp_path):
     assert weights.read_probe(f'{tmp_path}/{name}') is None
 
 
-@pytest.mark.parametrize('text', [
-    '', '{}', '[1]', '{"seed": 1}',
-    '{"seed": -1, "image_shape": [1, 2, 3], "logits": [[1]], "tolerance": 1}',
-    '{"seed": 1, "image_shape": [1, 2], "logits": [[1]], "tolerance": 1}',
-    '{"seed": 1, "image_shape": [1, 2, 3], "logits": [[1], [1, 2]], "tolerance": 1}',
-    '{"seed": 1, "image_shape": [1, 2, 3], "logits": "x", "tolerance": 1}'])
+@pytest.mark.parametrize('text', ['', '{}', '[1]', '{"seed": 1}', '\x1b[2J', 'another probe'])
 def test_damaged_probes_are_refused(text, tmp_path):
   data = safetensors_numpy.save({'a': np.ones(3)}, metadata={'probe': text})
   (tmp_path / 'w').write_bytes(data)
-  with pytest.raises(ValueError, match=r'^The probe in [^\n]*w is damaged: [^\n]*$'):
+  with pytest.raises(ValueError, match=r'^The probe in [^\n]*w is damaged: [^\n]*$') as error:
     weights.read_probe(tmp_path / 'w')
+  assert str(error.value).isprintable()

@@ -46,29 +46,25 @@ def test_reads_views_by_their_offset_and_strides(form, read_bytes):
   base, saver = np.arange(60, dtype=np.float32), Saver()
   as_parameter = lambda tensor: Call(
       Name('torch._utils', '_rebuild_parameter'), (tensor, True, None))
-  v3 = saver.tensor(base, shape=(2, 30), strides=(30, 1), rebuild='_rebuild_tensor_v3')
-  v3 = Call(v3.name, (*v3.args, Name('torch', 'int32')))
   read = read_bytes(getattr(saver, form)({
       'transposed': saver.tensor(base, shape=(3, 4, 5), strides=(1, 3, 12)),
       'slice': saver.tensor(base, offset=7, shape=(2, 3), strides=(20, 6)),
       'expanded': saver.tensor(base, offset=5, shape=(4, 2), strides=(0, 1)),
       'empty': saver.tensor(base, shape=(0, 3), strides=(3, 1)),
-      'old': saver.tensor(base, rebuild='_rebuild_tensor'), 'v3': v3,
+      'old': saver.tensor(base, rebuild='_rebuild_tensor'),
       'parameter': as_parameter(saver.tensor(base, shape=(6, 10), strides=(10, 1)))}))
   np.testing.assert_array_equal(read['transposed'], base.reshape(5, 4, 3).transpose(2, 1, 0))
   np.testing.assert_array_equal(read['slice'], [[7, 13, 19], [27, 33, 39]])
   np.testing.assert_array_equal(read['expanded'], [[5, 6]] * 4)
   assert read['empty'].shape == (0, 3)
   np.testing.assert_array_equal(read['old'], base)
-  np.testing.assert_array_equal(read['v3'], base.view(np.int32).reshape(2, 30))
   np.testing.assert_array_equal(read['parameter'], base.reshape(6, 10))
 
 
 @pytest.mark.parametrize('form', ['zip', 'legacy'])
 @pytest.mark.parametrize('options', [
     {'offset': 58}, {'shape': (61,), 'strides': (1,)}, {'shape': (2, 2), 'strides': (59, 1)},
-    {'offset': -1}, {'strides': (-1,)}, {'size': 61}, {'shape': (2**62,), 'strides': (2,)},
-    {'shape': (3, 3), 'strides': (1,)}])
+    {'offset': -1}, {'strides': (-1,)}, {'shape': (3, 3), 'strides': (1,)}])
 def test_refuses_views_beyond_their_storage(form, options, read_bytes):
   saver = Saver()
   saver.tensor(np.zeros(1000, np.float32))  # Must not be read.
@@ -147,7 +143,7 @@ def test_nested_and_circular_containers_end(read_bytes):
   assert list(read_bytes(saved('zip', lambda tree: {'net': tree, 'bomb': bomb}))) == list(ARRAYS)
   circle = {}
   circle['net'] = circle
-  with pytest.raises(ValueError, match='truncated or damaged'):
+  with pytest.raises(ValueError, match='holds no arrays by name'):
     read_bytes(Saver().zip(circle))
 
 

@@ -1,14 +1,10 @@
 """Layers models of TensorFlow.js: shards, dtypes, quantization; and nothing beyond their folder."""
 
-import json
-import tracemalloc
-
 import numpy as np
 import pytest
 from tfjs_files import write
 
 from dfkd_jax import weights
-from dfkd_jax.weights.formats import archives
 
 KERNEL = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
 BIAS = np.array([-3, 0, 2**30, 7, 5], np.int32)
@@ -55,7 +51,7 @@ def test_quantized_numbers_are_decoded(tmp_path):
 @pytest.mark.parametrize(('entries', 'model', 'message'), [
     ([entry('s', (1,), 'string')], {}, 'holds s as string, which is not supported'),
     ([entry('s', (12,), 'complex64', quantization={'dtype': 'uint8', 'scale': 1, 'min': 0})], {},
-     'holds s quantized from complex64'),
+     'holds s as complex64'),
     (PLAIN, {'format': 'graph-model'}, 'is a graph-model of TensorFlow.js'),
     (PLAIN, {'weightsManifest': [{'paths': ['../secret.bin'], 'weights': PLAIN}]},
      "names '../secret.bin', which lies"),
@@ -77,24 +73,6 @@ def test_names_that_leave_the_folder_are_refused(name, tmp_path):
   folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, weightsManifest=manifest)
   with pytest.raises(ValueError, match=r'^Refused to [^\n]*: it names [^\n]* outside [^\n]*\.$'):
     weights.read(folder)
-
-
-def test_files_beyond_the_memory_are_not_read(tmp_path, monkeypatch):
-  """A hole of 50 MB, which takes no room on the disk, and is named many times."""
-  folder = write(tmp_path / 'model', PLAIN, PLAIN_DATA, cuts=(60,))
-  with (folder / 'group1-shard2of2.bin').open('ab') as file:
-    file.truncate(50_000_000)
-  names = ['group1-shard2of2.bin'] * 30
-  manifest = [{'paths': names, 'weights': PLAIN}]
-  (folder / 'model.json').write_text(json.dumps({'weightsManifest': manifest}))
-  monkeypatch.setattr(archives, 'LARGEST', 10**9)
-  tracemalloc.start()
-  try:
-    with pytest.raises(ValueError, match=r'has 1500000000 bytes in its files.*1000000000'):
-      weights.read(folder)
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000
-  finally:
-    tracemalloc.stop()
 
 
 def test_names_in_messages_are_short_and_harmless(tmp_path):

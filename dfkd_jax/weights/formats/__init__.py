@@ -1,6 +1,4 @@
-"""Readers of weights, one file a format.
+"""Files of weights, one module a format. Readers return arrays by name, and run nothing in a file.
 
-All take the bytes of a file, or a folder, and return read-only arrays by name. They raise
-RefusedError for content that is not supported, with its name. A damaged file may raise anything.
-They run nothing that a file asks for, and unpack at most `archives.LARGEST` bytes.
+RefusedError says that content is not supported. A damaged file may raise anything.
 """

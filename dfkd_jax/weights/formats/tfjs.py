@@ -9,31 +9,15 @@ from typing import Any
 import numpy as np
 
 from dfkd_jax.messages import RefusedError, safe_name
-from dfkd_jax.weights.formats import archives
 from dfkd_jax.weights.formats.keras import shorten_names
 
-_DTYPES = {name: np.dtype(name) for name in ('float32', 'float16', 'int32', 'uint8', 'bool')}
-_QUANTIZED_DTYPES = {name: np.dtype(name) for name in ('float16', 'uint8', 'uint16')}
-
-
-def is_model_json(data: bytes) -> bool:
-  """Whether a file with this beginning may be a model.json, and is no safetensors file."""
-  return data.startswith(b'{') and data[4:8] != b'\0\0\0\0'
+_DTYPES = ('float32', 'float16', 'int32', 'uint8', 'bool')
+_QUANTIZED_DTYPES, _DECODED_DTYPES = ('float16', 'uint8', 'uint16'), ('float32', 'int32')
 
 
 def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads the arrays of a model, by names such as 'conv1/kernel'. Decodes quantized ones.
-
-  Args:
-    data: Content of model.json.
-    folder: Where it lies, and all files that it names.
-  """
-  shards = [folder / name for name in list_shards(data)]
-  if missing := [path for path in shards if not path.is_file()]:
-    raise RefusedError(f'lacks its file {safe_name(missing[0].name)}')
-  if (num_bytes := sum(path.stat().st_size for path in shards)) > archives.LARGEST:
-    raise RefusedError(
-        f'has {num_bytes} bytes in its files, but at most {archives.LARGEST} are read')
+  """Reads the arrays of a model.json in a folder, as 'conv1/kernel'. Decodes quantized ones."""
+  list_shards(data, folder)
   arrays = []
   for group in _read_manifest(data):
     content = b''.join((folder / name).read_bytes() for name in group['paths'])
@@ -41,13 +25,15 @@ def read(data: bytes, folder: pathlib.Path) -> dict[str, np.ndarray]:
   return shorten_names(arrays)
 
 
-def list_shards(data: bytes) -> list[str]:
-  """Lists the files that a model.json names, in order, each within its folder."""
+def list_shards(data: bytes, folder: pathlib.Path | None = None) -> list[str]:
+  """Lists the files that a model.json names, in order. If given, the folder must hold them all."""
   names = [name for group in _read_manifest(data) for name in group['paths']]
   for name in names:
     path = pathlib.PureWindowsPath(name)  # Separates at '/' too.
     if path.anchor or '..' in path.parts:
       raise RefusedError(f"names '{safe_name(name)}', which lies outside of its folder")
+    if folder and not (folder / name).is_file():
+      raise RefusedError(f'lacks its file {safe_name(name)}')
   return names
 
 
@@ -66,40 +52,20 @@ def _split_group(
   """Splits the content of a group's files into its arrays, which lie end to end."""
   arrays, offset = [], 0
   for entry in entries:
-    dtype, shape = _stored_dtype(entry), tuple(map(int, entry['shape']))
-    count = math.prod(shape)
-    end = offset + count * dtype.itemsize
-    if min(shape, default=0) < 0 or end > len(data):
-      raise ValueError(f'{safe_name(entry["name"])} {shape} does not fit its files')
-    numbers = np.frombuffer(data, dtype, count, offset).reshape(shape)
-    arrays.append((entry['name'], _decode(numbers, entry)))
-    offset = end
+    dtype, shape, quantization = entry['dtype'], entry['shape'], entry.get('quantization')
+    stored = quantization['dtype'] if quantization else dtype
+    pairs = ((dtype, _DECODED_DTYPES), (stored, _QUANTIZED_DTYPES))
+    for each, supported in pairs if quantization else ((dtype, _DTYPES),):
+      if each not in supported:
+        raise RefusedError(
+            f'holds {safe_name(entry["name"])} as {safe_name(each)}, which is not supported')
+    numbers = np.frombuffer(data, np.dtype(stored).newbyteorder('<'), math.prod(shape), offset)
+    offset += numbers.nbytes
+    if quantization and stored != 'float16':  # Decodes integers.
+      scale, shift = np.float32(quantization['scale']), np.float32(quantization['min'])
+      numbers = numbers.astype(np.float32) * scale + shift
+      numbers = np.rint(numbers) if dtype == 'int32' else numbers
+    arrays.append((entry['name'], numbers.astype(dtype, copy=False).reshape(shape)))
   if offset != len(data):
     raise ValueError(f'its files have {len(data)} bytes and should have {offset}')
   return arrays
-
-
-def _stored_dtype(entry: Mapping[str, Any]) -> np.dtype:
-  """The dtype of an array's numbers in the file."""
-  quantization = entry.get('quantization')
-  dtypes = _QUANTIZED_DTYPES if quantization else _DTYPES
-  name = (quantization or entry)['dtype']
-  if name not in dtypes:
-    raise RefusedError(
-        f'holds {safe_name(entry["name"])} as {safe_name(name)}, which is not supported')
-  return dtypes[name].newbyteorder('<')
-
-
-def _decode(numbers: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
-  """Decodes quantized integers: number * scale + min."""
-  quantization, dtype = entry.get('quantization'), _DTYPES.get(entry['dtype'])
-  if not quantization:
-    return numbers
-  if dtype not in (np.float32, np.int32):
-    raise RefusedError(f'holds {safe_name(entry["name"])} quantized from '
-                       f'{safe_name(entry["dtype"])}, which is not supported')
-  if quantization['dtype'] == 'float16':
-    return numbers.astype(dtype)
-  scale, offset = np.float32(quantization['scale']), np.float32(quantization['min'])
-  values = numbers.astype(np.float32) * scale + offset
-  return np.rint(values).astype(dtype) if dtype == np.int32 else values
