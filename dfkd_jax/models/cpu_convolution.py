@@ -41,12 +41,10 @@ def _is_for_cpu() -> bool:
 
 
 def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwargs: Any) -> Array:
-  """Computes `lax.conv_general_dilated`, on CPU by a faster algorithm.
+  """Computes `lax.conv_general_dilated`, on CPU by a faster algorithm, for `nn.Conv`.
 
-  Pass it to `nn.Conv(conv_general_dilated=...)`; it takes the arguments of
-  `lax.conv_general_dilated`. These take the stock form everywhere: grouped convolutions other
-  than depthwise ones (one group and one output per channel, no dilation), batch-grouped ones, and
-  layouts other than NHWC, HWIO.
+  These take the stock form everywhere: grouped convolutions other than depthwise ones (one group
+  and one output per channel, no dilation), batch-grouped ones, and layouts other than NHWC, HWIO.
   """
   stock = functools.partial(lax.conv_general_dilated, lhs, rhs, window_strides, padding, **kwargs)
   if not _is_for_cpu() or lhs.ndim != 4:
@@ -65,8 +63,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwar
     dilated = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], dilated, strides, padding)
   padding = tuple((int(low), int(high)) for low, high in padding)
-  precision = kwargs.pop('precision', None)
-  preferred = kwargs.pop('preferred_element_type', None)
+  precision, preferred = kwargs.get('precision'), kwargs.get('preferred_element_type')
   if is_depthwise:
     out = _depthwise(lhs, rhs, strides, padding)
   elif is_plain and min(rhs.shape[2:]) <= _FEW and min(*padding[0], *padding[1]) >= 0:
@@ -127,10 +124,6 @@ def _depthwise(lhs, rhs, strides, padding):
   return sum(maps * tap for maps, tap in zip(shifted, rhs.reshape(-1, rhs.shape[3]), strict=True))
 
 
-def _depthwise_fwd(lhs, rhs, strides, padding):
-  return _depthwise(lhs, rhs, strides, padding), (lhs, rhs)
-
-
 def _depthwise_bwd(strides, padding, saved, cotangent):
   lhs, rhs = saved
   edges = tuple(
@@ -143,7 +136,8 @@ def _depthwise_bwd(strides, padding, saved, cotangent):
   return lhs_grad, jnp.stack(taps).reshape(rhs.shape)
 
 
-_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
+_depthwise.defvjp(
+    lambda lhs, rhs, *static: (_depthwise(lhs, rhs, *static), (lhs, rhs)), _depthwise_bwd)
 
 
 def _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
@@ -152,13 +146,7 @@ def _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
       dimension_numbers=_NHWC, precision=precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _canonical(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
-  return _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision)
-
-
-def _canonical_fwd(lhs, rhs, *static):
-  return _canonical(lhs, rhs, *static), (lhs, rhs)
+_canonical = jax.custom_vjp(_plain, nondiff_argnums=(2, 3, 4, 5, 6))
 
 
 def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, saved, cotangent):
@@ -196,34 +184,33 @@ def _rhs_grad(lhs, shape, cotangent, strides, padding, precision):
   return jnp.stack([matmul(maps.reshape(-1, shape[2]).T, flat) for maps in shifted]).reshape(shape)
 
 
-_canonical.defvjp(_canonical_fwd, _canonical_bwd)
+_canonical.defvjp(
+    lambda lhs, rhs, *static: (_canonical(lhs, rhs, *static), (lhs, rhs)), _canonical_bwd)
 
 
 def upsampled_conv(inputs: Array, kernel: Array) -> Array:
-  """A 3x3 convolution (padding 1) after nearest upsampling by two, without the upsampling.
+  """Convolves maps [B, H, W, I], upsampled by two, with [3, 3, I, O] to [B, 2H, 2W, O].
 
-  Each of the four pixels that stem from one pixel sees a 2x2 neighbourhood of the small maps, and
-  taps on the same pixel add up. This takes 4 products instead of 9, in one convolution with four
-  times the outputs. The sums are the same, in another order.
-
-  Args:
-    inputs: [B, H, W, I].
-    kernel: [3, 3, I, O].
-
-  Returns:
-    [B, 2H, 2W, O].
+  Upsamples to the nearest pixel, and pads by one, without computing the upsampled maps. Each of
+  the four pixels that stem from one pixel sees a 2x2 neighbourhood of the small maps, and taps on
+  the same pixel add up. This takes 4 products instead of 9, in one convolution with four times the
+  outputs. The sums are the same, in another order.
   """
-  batch, height, width, _ = inputs.shape
-  outputs = kernel.shape[-1]
+
+  def fold(taps):  # [3, ...] into [2, ...], for the even and the odd one of two upsampled pixels.
+    even = jnp.stack([taps[0], taps[1] + taps[2]])
+    return even, jnp.stack([taps[0] + taps[1], taps[2]])
+
+  (batch, height, width, _), outputs = inputs.shape, kernel.shape[-1]
   kernels = [
-      columns.swapaxes(0, 1) for rows in _fold(kernel) for columns in _fold(rows.swapaxes(0, 1))]
+      columns.swapaxes(0, 1) for rows in fold(kernel) for columns in fold(rows.swapaxes(0, 1))]
   # Taps add up in the kernel's own dtype, which may be wider.
   folded = jnp.concatenate(kernels, axis=-1).astype(inputs.dtype)
   conv = _canonical if _is_for_cpu() else _plain
   padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
   maps = conv(padded, folded, _ONES, _NO_PADDING, _ONES, _ONES, None)
 
-  def pixel(p: int, q: int) -> Array:
+  def pixel(p, q):
     first = (2 * p + q) * outputs
     return maps[:, p:p + height, q:q + width, first:first + outputs]
 
@@ -232,9 +219,3 @@ def upsampled_conv(inputs: Array, kernel: Array) -> Array:
       jnp.concatenate([pixel(p, 0), pixel(p, 1)], -1).reshape(batch, height, 1, -1)
       for p in range(2)]
   return jnp.concatenate(rows, axis=2).reshape(batch, 2 * height, 2 * width, outputs)
-
-
-def _fold(kernel: Array) -> tuple[Array, Array]:
-  """Folds taps [3, ...] into [2, ...], for the even and the odd one of two upsampled pixels."""
-  even = jnp.stack([kernel[0], kernel[1] + kernel[2]])
-  return even, jnp.stack([kernel[0] + kernel[1], kernel[2]])

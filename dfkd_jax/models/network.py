@@ -12,10 +12,6 @@ from flax import struct
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array, Moments, Outputs, PyTree
 
-_TRAINING = ('train', 'training', 'is_training')
-_EVALUATING = ('use_running_average', 'deterministic')
-_COLLECTIONS = ('params', 'batch_stats', 'intermediates')
-
 
 class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(network)` can hash.
   """A module, its variables and its preprocessing: maps images in [0, 1] to `Outputs`.
@@ -25,12 +21,10 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
   (103.939, 116.779, 123.68), is `bgr` with that mean over 255 in RGB order, and a std of 1 / 255.
 
   Any Linen module works that maps images [B, H, W, C] to logits [B, ..., K], has only `params`
-  and `batch_stats`, and draws no random numbers in training. If the module returns a tuple or a
-  dict, `logits` is the index or key of the logits.
-  A flag `train`, `training` or `is_training` of its call is set, as is the opposite flag
-  `use_running_average` or `deterministic`.
-  `layers.capture_moments` captures its batch norms. `Outputs` also contains `features` and
-  `stage_<i>`, if the module sows them into its intermediates.
+  and `batch_stats`, and draws no random numbers in training. A flag `train`, `training` or
+  `is_training` of its call is set, as is the opposite flag `use_running_average` or
+  `deterministic`. `layers.capture_moments` captures its batch norms. `Outputs` also contains
+  `features` and `stage_<i>`, if the module sows them into its intermediates.
   """
 
   params: PyTree
@@ -47,17 +41,12 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     return self.forward(images)[0]
 
   def forward(
-      self, images: Array, *, train: bool = False, axis: str | None = None
+      self, images: Array, *, train: bool = False, axis: str | None = None,
   ) -> tuple[Outputs, PyTree]:
-    """Returns the outputs and the running moments, which this batch updates if `train`.
+    """Returns the outputs for images [B, H, W, C] in [0, 1], and the running moments.
 
-    Args:
-      images: [B, H, W, C] in [0, 1].
-      train: Normalize by the moments of this batch, and update the running moments.
-      axis: Mapped axis over which the batch is spread; None on one device.
-
-    Raises:
-      ValueError: The module returns a tuple or dict, and `logits` names no entry of it.
+    With `train`, batch norms normalize by the moments of this batch, and update the running ones.
+    The batch is spread over the devices of the mapped `axis`, if any.
     """
     mutable = ['intermediates', 'batch_stats'] if train else ['intermediates']
     with layers.capture_moments(axis):
@@ -65,12 +54,14 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
           {'params': self.params, 'batch_stats': self.batch_stats}, self.preprocess(images),
           mutable=mutable, **_mode(self.module, train))
     sown = new.get('intermediates', {})
+    captures = layers.captures_by_path(sown)
     stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
     outputs = Outputs(
         logits=self._select_logits(results),
         features=sown['features'][0] if 'features' in sown else None,
         maps=tuple(sown[stage][0] for stage in stages if stage in sown),
-        moments=layers.moments_by_path(sown), pooled=layers.pooled_by_path(sown))
+        moments={path: capture.moments for path, capture in captures.items()},
+        pooled={path: capture.pooled for path, capture in captures.items()})
     return outputs, new.get('batch_stats', self.batch_stats)
 
   def preprocess(self, images: Array) -> Array:
@@ -88,13 +79,9 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     return layers.running_by_path(self.batch_stats)
 
   def check_moments(self, captured: dict[str, Moments]) -> None:
-    """Checks that running moments and captured ones belong to the same layers.
+    """Checks that running moments and `Outputs.moments` (shapes suffice) are of the same layers.
 
-    Args:
-      captured: `Outputs.moments`; shapes suffice.
-
-    Raises:
-      ValueError: Names a normalization that was not captured, or was called more than once.
+    A ValueError names a normalization that was not captured, or was called more than once.
     """
     running = self.running()
     for path, moments in running.items():
@@ -125,7 +112,7 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
 
 
 def create(
-    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any
+    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any,
 ) -> Network:
   """Makes a network with fresh variables for images [H, W, C]; see `bind` for `preprocessing`."""
   shape = (*(preprocessing.get('resize') or image_shape[:2]), image_shape[2])
@@ -134,13 +121,8 @@ def create(
 
 
 def bind(
-    module: nn.Module,
-    variables: Mapping[str, Any],
-    *,
-    mean: tuple[float, ...] = (0.0,),
-    std: tuple[float, ...] = (1.0,),
-    bgr: bool = False,
-    resize: tuple[int, int] | None = None,
+    module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,), bgr: bool = False, resize: tuple[int, int] | None = None,
     logits: int | str | None = None,
 ) -> Network:
   """Makes a network from a module and its fresh or trained variables.
@@ -149,15 +131,12 @@ def bind(
     module: Maps preprocessed images to logits.
     variables: {'params': ..., 'batch_stats': ...}; the latter may be missing.
     mean: Subtracted from images in [0, 1]; one number, or one per channel in image order.
-    std: Divides the difference; one number, or one per channel.
+    std: Divides the difference, likewise.
     bgr: Whether the module expects channels in reverse order.
     resize: Size (H, W) that the module expects. None passes images of any size on.
     logits: Index or key of the logits, for a module that returns a tuple or a dict.
-
-  Raises:
-    ValueError: There are variables of another collection.
   """
-  if others := sorted(set(variables) - set(_COLLECTIONS)):
+  if others := sorted(set(variables) - {'params', 'batch_stats', 'intermediates'}):
     raise ValueError(
         f'variables has the collections {others}; a module may have params and batch_stats only.')
   return Network(
@@ -169,7 +148,8 @@ def bind(
 def _mode(module: nn.Module, train: bool) -> dict[str, bool]:
   """The flag by which this module is told to train, if it has one."""
   parameters = inspect.signature(type(module).__call__).parameters
-  for name in _TRAINING:
+  for name in ('train', 'training', 'is_training'):
     if name in parameters:
       return {name: train}
-  return {name: not train for name in _EVALUATING if name in parameters}
+  opposite = ('use_running_average', 'deterministic')
+  return {name: not train for name in opposite if name in parameters}

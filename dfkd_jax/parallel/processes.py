@@ -52,22 +52,18 @@ def gather_processes(array: np.ndarray) -> np.ndarray:
 def raise_on_all_processes() -> Iterator[None]:
   """Waits for all processes at the end of this context, and raises on all if one failed.
 
-  Otherwise, the other processes would wait for the one that failed. Code within this context must
-  not wait for other processes.
-
-  Raises:
-    ValueError: Names the first process that failed, on processes that did not.
+  Otherwise, the other processes would wait for the one that failed. They raise a ValueError that
+  names it. Code within this context must not wait for other processes.
   """
   if jax.process_count() == 1:
     yield
     return
-  failure = None
+  failure, text = None, ''
   try:
     yield
   except Exception as error:
-    failure = error
-  kind = '' if isinstance(failure, ValueError) else f'{type(failure).__name__}: '
-  text = '' if failure is None else f'{kind}{failure}'
+    failure, kind = error, '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+    text = f'{kind}{error}'
   padded = text.encode()[:_MAX_ERROR].ljust(_MAX_ERROR, b'\0')
   rows = gather_processes(np.frombuffer(padded, np.uint8))
   if failure is not None:
