@@ -25,12 +25,6 @@ from dfkd_jax.models.network import create as create_network
 from dfkd_jax.models.resnet import ImageNetResNet, ResNet, ThinResNet, WideResNet
 from dfkd_jax.models.vgg import VGG, ConvNet, ImageNetVGG
 
-__all__ = [
-    'ConvNet', 'EfficientNetLite', 'Generator', 'ImageNetResNet', 'ImageNetVGG', 'MobileNetV2',
-    'Network', 'ResNet', 'SpatialGenerator', 'ThinResNet', 'VGG', 'WideResNet',
-    'bind', 'create', 'create_network', 'names',
-]
-_WIDE_RESNET = re.compile(r'wrn(\d+)_(\d+)')
 _DEEP = (3, 4, 6, 3)  # Stage sizes of ResNet-34 and -50.
 
 
@@ -42,19 +36,17 @@ def _vgg(model: type[nn.Module], *repeats: int) -> Callable[..., nn.Module]:
 
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    'convnet': ConvNet,
+    'convnet': ConvNet, 'mobilenetv2_imagenet': MobileNetV2,
     'efficientnet_lite0': EfficientNetLite,
     'efficientnet_lite1': functools.partial(EfficientNetLite, depth=1.1),
     'efficientnet_lite2': functools.partial(EfficientNetLite, width=1.1, depth=1.2),
-    'mobilenetv2_imagenet': MobileNetV2,
     'resnet18_imagenet': ImageNetResNet,
     'resnet34_imagenet': functools.partial(ImageNetResNet, stage_sizes=_DEEP),
     'resnet50_imagenet': functools.partial(ImageNetResNet, stage_sizes=_DEEP, bottleneck=True),
     'resnet50_keras': functools.partial(
         ImageNetResNet, stage_sizes=_DEEP, bottleneck=True, stride_in='1x1', conv_bias=True,
         epsilon=1.001e-5),
-    'resnet18': ResNet,
-    'resnet34': functools.partial(ResNet, stage_sizes=_DEEP),
+    'resnet18': ResNet, 'resnet34': functools.partial(ResNet, stage_sizes=_DEEP),
     'resnet50': functools.partial(ResNet, stage_sizes=_DEEP, bottleneck=True),
     **{f'resnet{depth}': functools.partial(ThinResNet, depth=depth)
        for depth in (8, 20, 32, 56, 110)},
@@ -81,7 +73,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
   """
   if name in _MODELS:
     return _MODELS[name](num_classes=num_classes, **options)
-  if match := _WIDE_RESNET.fullmatch(name):
+  if match := re.fullmatch(r'wrn(\d+)_(\d+)', name):
     return WideResNet(num_classes, *map(int, match.groups()), **options)
   raise ValueError(
       f'Unknown model {name!r}.{nearest(name, names())} Known: {", ".join(names())} and '

@@ -1,6 +1,7 @@
 """Generators: latents to images in [0, 1]."""
 
 import functools
+import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -34,12 +35,10 @@ class Generator(nn.Module):
 
   @nn.compact
   def __call__(self, latents: Array, train: bool = True) -> Array:
-    height, width = self.image_shape[0] // 4, self.image_shape[1] // 4
-    channels = self.stem_width or 2 * self.width
-    dense = layers.dense(
-        channels * height * width, latents.shape[-1], dtype=self.dtype, name='l1_0')
+    shape = (self.stem_width or 2 * self.width, self.image_shape[0] // 4, self.image_shape[1] // 4)
+    dense = layers.dense(math.prod(shape), latents.shape[-1], dtype=self.dtype, name='l1_0')
     # Channel-major, as in published weights.
-    x = dense(latents).reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
+    x = dense(latents).reshape(-1, *shape).transpose(0, 2, 3, 1)
     x = layers.BatchNorm(
         use_running_average=not train, dtype=self.dtype, name='conv_blocks_0')(x)
     x = _conv_block(self, x, 2 * self.width, 2, train)
@@ -50,12 +49,11 @@ class Generator(nn.Module):
 class SpatialGenerator(nn.Module):
   """Latents [B, h, w, Z] to images in (0, 1) of 2^(len(widths) - 1) times the size.
 
-  FastDFKD's for ImageNet, published for 224x224 pixels from latents [B, 14, 14, 256]. The layers
-  after the last upsampling take most of its time: 1.85 of 2.69 GFLOPs per image, as XLA counts the
-  forward pass. With `last='subpixel'` the last stage is left out, and the convolution to the image
-  gives four pixels each at half the resolution (arXiv:1609.05158): 0.17 of 1.01 GFLOPs. Its four
-  kernels start alike, as one kernel after nearest upsampling (arXiv:1707.02937), so there is no
-  checkerboard.
+  FastDFKD's for ImageNet, published for 224x224 pixels from latents [B, 14, 14, 256]: 2.69 GFLOPs
+  per image, as XLA counts the forward pass. With `last='subpixel'`, 1.01: the last stage is left
+  out, and the convolution to the image gives four pixels each at half the resolution
+  (arXiv:1609.05158). Its four kernels start alike, as one kernel after nearest upsampling
+  (arXiv:1707.02937), so there is no checkerboard.
   """
 
   widths: tuple[int, ...] = (128, 128, 64, 64, 64)  # Of the convolutions; upsamples between them.
@@ -75,10 +73,7 @@ class SpatialGenerator(nn.Module):
 
   def latent_shape(
       self, image_shape: tuple[int, int, int], latent_dim: int) -> tuple[int, int, int]:
-    """Shape (h, w, Z) of the latents of one image (H, W, C), Z being `latent_dim`.
-
-    Raises a ValueError if the image's size is no multiple of the scale, or it has other channels.
-    """
+    """Shape (h, w, Z) of the latents of one image (H, W, C). A ValueError says which ones fit."""
     height, width, channels = image_shape
     scale = 2 ** (len(self.widths) - 1)
     if height % scale or width % scale:
@@ -103,13 +98,12 @@ class SpatialGenerator(nn.Module):
 
 def _conv_block(module, x, width, index, train, upsample=True):
   """Applies `conv_blocks_<index>`, after any upsampling, its batch norm and a leaky ReLU."""
-  conv = layers.UpsampledConv if upsample else functools.partial(
-      layers.Conv, kernel_size=(3, 3), padding=1, use_bias=False,
-      kernel_init=layers.uniform_fan_in)
-  x = conv(width, dtype=module.dtype, name=f'conv_blocks_{index}')(x)
+  options = {'dtype': module.dtype, 'name': f'conv_blocks_{index}'}
+  conv = layers.UpsampledConv(width, **options) if upsample else layers.Conv(
+      width, (3, 3), padding=1, use_bias=False, kernel_init=layers.uniform_fan_in, **options)
   norm = layers.BatchNorm(
       use_running_average=not train, dtype=module.dtype, name=f'conv_blocks_{index + 1}')
-  return nn.leaky_relu(norm(x), 0.2)
+  return nn.leaky_relu(norm(conv(x)), 0.2)
 
 
 def _to_image(module, x, channels, index, factor=1):
@@ -117,8 +111,7 @@ def _to_image(module, x, channels, index, factor=1):
   batch, height, width, inputs = x.shape
 
   def repeat(init):
-    return lambda key, shape, dtype=jnp.float32: jnp.tile(
-        init(key, (*shape[:-1], channels), dtype), factor**2)
+    return lambda key, shape, dtype: jnp.tile(init(key, (*shape[:-1], channels), dtype), factor**2)
 
   x = layers.Conv(
       factor**2 * channels, (3, 3), padding=1, kernel_init=repeat(layers.uniform_fan_in),

@@ -21,6 +21,7 @@ _CAPTURE = 'batch_norm_input'  # No submodule may have this name: `sow` shares t
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # PyTorch's default.
+normal_inits = {'kernel_init': nn.initializers.normal(0.01), 'bias_init': nn.initializers.zeros}
 he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, eq. 14.
 
 
@@ -91,10 +92,8 @@ def apply_block(module: nn.Module, run: Callable[[Array], Array], x: Array) -> A
   return nn.remat(lambda _, x: run(x))(module, x) if getattr(module, 'remat', False) else run(x)
 
 
-def apply_stages(
-    module: nn.Module, stages: Iterable[Iterable[Callable[[], nn.Module]]], x: Array, train: bool,
-) -> Array:
-  """Makes and applies the blocks of each stage; `module` sows the stage's maps as `stage_<i>`."""
+def apply_stages(module: nn.Module, stages: Iterable, x: Array, train: bool) -> Array:
+  """Calls the functions of each stage to make blocks, applies these and sows maps `stage_<i>`."""
   for i, blocks in enumerate(stages, 1):
     for make_block in blocks:
       x = apply_block(module, lambda x, make_block=make_block: make_block()(x, train), x)
@@ -196,9 +195,7 @@ def running_by_path(batch_stats: PyTree) -> dict[str, Moments]:
   """
   norms = defaultdict(dict)
   for (*path, name), value in traverse_util.flatten_dict(dict(batch_stats)).items():
-    for moment in Moments._fields:
-      if moment in name:
-        norms[tuple(path)][moment] = value
+    norms[tuple(path)] |= {moment: value for moment in Moments._fields if moment in name}
   layers = {}
   for path, moments in norms.items():
     if len(moments) == 2:

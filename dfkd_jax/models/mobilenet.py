@@ -86,9 +86,7 @@ class MobileNetV2(nn.Module):
     x = layers.apply_stages(self, stages, x, train)
     last, name = round_channels(1280 * max(1.0, self.width)), next(names)
     x = nn.relu6(conv_norm(x, last, 1, names=(f'{name}_0', f'{name}_1')))
-    return layers.classify(
-        self, x, 'classifier_1', kernel_init=nn.initializers.normal(0.01),
-        bias_init=nn.initializers.zeros)
+    return layers.classify(self, x, 'classifier_1', **layers.normal_inits)
 
 
 class EfficientNetLite(nn.Module):
@@ -117,15 +115,13 @@ class EfficientNetLite(nn.Module):
     conv_norm = functools.partial(layers.conv_norm, self, train=train)
     padding = PADDINGS[self.padding]
     x = nn.relu6(conv_norm(x, 32, 3, 2, names=('conv_stem', 'bn1'), padding=padding))
-    stages = []
-    for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET):
-      if 0 < i < len(_EFFICIENTNET) - 1:
-        blocks = math.ceil(self.depth * blocks)
-      stages.append([
-          functools.partial(
-              InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
-              expansion, size, self.padding, 'timm', self.epsilon, self.momentum, self.dtype,
-              name=f'blocks_{i}_{j}') for j in range(blocks)])
+    stages = [
+        [functools.partial(
+            InvertedResidual, round_channels(channels * self.width), 1 if j else strides, expansion,
+            size, self.padding, 'timm', self.epsilon, self.momentum, self.dtype,
+            name=f'blocks_{i}_{j}')
+         for j in range(math.ceil((self.depth if 0 < i < 6 else 1) * blocks))]
+        for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET)]
     x = layers.apply_stages(self, stages, x, train)
     x = nn.relu6(conv_norm(x, 1280, 1, names=('conv_head', 'bn2')))
     return layers.classify(self, x, 'classifier')

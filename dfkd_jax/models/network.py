@@ -1,5 +1,6 @@
 """A Linen module bound to its variables: a teacher or a student."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from flax import struct
 
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array, Moments, Outputs, PyTree
+
+_static = functools.partial(struct.field, pytree_node=False)
 
 
 class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(network)` can hash.
@@ -29,12 +32,12 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
 
   params: PyTree
   batch_stats: PyTree
-  module: nn.Module = struct.field(pytree_node=False)
-  mean: tuple[float, ...] = struct.field(pytree_node=False, default=(0.0,))
-  std: tuple[float, ...] = struct.field(pytree_node=False, default=(1.0,))
-  bgr: bool = struct.field(pytree_node=False, default=False)
-  resize: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
-  logits: int | str | None = struct.field(pytree_node=False, default=None)
+  module: nn.Module = _static()
+  mean: tuple[float, ...] = _static(default=(0.0,))  # Of images; one for all channels, or one each.
+  std: tuple[float, ...] = _static(default=(1.0,))  # Divides images minus the mean, likewise.
+  bgr: bool = _static(default=False)  # Whether the module expects channels in reverse order.
+  resize: tuple[int, int] | None = _static(default=None)  # (H, W) that it expects; None: any size.
+  logits: int | str | None = _static(default=None)  # Index or key, if it returns a tuple or a dict.
 
   def __call__(self, images: Array) -> Outputs:
     """Evaluates images [B, H, W, C] in [0, 1]; batch norms use their running moments."""
@@ -45,8 +48,8 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
   ) -> tuple[Outputs, PyTree]:
     """Returns the outputs for images [B, H, W, C] in [0, 1], and the running moments.
 
-    With `train`, batch norms normalize by the moments of this batch, and update the running ones.
-    The batch is spread over the devices of the mapped `axis`, if any.
+    With `train`, batch norms normalize by the moments of this batch, which is spread over the
+    devices of the mapped `axis`, if any, and update the running ones.
     """
     mutable = ['intermediates', 'batch_stats'] if train else ['intermediates']
     with layers.capture_moments(axis):
@@ -79,22 +82,18 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     return layers.running_by_path(self.batch_stats)
 
   def check_moments(self, captured: dict[str, Moments]) -> None:
-    """Checks that running moments and `Outputs.moments` (shapes suffice) are of the same layers.
-
-    A ValueError names a normalization that was not captured, or was called more than once.
-    """
+    """Checks that running moments and `Outputs.moments` (shapes suffice) are of the same layers."""
     running = self.running()
-    for path, moments in running.items():
-      if path not in captured or captured[path].mean.shape != moments.mean.shape:
-        raise ValueError(
-            f'Cannot capture the input of normalization {path!r}: within nn.scan or nn.vmap it '
-            "needs variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0}; otherwise it "
-            'must be an nn.BatchNorm.')
-    for path in captured:
+    for path in running | captured:
       if path not in running:
         raise ValueError(
             f'The batch norm of {path!r} is called more than once, on inputs that share its '
             'running moments: each call needs an nn.BatchNorm of its own.')
+      if path not in captured or captured[path].mean.shape != running[path].mean.shape:
+        raise ValueError(
+            f'Cannot capture the input of normalization {path!r}: within nn.scan or nn.vmap it '
+            "needs variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0}; otherwise it "
+            'must be an nn.BatchNorm.')
 
   def num_params(self) -> int:
     """Number of trainable values."""
@@ -127,14 +126,8 @@ def bind(
 ) -> Network:
   """Makes a network from a module and its fresh or trained variables.
 
-  Args:
-    module: Maps preprocessed images to logits.
-    variables: {'params': ..., 'batch_stats': ...}; the latter may be missing.
-    mean: Subtracted from images in [0, 1]; one number, or one per channel in image order.
-    std: Divides the difference, likewise.
-    bgr: Whether the module expects channels in reverse order.
-    resize: Size (H, W) that the module expects. None passes images of any size on.
-    logits: Index or key of the logits, for a module that returns a tuple or a dict.
+  `variables` are {'params': ..., 'batch_stats': ...}; the latter may be missing. See `Network` for
+  the module and its preprocessing.
   """
   if others := sorted(set(variables) - {'params', 'batch_stats', 'intermediates'}):
     raise ValueError(

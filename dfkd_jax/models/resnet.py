@@ -16,10 +16,7 @@ _DOWNSAMPLE = {'projection_name': 'downsample', 'kernel_init': layers.he_fan_out
 
 
 def shrink_and_pad(x: Array, width: int, strides: int) -> Array:
-  """Subsamples [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width].
-
-  Adds channels of zeros, half of them on either side: option A of section 3.3.
-  """
+  """Keeps every `strides`-th pixel, and adds channels of zeros on both sides: option A (3.3)."""
   new = width - x.shape[-1]
   channels = (new // 2, new - new // 2)
   return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), channels))
@@ -54,8 +51,7 @@ class Block(nn.Module):
       plan = [(inner, 1, first), (inner, 3, second), (self.width, 1, 1)]
     y = x
     for i, (width, size, strides) in enumerate(plan, 1):
-      y = nn.relu(y) if i > 1 else y
-      y = conv_norm(y, width, size, strides, names=(f'conv{i}', f'bn{i}'))
+      y = conv_norm(nn.relu(y) if i > 1 else y, width, size, strides, names=(f'conv{i}', f'bn{i}'))
     if self.strides != 1 or x.shape[-1] != self.width:
       if self.shortcut == 'pad':
         x = shrink_and_pad(x, self.width, self.strides)
@@ -143,13 +139,12 @@ def _stages(module: ResNet | ImageNetResNet) -> list[tuple[int, int]]:
   return [(width * 2**stage, size) for stage, size in enumerate(module.stage_sizes)]
 
 
-def _apply_blocks(module, stages, x, train, **options):
-  """Applies blocks `layer<stage>_<index>`. All stages but the first halve the maps."""
-  blocks = [
-      [functools.partial(Block, width, 2 if stage > 1 and i == 0 else 1, dtype=module.dtype,
-                         name=f'layer{stage}_{i}', **options) for i in range(size)]
-      for stage, (width, size) in enumerate(stages, 1)]
-  return layers.apply_stages(module, blocks, x, train)
+def _apply_blocks(module, stages, x, train, block=Block, name='layer{}_{}', **options):
+  """Applies `stages` of (width, number of blocks); all but the first halve the maps."""
+  return layers.apply_stages(module, [
+      [functools.partial(block, width, 2 if stage > 1 and i == 0 else 1, dtype=module.dtype,
+                         name=name.format(stage, i), **options) for i in range(size)]
+      for stage, (width, size) in enumerate(stages, 1)], x, train)
 
 
 class WideBlock(nn.Module):
@@ -191,10 +186,7 @@ class WideResNet(nn.Module):
     x = layers.Conv(
         16, (3, 3), padding=1, use_bias=False, kernel_init=layers.he_fan_out, dtype=self.dtype,
         name='conv1')(x)
-    groups = [
-        [functools.partial(WideBlock, 16 * self.widen * 2**group, 2 if group and not i else 1,
-                           self.dtype, name=f'block{group + 1}_layer_{i}')
-         for i in range((self.depth - 4) // 6)] for group in range(3)]
-    x = layers.apply_stages(self, groups, x, train)
+    groups = [(width * self.widen, (self.depth - 4) // 6) for width in (16, 32, 64)]
+    x = _apply_blocks(self, groups, x, train, WideBlock, 'block{}_layer_{}')
     norm = layers.BatchNorm(use_running_average=not train, dtype=self.dtype, name='bn1')
     return layers.classify(self, nn.relu(norm(x)), 'fc', bias_init=nn.initializers.zeros)

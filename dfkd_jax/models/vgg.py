@@ -12,9 +12,7 @@ from jax import lax
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
-_POOLED = 7  # Pixels on either axis that ImageNet's dense layers see.
 _GROUPS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
-_init_normal = nn.initializers.normal(0.01)
 
 
 class ConvNet(nn.Module):
@@ -60,8 +58,7 @@ class VGG(nn.Module):
       self.sow('intermediates', f'stage_{group + 1}', x)
       if group < num_pools:
         x = nn.max_pool(x, (2, 2), (2, 2))
-    return layers.classify(
-        self, x, 'classifier', kernel_init=_init_normal, bias_init=nn.initializers.zeros)
+    return layers.classify(self, x, 'classifier', **layers.normal_inits)
 
 
 class ImageNetVGG(nn.Module):
@@ -84,9 +81,9 @@ class ImageNetVGG(nn.Module):
       self.sow('intermediates', f'stage_{i}', x)
       x = nn.max_pool(x, (2, 2), (2, 2))
       index += 3 * len(widths) + 1
-    x = adaptive_mean_pool(x, _POOLED)
-    x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)  # Channel-major, as in published weights.
-    dense = functools.partial(nn.Dense, kernel_init=_init_normal)
+    x = adaptive_mean_pool(x, 7).transpose(0, 3, 1, 2)  # Channel-major, as in published weights.
+    x = x.reshape(x.shape[0], -1)
+    dense = functools.partial(nn.Dense, **layers.normal_inits)
     for name in ('classifier_0', 'classifier_3'):
       x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
     x = layers.at_least_float32(x)

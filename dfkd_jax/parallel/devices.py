@@ -3,12 +3,10 @@
 Programs of the library are written for one device, with an `axis` argument. They run directly if
 `axis` is None, and this module maps them over devices by `jit(shard_map)`. State has the same
 global shapes on one device and on many, so a checkpoint fits any number of devices that divides
-the number of tasks. Fields declared with `sharded()` are split along their first axis, all others
-are replicated. Steps give the same numbers on any number of devices, up to rounding.
+the number of tasks. Steps give the same numbers on any number of devices, up to rounding.
 
-Each of several processes (jax.distributed) runs the whole program with the same config. A mesh
-has the devices of all processes, and `place` puts values on it that all processes know. Only the
-first process writes and prints.
+Each of several processes (jax.distributed) runs the whole program with the same config, on a mesh
+of all their devices. Only the first process writes and prints.
 """
 
 import dataclasses
@@ -39,18 +37,18 @@ def sharded(**options: Any) -> dataclasses.Field:
 
 
 def pmean(tree: PyTree, axis: str | None) -> PyTree:
-  """Mean over the devices of a mapped axis. Integers, which are equal on all, stay unchanged."""
+  """Mean over the devices of a mapped axis, if any. Integers, equal on all, stay unchanged."""
   mean = lambda leaf: lax.pmean(leaf, axis) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
   return tree if axis is None else jax.tree.map(mean, tree)
 
 
 def psum(tree: PyTree, axis: str | None) -> PyTree:
-  """Sum over the devices of a mapped axis."""
+  """Sum over the devices of a mapped axis, if any."""
   return tree if axis is None else lax.psum(tree, axis)
 
 
 def pmax(value: Array, axis: str | None) -> Array:
-  """Maximum over the devices of a mapped axis."""
+  """Maximum over the devices of a mapped axis, if any."""
   return value if axis is None else lax.pmax(value, axis)
 
 
@@ -80,8 +78,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
   Several processes must be joined, and take all their devices; otherwise raises a ValueError.
   """
-  devices, processes = jax.devices(), jax.process_count()
-  allowed = None
+  devices, processes, allowed = jax.devices(), jax.process_count(), None
   if processes > 1 and num_devices not in (None, len(devices)):
     allowed = f'None or {len(devices)}, the devices of all {processes} processes'
   elif num_devices is not None and not 1 <= num_devices <= len(devices):
@@ -96,9 +93,8 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 def memory_limit(gigabytes: float | None = None) -> int | None:
   """Bytes of a device's memory that programs may use. None asks the device, which may not know."""
-  if gigabytes is not None:
-    return int(1e9 * gigabytes)
-  return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+  reported = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+  return reported if gigabytes is None else int(1e9 * gigabytes)
 
 
 def specs(tree: PyTree) -> PyTree:
@@ -122,8 +118,7 @@ def specs(tree: PyTree) -> PyTree:
 def place(mesh: Mesh, tree: PyTree, spec: PartitionSpec | None = None) -> PyTree:
   """Places a state on the devices of the mesh, by one `spec` or by default by `specs`.
 
-  Each of several processes passes the whole state, equal on all. Nothing is sent: a process places
-  its parts on its own devices.
+  Each of several processes passes the whole state, and places its parts; nothing is sent.
   """
 
   def place_leaf(leaf, sharding):
@@ -157,11 +152,10 @@ def each_device(
     function: Callable[..., PyTree], mesh: Mesh, arguments: tuple[PyTree, ...], results: PyTree,
     donate: tuple[int, ...] = (),
 ) -> Callable[..., PyTree]:
-  """Compiles a per-device function over a mesh.
+  """Compiles a per-device function, which takes `axis=` (None on one device), over a mesh.
 
-  The function takes `axis=` besides its arguments, which is None on a mesh of one device.
-  `arguments` has a tree of PartitionSpecs (see `specs`) for each argument, `results` is one for the
-  result. Arguments at the positions `donate` may lend their memory to the results.
+  `arguments` are trees of PartitionSpecs (see `specs`), one for each argument; `results` is one.
+  Arguments at the positions `donate` may lend their memory to the results.
   """
   if mesh.size == 1:
     return jax.jit(functools.partial(function, axis=None), donate_argnums=donate)

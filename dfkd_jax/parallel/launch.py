@@ -35,8 +35,8 @@ def initialize(
   cluster. `process_id` counts from 0. Waits at most `timeout` seconds for the others.
 
   Raises:
-    ValueError: Arguments are missing or wrong; the others do not join in time; JAX has looked for
-      devices before; or this process has joined others.
+    ValueError: Arguments are missing or wrong; the others do not join in time; or JAX has looked
+      for devices before.
   """
   settings = {
       'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
@@ -47,14 +47,13 @@ def initialize(
       return
     _check_settings(settings)
   if jax.distributed.is_initialized():
-    index, count = jax.process_index(), jax.process_count()
-    if not detect and (num_processes, process_id) != (count, index):
-      raise ValueError(
-          f'distributed has process {process_id} of {num_processes}, but this one runs as {index} '
-          f'of {count} already.')
     return
   if process_id == 0 and not detect:
-    _check_port(coordinator)
+    try:  # JAX crashes if it cannot open the coordinator's port.
+      socket.create_server(('', int(coordinator.rsplit(':', 1)[1]))).close()
+    except (OSError, OverflowError) as error:
+      raise ValueError(f'distributed.coordinator is {coordinator!r}, but its port cannot be '
+                       f'opened: {error}.') from error
     print(f'The first of {num_processes} processes waits at {coordinator} for the others, '
           f'{timeout} s at most.', file=sys.stderr)
   _join(timeout, {} if detect else {
@@ -81,15 +80,6 @@ def _check_settings(settings: dict) -> None:
   if not 0 <= index < count:
     raise ValueError(
         f'distributed.process_id is {index}, must be in 0..{count - 1}, for {count} processes.')
-
-
-def _check_port(coordinator: str) -> None:
-  """Opens the coordinator's port once, since JAX crashes if it cannot."""
-  try:
-    socket.create_server(('', int(coordinator.rsplit(':', 1)[1]))).close()
-  except (OSError, OverflowError) as error:
-    raise ValueError(f'distributed.coordinator is {coordinator!r}, but its port cannot be opened: '
-                     f'{error}.') from error
 
 
 def _join(timeout: int, settings: dict) -> None:

@@ -76,12 +76,9 @@ def raise_on_all_processes() -> Iterator[None]:
 
 def check_same_on_all(text: str, name: str) -> None:
   """Raises a ValueError on all processes if `text`, called `name`, differs between them."""
-  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-  try:
-    multihost_utils.assert_equal(digest)
-  except AssertionError as error:
-    count = jax.process_count()
-    raise ValueError(f'{name} must be the same in all {count} processes, but differs.') from error
+  digests = gather_processes(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+  if (digests != digests[0]).any():
+    raise ValueError(f'{name} must be the same in all {len(digests)} processes, but differs.')
 
 
 def check_shared_folder(directory: str) -> None:
