@@ -24,7 +24,6 @@ class Generator(nn.Module):
   width: int = 64  # Channels of the last hidden convolution; the first has twice as many.
   stem_width: int | None = None  # Channels before them (256: DataFree's "large"), or 2 * width.
   dtype: Any = None
-
   first_layers: ClassVar[tuple[str, ...]] = ('l1_0', 'conv_blocks_0')  # FastDFKD redraws them once.
 
   def __post_init__(self) -> None:
@@ -39,9 +38,8 @@ class Generator(nn.Module):
     dense = layers.dense(math.prod(shape), latents.shape[-1], dtype=self.dtype, name='l1_0')
     # Channel-major, as in published weights.
     x = dense(latents).reshape(-1, *shape).transpose(0, 2, 3, 1)
-    x = layers.BatchNorm(
-        use_running_average=not train, dtype=self.dtype, name='conv_blocks_0')(x)
-    x = _conv_block(self, x, 2 * self.width, 2, train)
+    norm = layers.BatchNorm(use_running_average=not train, dtype=self.dtype, name='conv_blocks_0')
+    x = _conv_block(self, norm(x), 2 * self.width, 2, train)
     x = _conv_block(self, x, self.width, 6, train)
     return _to_image(self, x, self.image_shape[-1], 9)
 
@@ -61,7 +59,6 @@ class SpatialGenerator(nn.Module):
   last: str = 'conv'  # As published, or 'subpixel'.
   remat: bool = False
   dtype: Any = None
-
   first_layers: ClassVar[tuple[str, ...]] = ('conv_blocks_0', 'conv_blocks_1')
 
   def __post_init__(self) -> None:

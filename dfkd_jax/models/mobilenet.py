@@ -106,14 +106,10 @@ class EfficientNetLite(nn.Module):
   remat: bool = False
   dtype: Any = None
 
-  def __post_init__(self) -> None:
-    check_choice(self.padding, PADDINGS, 'padding')
-    super().__post_init__()
-
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     conv_norm = functools.partial(layers.conv_norm, self, train=train)
-    padding = PADDINGS[self.padding]
+    padding = PADDINGS[check_choice(self.padding, PADDINGS, 'padding')]
     x = nn.relu6(conv_norm(x, 32, 3, 2, names=('conv_stem', 'bn1'), padding=padding))
     stages = [
         [functools.partial(

@@ -56,12 +56,18 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
       results, new = self.module.apply(
           {'params': self.params, 'batch_stats': self.batch_stats}, self.preprocess(images),
           mutable=mutable, **_mode(self.module, train))
+    if isinstance(results, (tuple, list, Mapping)):
+      entries = list(results if isinstance(results, Mapping) else range(len(results)))
+      if self.logits not in entries:
+        raise ValueError(
+            f'The module returns a {type(results).__name__} with entries {entries}: the option '
+            f'logits of models.bind must be one of these, not {self.logits!r}.')
+      results = results[self.logits]
     sown = new.get('intermediates', {})
     captures = layers.captures_by_path(sown)
     stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
     outputs = Outputs(
-        logits=self._select_logits(results),
-        features=sown['features'][0] if 'features' in sown else None,
+        logits=results, features=sown['features'][0] if 'features' in sown else None,
         maps=tuple(sown[stage][0] for stage in stages if stage in sown),
         moments={path: capture.moments for path, capture in captures.items()},
         pooled={path: capture.pooled for path, capture in captures.items()})
@@ -99,16 +105,6 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     """Number of trainable values."""
     return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-  def _select_logits(self, results: Any) -> Array:
-    if not isinstance(results, (tuple, list, Mapping)):
-      return results
-    entries = list(results) if isinstance(results, Mapping) else list(range(len(results)))
-    if self.logits not in entries:
-      raise ValueError(
-          f'The module returns a {type(results).__name__} with entries {entries}: the option '
-          f'logits of models.bind must be one of these, not {self.logits!r}.')
-    return results[self.logits]
-
 
 def create(
     module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any,
@@ -126,8 +122,7 @@ def bind(
 ) -> Network:
   """Makes a network from a module and its fresh or trained variables.
 
-  `variables` are {'params': ..., 'batch_stats': ...}; the latter may be missing. See `Network` for
-  the module and its preprocessing.
+  `variables` are {'params': ..., 'batch_stats': ...}; the latter may be missing. See `Network`.
   """
   if others := sorted(set(variables) - {'params', 'batch_stats', 'intermediates'}):
     raise ValueError(

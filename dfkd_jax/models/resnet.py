@@ -18,8 +18,7 @@ _DOWNSAMPLE = {'projection_name': 'downsample', 'kernel_init': layers.he_fan_out
 def shrink_and_pad(x: Array, width: int, strides: int) -> Array:
   """Keeps every `strides`-th pixel, and adds channels of zeros on both sides: option A (3.3)."""
   new = width - x.shape[-1]
-  channels = (new // 2, new - new // 2)
-  return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), channels))
+  return jnp.pad(x[:, ::strides, ::strides], ((0, 0),) * 3 + ((new // 2, new - new // 2),))
 
 
 class Block(nn.Module):
@@ -44,6 +43,8 @@ class Block(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> Array:
     conv_norm = functools.partial(
         layers.conv_norm, self, train=train, use_bias=self.use_bias, kernel_init=self.kernel_init)
+    check_choice(self.stride_in, ('3x3', '1x1'), 'stride_in')
+    check_choice(self.shortcut, ('projection', 'pad'), 'shortcut')
     plan = [(self.width, 3, self.strides), (self.width, 3, 1)]
     if self.bottleneck:
       inner = self.width // 4
@@ -95,10 +96,6 @@ class ImageNetResNet(nn.Module):
   remat: bool = False
   dtype: Any = None
 
-  def __post_init__(self) -> None:
-    check_choice(self.stride_in, ('3x3', '1x1'), 'stride_in')
-    super().__post_init__()
-
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     x = nn.relu(layers.conv_norm(
@@ -122,7 +119,6 @@ class ThinResNet(nn.Module):
   def __post_init__(self) -> None:
     if self.depth < 8 or self.depth % 6 != 2:
       raise ValueError(f'A thin ResNet has 6n + 2 layers (8, 14, 20, ...), not {self.depth}.')
-    check_choice(self.shortcut, ('projection', 'pad'), 'shortcut')
     super().__post_init__()
 
   @nn.compact

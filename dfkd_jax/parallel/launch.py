@@ -32,11 +32,8 @@ def initialize(
 
   `coordinator` is 'host:port' of the first process, reachable from all. 'auto' lets JAX detect it,
   such as on TPU pods, which set no environment variable. `num_processes=1` runs alone, even on a
-  cluster. `process_id` counts from 0. Waits at most `timeout` seconds for the others.
-
-  Raises:
-    ValueError: Arguments are missing or wrong; the others do not join in time; or JAX has looked
-      for devices before.
+  cluster. `process_id` counts from 0. Waits at most `timeout` seconds for the others. Raises a
+  ValueError if they do not join, arguments are missing or wrong, or JAX has looked for devices.
   """
   settings = {
       'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}

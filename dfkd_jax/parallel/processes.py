@@ -52,8 +52,8 @@ def gather_processes(array: np.ndarray) -> np.ndarray:
 def raise_on_all_processes() -> Iterator[None]:
   """Waits for all processes at the end of this context, and raises on all if one failed.
 
-  Otherwise, the other processes would wait for the one that failed. They raise a ValueError that
-  names it. Code within this context must not wait for other processes.
+  Otherwise, the others would wait for it. They raise a ValueError that names it. Code within this
+  context must not wait for other processes.
   """
   if jax.process_count() == 1:
     yield
@@ -86,8 +86,7 @@ def check_shared_folder(directory: str) -> None:
   if jax.process_count() == 1:
     return
   # A new name, since a file system may remember that an earlier one was missing.
-  name = gather_processes(np.int64(secrets.randbits(60)))[0]
-  path = os.path.join(directory, f'.shared-{name}')
+  path = os.path.join(directory, f'.shared-{gather_processes(np.int64(secrets.randbits(60)))[0]}')
   with raise_on_all_processes():
     if is_first():
       open(path, 'x').close()

@@ -193,7 +193,7 @@ def test_only_what_goes_into_blocks_is_kept(module, shape):
      "Unknown padding 'valid'. Known: same, torch.")])
 def test_networks_refuse_what_they_cannot_be(name, options, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    models.create(name, 10, **options)
+    shapes_of(models.create(name, 10, **options))
 
 
 def test_spatial_generator_knows_its_latents():

@@ -361,6 +361,6 @@ def test_modules_refuse_what_they_cannot_be():
   with pytest.raises(ValueError, match=r'6n \+ 2 layers \(8, 14, 20, ...\), not 18'):
     models.ThinResNet(10, depth=18)
   with pytest.raises(ValueError, match=r"Unknown shortcut 'identity'\. Known: projection, pad"):
-    models.create('resnet20', 10, shortcut='identity')
+    shapes_of(models.create('resnet20', 10, shortcut='identity'))
   with pytest.raises(ValueError, match=r'2 widths \(4, 5\) need as many strides, not \(1,\)'):
     models.ConvNet(10, widths=(4, 5), strides=(1,))
