@@ -18,13 +18,13 @@ import contextlib
 import functools
 import itertools
 import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from dfkd_jax import augment, distill, models, synth, tasks
-from dfkd_jax.models import cpu_convolution
 from dfkd_jax.types import PyTree
 
 SHAPE, CLASSES, LATENT = (224, 224, 3), 1000, 256
@@ -75,10 +75,11 @@ def programs(pair: str, batch_size: int, dtype, remat: bool, num_steps: int) -> 
 
 def compile_program(
     function, shapes: PyTree, donated: tuple[int, ...], sharding: jax.sharding.Sharding,
-    traced_for: str | None
+    stock: bool
 ):
-  """Compiles a function for a device."""
-  with cpu_convolution.traced_for(traced_for) if traced_for else contextlib.nullcontext():
+  """Compiles a function for a device, with JAX's stock convolutions or with the library's."""
+  patch = mock.patch.object(jax, 'default_backend', return_value='tpu')
+  with patch if stock else contextlib.nullcontext():
     jitted = jax.jit(
         function, in_shardings=sharding, out_shardings=sharding, donate_argnums=donated)
     return jitted.lower(*shapes).compile()
@@ -106,7 +107,6 @@ def main() -> None:
   parser.add_argument('--topology', default='v5p:2x2x1', help='TPUs; compiles for the first')
   options = parser.parse_args()
   sharding = place(options.platform, options.topology)
-  traced_for = {'tpu': 'tpu', 'cpu': None, 'stock': 'other'}[options.platform]
   print(f'{options.pair}, {options.platform}, GB:\n\n'
         f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
   settings = itertools.product(options.batch_size, options.dtype, options.remat)
@@ -115,7 +115,7 @@ def main() -> None:
         options.pair, batch_size, jnp.dtype(dtype), bool(remat), options.num_steps)
     for name, (function, shapes, donated) in functions.items():
       try:
-        program = compile_program(function, shapes, donated, sharding, traced_for)
+        program = compile_program(function, shapes, donated, sharding, options.platform != 'cpu')
         cells = row(program, batch_size)
       except jax.errors.JaxRuntimeError as error:  # Out of memory.
         cells = [str(error).splitlines()[0]]

@@ -1,6 +1,8 @@
 """Networks by name, and generators.
 
-These attributes mean the same in all networks and blocks:
+A classifier maps normalized images [B, H, W, C] to logits [B, num_classes], at least float32. A
+block maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]. These attributes mean
+the same in all of them:
 
   num_classes: Number of logits.
   dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
@@ -16,56 +18,43 @@ from typing import Any
 from flax import linen as nn
 
 from dfkd_jax.messages import nearest
-from dfkd_jax.models.convnet import ConvNet
 from dfkd_jax.models.generator import Generator, SpatialGenerator
 from dfkd_jax.models.mobilenet import EfficientNetLite, MobileNetV2
 from dfkd_jax.models.network import Network, bind
 from dfkd_jax.models.network import create as create_network
-from dfkd_jax.models.resnet import ImageNetResNet, ResNet, ThinResNet
-from dfkd_jax.models.vgg import VGG, ImageNetVGG
-from dfkd_jax.models.wide_resnet import WideResNet
+from dfkd_jax.models.resnet import ImageNetResNet, ResNet, ThinResNet, WideResNet
+from dfkd_jax.models.vgg import VGG, ConvNet, ImageNetVGG
 
-__all__ = [
-    'ConvNet', 'EfficientNetLite', 'Generator', 'ImageNetResNet', 'ImageNetVGG', 'MobileNetV2',
-    'Network', 'ResNet', 'SpatialGenerator', 'ThinResNet', 'VGG', 'WideResNet',
-    'bind', 'create', 'create_network', 'names',
-]
-_WIDE_RESNET = re.compile(r'wrn(\d+)_(\d+)')
 _DEEP = (3, 4, 6, 3)  # Stage sizes of ResNet-34 and -50.
 
 
-def _vgg_groups(*repeats: int) -> tuple[tuple[int, ...], ...]:
-  """Widths of each group of VGG, by its number of convolutions."""
+def _vgg(model: type[nn.Module], *repeats: int) -> Callable[..., nn.Module]:
+  """Makes VGGs with so many convolutions in each group."""
   widths = (64, 128, 256, 512, 512)
-  return tuple((width,) * times for width, times in zip(widths, repeats, strict=True))
+  groups = tuple((width,) * times for width, times in zip(widths, repeats, strict=True))
+  return functools.partial(model, groups=groups)
 
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    'convnet': ConvNet,
+    'convnet': ConvNet, 'mobilenetv2_imagenet': MobileNetV2,
     'efficientnet_lite0': EfficientNetLite,
     'efficientnet_lite1': functools.partial(EfficientNetLite, depth=1.1),
     'efficientnet_lite2': functools.partial(EfficientNetLite, width=1.1, depth=1.2),
-    'mobilenetv2_imagenet': MobileNetV2,
     'resnet18_imagenet': ImageNetResNet,
     'resnet34_imagenet': functools.partial(ImageNetResNet, stage_sizes=_DEEP),
     'resnet50_imagenet': functools.partial(ImageNetResNet, stage_sizes=_DEEP, bottleneck=True),
     'resnet50_keras': functools.partial(
         ImageNetResNet, stage_sizes=_DEEP, bottleneck=True, stride_in='1x1', conv_bias=True,
         epsilon=1.001e-5),
-    'resnet18': ResNet,
-    'resnet34': functools.partial(ResNet, stage_sizes=_DEEP),
+    'resnet18': ResNet, 'resnet34': functools.partial(ResNet, stage_sizes=_DEEP),
     'resnet50': functools.partial(ResNet, stage_sizes=_DEEP, bottleneck=True),
     **{f'resnet{depth}': functools.partial(ThinResNet, depth=depth)
        for depth in (8, 20, 32, 56, 110)},
     **{f'resnet{depth}x4': functools.partial(ThinResNet, depth=depth, widths=(32, 64, 128, 256))
        for depth in (8, 32)},
-    'vgg8': functools.partial(VGG, groups=_vgg_groups(1, 1, 1, 1, 1)),
-    'vgg11': functools.partial(VGG, groups=_vgg_groups(1, 1, 2, 2, 2)),
-    'vgg13': functools.partial(VGG, groups=_vgg_groups(2, 2, 2, 2, 2)),
-    'vgg11_bn': ImageNetVGG,
-    'vgg13_bn': functools.partial(ImageNetVGG, groups=_vgg_groups(2, 2, 2, 2, 2)),
-    'vgg16_bn': functools.partial(ImageNetVGG, groups=_vgg_groups(2, 2, 3, 3, 3)),
-    'vgg19_bn': functools.partial(ImageNetVGG, groups=_vgg_groups(2, 2, 4, 4, 4)),
+    'vgg8': _vgg(VGG, 1, 1, 1, 1, 1), 'vgg11': VGG, 'vgg13': _vgg(VGG, 2, 2, 2, 2, 2),
+    'vgg11_bn': ImageNetVGG, 'vgg13_bn': _vgg(ImageNetVGG, 2, 2, 2, 2, 2),
+    'vgg16_bn': _vgg(ImageNetVGG, 2, 2, 3, 3, 3), 'vgg19_bn': _vgg(ImageNetVGG, 2, 2, 4, 4, 4),
     **{f'wrn{depth}_{widen}': functools.partial(WideResNet, depth=depth, widen=widen)
        for depth in (16, 40) for widen in (1, 2)},
 }
@@ -77,20 +66,14 @@ def names() -> tuple[str, ...]:
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
-  """Makes a classifier by name, without variables.
+  """Makes the classifier called `name`, one of `names()` or `wrn<depth>_<widen>`; no variables.
 
-  Args:
-    name: One of `names()`, or `wrn<depth>_<widen>`.
-    num_classes: Number of logits.
-    **options: Further attributes of the module, such as `dtype=jnp.bfloat16`, or `shortcut='pad'`
-      of the thin ResNets.
-
-  Raises:
-    ValueError: There is no such model, or it cannot have that depth.
+  `options` are further attributes of the module, such as `dtype=jnp.bfloat16`, or `shortcut='pad'`
+  of the thin ResNets. A ValueError says that there is no such model, or none of that depth.
   """
   if name in _MODELS:
     return _MODELS[name](num_classes=num_classes, **options)
-  if match := _WIDE_RESNET.fullmatch(name):
+  if match := re.fullmatch(r'wrn(\d+)_(\d+)', name):
     return WideResNet(num_classes, *map(int, match.groups()), **options)
   raise ValueError(
       f'Unknown model {name!r}.{nearest(name, names())} Known: {", ".join(names())} and '

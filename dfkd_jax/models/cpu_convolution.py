@@ -7,10 +7,7 @@ gradients as ordinary convolutions or as matrix products. Other backends get the
 they match to their own kernels. benchmarks/convolution.py measures the ratios.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,39 +20,22 @@ _NHWC = ('NHWC', 'HWIO', 'NHWC')
 _FEW = 4  # Up to so many channels, a matrix product over the taps beats a convolution.
 _ONES = (1, 1)
 _NO_PADDING = ((0, 0), (0, 0))
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
-
-
-@contextlib.contextmanager
-def traced_for(platform: str) -> Iterator[None]:
-  """Within this context, programs are traced for another platform ('cpu', 'tpu', ...)."""
-  token = _platform.set(platform)
-  try:
-    yield
-  finally:
-    _platform.reset(token)
-
-
-def _is_for_cpu() -> bool:
-  return (_platform.get() or jax.default_backend()) == 'cpu'
 
 
 def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwargs: Any) -> Array:
-  """Computes `lax.conv_general_dilated`, on CPU by a faster algorithm.
+  """Computes `lax.conv_general_dilated`, on CPU by a faster algorithm, for `nn.Conv`.
 
-  Pass it to `nn.Conv(conv_general_dilated=...)`; it takes the arguments of
-  `lax.conv_general_dilated`. These take the stock form everywhere: grouped convolutions other
-  than depthwise ones (one group and one output per channel, no dilation), batch-grouped ones, and
-  layouts other than NHWC, HWIO.
+  These take the stock form everywhere: grouped convolutions other than depthwise ones (one group
+  and one output per channel, no dilation), batch-grouped ones, and layouts other than NHWC, HWIO.
   """
   stock = functools.partial(lax.conv_general_dilated, lhs, rhs, window_strides, padding, **kwargs)
-  if not _is_for_cpu() or lhs.ndim != 4:
+  if jax.default_backend() != 'cpu' or lhs.ndim != 4:
     return stock()
-  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.pop('dimension_numbers', None))
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, kwargs.get('dimension_numbers'))
   canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
-  groups = kwargs.pop('feature_group_count', 1), kwargs.pop('batch_group_count', 1)
-  lhs_dilation = tuple(kwargs.pop('lhs_dilation', None) or _ONES)
-  rhs_dilation = tuple(kwargs.pop('rhs_dilation', None) or _ONES)
+  groups = kwargs.get('feature_group_count', 1), kwargs.get('batch_group_count', 1)
+  lhs_dilation = tuple(kwargs.get('lhs_dilation') or _ONES)
+  rhs_dilation = tuple(kwargs.get('rhs_dilation') or _ONES)
   is_plain = lhs_dilation == rhs_dilation == _ONES
   is_depthwise = is_plain and groups == (lhs.shape[3], 1) and rhs.shape[2:] == (1, lhs.shape[3])
   if numbers != canonical or not (groups == _ONES or is_depthwise):
@@ -65,25 +45,17 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides, padding, **kwar
     dilated = [(k - 1) * d + 1 for k, d in zip(rhs.shape[:2], rhs_dilation, strict=True)]
     padding = lax.padtype_to_pads(lhs.shape[1:3], dilated, strides, padding)
   padding = tuple((int(low), int(high)) for low, high in padding)
-  precision = kwargs.pop('precision', None)
-  preferred = kwargs.pop('preferred_element_type', None)
+  precision, preferred = kwargs.get('precision'), kwargs.get('preferred_element_type')
   if is_depthwise:
     out = _depthwise(lhs, rhs, strides, padding)
-  elif is_plain and min(rhs.shape[2:]) <= _FEW and min(*padding[0], *padding[1]) >= 0:
-    by_taps = _few_inputs if rhs.shape[2] <= _FEW else _few_outputs
-    out = by_taps(lhs, rhs, strides, padding, precision)
-  else:
+  elif not is_plain or min(rhs.shape[2:]) > _FEW or min(*padding[0], *padding[1]) < 0:
     out = _canonical(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision)
+  elif rhs.shape[2] <= _FEW:
+    columns = jnp.concatenate(_shifted(lhs, rhs.shape, strides, padding), axis=-1)
+    out = _matmul(columns, rhs.reshape(-1, rhs.shape[3]), precision)
+  else:
+    out = _few_outputs(lhs, rhs, strides, padding, precision)
   return out if preferred is None else out.astype(preferred)
-
-
-def _windows(maps: Array, kernel_shape, strides, padding) -> list[tuple[slice, ...]]:
-  """Slices of padded maps [B, H, W, ...] that each tap of a kernel falls on, in tap order."""
-  spans = [
-      maps.shape[axis + 1] + sum(padding[axis]) - kernel_shape[axis] + 1 for axis in range(2)]
-  return [
-      (slice(None), slice(i, i + spans[0], strides[0]), slice(j, j + spans[1], strides[1]))
-      for i in range(kernel_shape[0]) for j in range(kernel_shape[1])]
 
 
 def _pad(maps: Array, padding, dilation=_ONES) -> Array:
@@ -92,25 +64,27 @@ def _pad(maps: Array, padding, dilation=_ONES) -> Array:
   return lax.pad(maps, jnp.zeros((), maps.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
 
 
+def _windows(padded: Array, kernel_shape, strides) -> list[tuple[slice, ...]]:
+  """Slices of padded maps [B, H, W, ...] that each tap of a kernel sees, in tap order."""
+  height, width = (padded.shape[axis + 1] - kernel_shape[axis] + 1 for axis in range(2))
+  return [
+      (slice(None), slice(i, i + height, strides[0]), slice(j, j + width, strides[1]))
+      for i in range(kernel_shape[0]) for j in range(kernel_shape[1])]
+
+
 def _shifted(maps: Array, kernel_shape, strides, padding) -> list[Array]:
   """Maps [B, h, w, C] that each tap of a kernel sees, in tap order."""
   padded = _pad(maps, padding)
-  return [padded[window] for window in _windows(maps, kernel_shape, strides, padding)]
-
-
-def _few_inputs(lhs, rhs, strides, padding, precision):
-  """Multiplies the concatenated windows by the kernel as a matrix."""
-  columns = jnp.concatenate(_shifted(lhs, rhs.shape, strides, padding), axis=-1)
-  return _matmul(columns, rhs.reshape(-1, rhs.shape[-1]), precision)
+  return [padded[window] for window in _windows(padded, kernel_shape, strides)]
 
 
 def _few_outputs(lhs, rhs, strides, padding, precision):
   """Multiplies each pixel by all taps of the kernel, then sums over the positions of the taps."""
-  taps, outputs = rhs.shape[0] * rhs.shape[1], rhs.shape[-1]
+  taps, outputs = rhs.shape[0] * rhs.shape[1], rhs.shape[3]
   matrix = rhs.reshape(taps, *rhs.shape[2:]).swapaxes(0, 1).reshape(rhs.shape[2], -1)
   products = _matmul(lhs, matrix, precision).reshape(*lhs.shape[:3], taps, outputs)
   padded = jnp.pad(products, ((0, 0), *padding, (0, 0), (0, 0)))
-  windows = _windows(lhs, rhs.shape, strides, padding)
+  windows = _windows(padded, rhs.shape, strides)
   return sum(padded[(*window, tap)] for tap, window in enumerate(windows))
 
 
@@ -127,10 +101,6 @@ def _depthwise(lhs, rhs, strides, padding):
   return sum(maps * tap for maps, tap in zip(shifted, rhs.reshape(-1, rhs.shape[3]), strict=True))
 
 
-def _depthwise_fwd(lhs, rhs, strides, padding):
-  return _depthwise(lhs, rhs, strides, padding), (lhs, rhs)
-
-
 def _depthwise_bwd(strides, padding, saved, cotangent):
   lhs, rhs = saved
   edges = tuple(
@@ -143,7 +113,8 @@ def _depthwise_bwd(strides, padding, saved, cotangent):
   return lhs_grad, jnp.stack(taps).reshape(rhs.shape)
 
 
-_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
+_depthwise.defvjp(
+    lambda lhs, rhs, *static: (_depthwise(lhs, rhs, *static), (lhs, rhs)), _depthwise_bwd)
 
 
 def _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
@@ -152,13 +123,7 @@ def _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
       dimension_numbers=_NHWC, precision=precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _canonical(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision):
-  return _plain(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, precision)
-
-
-def _canonical_fwd(lhs, rhs, *static):
-  return _canonical(lhs, rhs, *static), (lhs, rhs)
+_canonical = jax.custom_vjp(_plain, nondiff_argnums=(2, 3, 4, 5, 6))
 
 
 def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, saved, cotangent):
@@ -196,45 +161,37 @@ def _rhs_grad(lhs, shape, cotangent, strides, padding, precision):
   return jnp.stack([matmul(maps.reshape(-1, shape[2]).T, flat) for maps in shifted]).reshape(shape)
 
 
-_canonical.defvjp(_canonical_fwd, _canonical_bwd)
+_canonical.defvjp(
+    lambda lhs, rhs, *static: (_canonical(lhs, rhs, *static), (lhs, rhs)), _canonical_bwd)
 
 
 def upsampled_conv(inputs: Array, kernel: Array) -> Array:
-  """A 3x3 convolution (padding 1) after nearest upsampling by two, without the upsampling.
+  """Convolves maps [B, H, W, I], upsampled by two, with [3, 3, I, O] to [B, 2H, 2W, O].
 
-  Each of the four pixels that stem from one pixel sees a 2x2 neighbourhood of the small maps, and
-  taps on the same pixel add up. This takes 4 products instead of 9, in one convolution with four
-  times the outputs. The sums are the same, in another order.
-
-  Args:
-    inputs: [B, H, W, I].
-    kernel: [3, 3, I, O].
-
-  Returns:
-    [B, 2H, 2W, O].
+  Upsamples to the nearest pixel, and pads by one, without computing the upsampled maps. Each of
+  the four pixels that stem from one pixel sees a 2x2 neighbourhood of the small maps, and taps on
+  the same pixel add up. This takes 4 products instead of 9, in one convolution with four times the
+  outputs. The sums are the same, in another order.
   """
-  batch, height, width, _ = inputs.shape
-  outputs = kernel.shape[-1]
+
+  def fold(taps):  # [3, ...] into [2, ...], for the even and the odd one of two upsampled pixels.
+    even = jnp.stack([taps[0], taps[1] + taps[2]])
+    return even, jnp.stack([taps[0] + taps[1], taps[2]])
+
+  (batch, height, width, _), outputs = inputs.shape, kernel.shape[-1]
   kernels = [
-      columns.swapaxes(0, 1) for rows in _fold(kernel) for columns in _fold(rows.swapaxes(0, 1))]
+      columns.swapaxes(0, 1) for rows in fold(kernel) for columns in fold(rows.swapaxes(0, 1))]
   # Taps add up in the kernel's own dtype, which may be wider.
   folded = jnp.concatenate(kernels, axis=-1).astype(inputs.dtype)
-  conv = _canonical if _is_for_cpu() else _plain
+  conv = _canonical if jax.default_backend() == 'cpu' else _plain
   padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)))
   maps = conv(padded, folded, _ONES, _NO_PADDING, _ONES, _ONES, None)
 
-  def pixel(p: int, q: int) -> Array:
+  def pixel(p, q):
     first = (2 * p + q) * outputs
     return maps[:, p:p + height, q:q + width, first:first + outputs]
 
   # Two pixels side by side are neighbours in memory: no transpose is needed.
-  rows = [
-      jnp.concatenate([pixel(p, 0), pixel(p, 1)], -1).reshape(batch, height, 1, -1)
-      for p in range(2)]
+  rows = [jnp.concatenate([pixel(p, 0), pixel(p, 1)], -1).reshape(batch, height, 1, -1)
+          for p in range(2)]
   return jnp.concatenate(rows, axis=2).reshape(batch, 2 * height, 2 * width, outputs)
-
-
-def _fold(kernel: Array) -> tuple[Array, Array]:
-  """Folds taps [3, ...] into [2, ...], for the even and the odd one of two upsampled pixels."""
-  even = jnp.stack([kernel[0], kernel[1] + kernel[2]])
-  return even, jnp.stack([kernel[0] + kernel[1], kernel[2]])

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +21,11 @@ _CAPTURE = 'batch_norm_input'  # No submodule may have this name: `sow` shares t
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 BatchNorm = functools.partial(nn.BatchNorm, momentum=0.9, epsilon=1e-5, use_fast_variance=False)
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # PyTorch's default.
+normal_inits = {'kernel_init': nn.initializers.normal(0.01), 'bias_init': nn.initializers.zeros}
 he_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')  # arXiv:1502.01852, eq. 14.
 
 
-class _Capture(NamedTuple):
+class Capture(NamedTuple):
   """The input of one batch norm. nn.scan and nn.vmap stack their layers along further axes."""
 
   moments: Moments  # [C]
@@ -33,34 +34,41 @@ class _Capture(NamedTuple):
 
 
 class UpsampledConv(nn.Module):
-  """Equals `Conv(features, (3, 3), padding=1, use_bias=False)` after nearest upsampling by two.
-
-  Attributes:
-    features: Number of output channels O.
-    kernel_init: Initializer of the kernel [3, 3, I, O].
-    dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
-  """
+  """Equals `Conv(features, (3, 3), padding=1, use_bias=False)` after nearest upsampling by two."""
 
   features: int
-  kernel_init: nn.initializers.Initializer = uniform_fan_in
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    """Maps [B, H, W, I] to [B, 2H, 2W, O]."""
-    kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
+    kernel = self.param('kernel', uniform_fan_in, (3, 3, x.shape[-1], self.features))
     dtype = nn.dtypes.canonicalize_dtype(x, kernel, dtype=self.dtype)
     return upsampled_conv(x.astype(dtype), kernel)
+
+
+def conv_norm(
+    module: nn.Module, x: Array, width: int, size: int, strides: int = 1, *, train: bool,
+    names: tuple[str, str], use_bias: bool = False, padding: str | None = None,
+    kernel_init: nn.initializers.Initializer = he_fan_out, **options: Any,
+) -> Array:
+  """Applies a convolution and its batch norm to maps: [B, H, W, I] to [B, H', W', width].
+
+  Both are submodules of `module`, called `names`, with its dtype, epsilon and momentum. The padding
+  is `size // 2` by default. Further options are passed to `nn.Conv`.
+  """
+  conv = Conv(
+      width, (size, size), strides, size // 2 if padding is None else padding, use_bias=use_bias,
+      kernel_init=kernel_init, dtype=module.dtype, name=names[0], **options)
+  norm = BatchNorm(
+      use_running_average=not train, epsilon=getattr(module, 'epsilon', 1e-5),
+      momentum=getattr(module, 'momentum', 0.9), dtype=module.dtype, name=names[1])
+  return norm(conv(x))
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
   """PyTorch's initializer of biases: uniform within 1 / sqrt(fan_in) of 0."""
   bound = 1 / math.sqrt(fan_in)
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
@@ -69,56 +77,33 @@ def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
   return nn.Dense(features, **inits | kwargs)
 
 
-def conv_norm(
-    train: bool, dtype: Any = None, *, epsilon: float = 1e-5, momentum: float = 0.9,
-    use_bias: bool = False, kernel_init: nn.initializers.Initializer = he_fan_out,
-) -> Callable[..., Array]:
-  """Returns a function that applies a convolution and its batch norm.
+def classify(module: nn.Module, x: Array, name: str, **inits: Any) -> Array:
+  """Averages maps [B, h, w, D] over pixels to `features` [B, D], and applies a dense layer."""
+  x = at_least_float32(x).mean((1, 2))
+  module.sow('intermediates', 'features', x)
+  return dense(module.num_classes, x.shape[-1], name=name, **inits)(x)
 
-  The function is (x [B, H, W, I], width, size, strides=1, *, names, ...) -> [B, H', W', width].
-  `names` are the names of the two submodules. Further options are passed to `nn.Conv`. The
-  padding is `size // 2` by default.
+
+def apply_block(module: nn.Module, run: Callable[[Array], Array], x: Array) -> Array:
+  """Returns `run(x)`. If `module.remat`, the backward pass recomputes it and keeps only x.
+
+  Submodules that `run` creates in `module`, and values that it sows, are the same either way.
   """
+  return nn.remat(lambda _, x: run(x))(module, x) if getattr(module, 'remat', False) else run(x)
 
-  def apply(x, width, size, strides=1, *, names, **options):
-    conv = Conv(
-        width, (size, size), strides, use_bias=use_bias, kernel_init=kernel_init, dtype=dtype,
-        name=names[0], **{'padding': size // 2} | options)
-    norm = BatchNorm(
-        use_running_average=not train, epsilon=epsilon, momentum=momentum, dtype=dtype,
-        name=names[1])
-    return norm(conv(x))
 
-  return apply
+def apply_stages(module: nn.Module, stages: Iterable, x: Array, train: bool) -> Array:
+  """Calls the functions of each stage to make blocks, applies these and sows maps `stage_<i>`."""
+  for i, blocks in enumerate(stages, 1):
+    for make_block in blocks:
+      x = apply_block(module, lambda x, make_block=make_block: make_block()(x, train), x)
+    module.sow('intermediates', f'stage_{i}', x)
+  return x
 
 
 def at_least_float32(x: Array) -> Array:
   """Casts to float32, unless the dtype is at least as precise."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def pool_features(module: nn.Module, x: Array) -> Array:
-  """Averages maps [B, h, w, D] over their pixels to [B, D]. `module` sows these as `features`."""
-  x = at_least_float32(x).mean((1, 2))
-  module.sow('intermediates', 'features', x)
-  return x
-
-
-def remat_if(module: nn.Module, run: Callable[[Array], Array], x: Array, remat: bool) -> Array:
-  """Returns `run(x)`. With `remat`, the backward pass recomputes it and keeps only x.
-
-  Args:
-    module: The calling module. Submodules that `run` creates have the same paths either way.
-    run: Function from maps to maps. Sown values are the same either way.
-    x: Maps.
-    remat: Whether to trade time for memory.
-  """
-  return nn.remat(lambda _, x: run(x))(module, x) if remat else run(x)
-
-
-def apply_block(make_block: Callable[[], nn.Module], train: bool, x: Array) -> Array:
-  """Makes a block and applies it, both within `remat_if`."""
-  return make_block()(x, train)
 
 
 @contextlib.contextmanager
@@ -127,12 +112,9 @@ def capture_moments(axis: str | None = None) -> Iterator[None]:
 
   This is a method interceptor, so a user's own Linen module works unmodified. The moments are
   sown into `intermediates` as [C] vectors of at least float32; no activation is kept. The means
-  over the pixels of each image, [B, C], are sown too. They are free where a compiled program
-  does not use them.
-
-  Args:
-    axis: Name of a mapped axis of devices that share one batch. Moments are averaged over it, and
-      batch norms in training normalize by these averages.
+  over the pixels of each image, [B, C], are sown too; programs that do not use them drop them.
+  Devices along the mapped `axis` share one batch: moments are averaged over them, and batch norms
+  in training normalize by these averages.
   """
 
   def intercept(next_fun, args, kwargs, context):
@@ -143,7 +125,7 @@ def capture_moments(axis: str | None = None) -> Iterator[None]:
       inputs = jnp.moveaxis(args[0] if args else kwargs['x'], norm.axis, -1)
       moments = moments_of(inputs, axis, norm.get_variable('batch_stats', 'mean'))
       pooled = at_least_float32(inputs).mean(tuple(range(1, inputs.ndim - 1)))
-      norm.sow('intermediates', _CAPTURE, _Capture(moments, pooled, jnp.zeros(0)))
+      norm.sow('intermediates', _CAPTURE, Capture(moments, pooled, jnp.zeros(0)))
     if axis is None or norm.axis_name is not None:
       return next_fun(*args, **kwargs)
     object.__setattr__(norm, 'axis_name', axis)  # The instance lives as long as this `apply`.
@@ -153,9 +135,7 @@ def capture_moments(axis: str | None = None) -> Iterator[None]:
     yield
 
 
-def _normalize_over_devices(
-    next_fun: Callable[..., Array], norm: nn.BatchNorm, x: Array, *args: Any, **kwargs: Any
-) -> Array:
+def _normalize_over_devices(next_fun, norm, x, *args, **kwargs):
   """Applies a batch norm that, in training, waits for other devices once each way, not twice.
 
   Mean and mean square are sent together, of the inputs minus the running mean. This does not
@@ -178,16 +158,11 @@ def _normalize_over_devices(
 
 
 def moments_of(inputs: Array, axis: str | None = None, shift: Array | None = None) -> Moments:
-  """Mean and biased variance over all but the last axis, at least in float32.
+  """Mean and biased variance [C] of inputs [..., C] on all devices of `axis`, at least float32.
 
-  With a shift s [C], one pass gives both and keeps no activation alive:
-  var = E[(x - s)^2] - E[x - s]^2. This does not cancel while s is nearer to the mean than a few
-  hundred standard deviations.
-
-  Args:
-    inputs: [..., C].
-    axis: Mapped axis of devices that share the batch, if any.
-    shift: Estimate of the mean, such as the running mean. None computes the mean in its own pass.
+  With an estimate s [C] of the mean as `shift`, such as the running mean, one pass gives both and
+  keeps no activation alive: var = E[(x - s)^2] - E[x - s]^2. This does not cancel while s is nearer
+  to the mean than a few hundred standard deviations. None computes the mean in its own pass.
   """
   inputs = at_least_float32(inputs)
   axes = tuple(range(inputs.ndim - 1))
@@ -198,44 +173,33 @@ def moments_of(inputs: Array, axis: str | None = None, shift: Array | None = Non
   return Moments(mean + shift, jnp.maximum(square - jnp.square(mean), 0))
 
 
-def moments_by_path(intermediates: PyTree) -> dict[str, Moments]:
-  """Moments that `capture_moments` sowed, by path of the batch norm, such as 'block1/bn2'.
+def captures_by_path(intermediates: PyTree) -> dict[str, Capture]:
+  """Inputs that `capture_moments` sowed, by path of the batch norm, such as 'block1/bn2'.
 
   Layers that nn.scan or nn.vmap stacks along their first axis are told apart by a number:
   'blocks/bn/0', 'blocks/bn/1'. The second call of one batch norm is 'bn/call 2'.
   """
-  return {path: capture.moments for path, capture in _captures(intermediates).items()}
-
-
-def pooled_by_path(intermediates: PyTree) -> dict[str, Array]:
-  """Means over pixels [B, C] that `capture_moments` sowed, by the paths of `moments_by_path`."""
-  return {path: capture.pooled for path, capture in _captures(intermediates).items()}
-
-
-def running_by_path(batch_stats: PyTree) -> dict[str, Moments]:
-  """Running moments of all normalizations, by the paths of `moments_by_path`.
-
-  A normalization is any module with names in `batch_stats` that contain 'mean' and 'var'.
-  """
-  norms = defaultdict(dict)
-  for (*path, name), value in traverse_util.flatten_dict(dict(batch_stats)).items():
-    for moment in Moments._fields:
-      if moment in name:
-        norms[tuple(path)][moment] = value
-  layers = {}
-  for path, moments in norms.items():
-    if len(moments) == 2:
-      layers |= _unstack(path, Moments(**moments), moments['mean'].shape[:-1])
-  return dict(sorted(layers.items()))
-
-
-def _captures(intermediates: PyTree) -> dict[str, _Capture]:
   layers = {}
   for (*path, name), calls in traverse_util.flatten_dict(dict(intermediates)).items():
     for number, capture in enumerate(calls if name == _CAPTURE else (), 1):
       parts = path if number == 1 else [*path, f'call {number}']
       *stacked, size = capture.marker.shape  # The size is 0 unless layers are stacked behind it.
       layers |= _unstack(parts, capture, () if size else stacked)
+  return dict(sorted(layers.items()))
+
+
+def running_by_path(batch_stats: PyTree) -> dict[str, Moments]:
+  """Running moments of all normalizations, by the paths of `captures_by_path`.
+
+  A normalization is any module with names in `batch_stats` that contain 'mean' and 'var'.
+  """
+  norms = defaultdict(dict)
+  for (*path, name), value in traverse_util.flatten_dict(dict(batch_stats)).items():
+    norms[tuple(path)] |= {moment: value for moment in Moments._fields if moment in name}
+  layers = {}
+  for path, moments in norms.items():
+    if len(moments) == 2:
+      layers |= _unstack(path, Moments(**moments), moments['mean'].shape[:-1])
   return dict(sorted(layers.items()))
 
 

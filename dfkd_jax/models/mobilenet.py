@@ -1,11 +1,13 @@
 """MobileNetV2 (Sandler et al., arXiv:1801.04381) and EfficientNet-Lite (arXiv:1905.11946)."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
 from flax import linen as nn
 
+from dfkd_jax.messages import check_choice
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
@@ -25,7 +27,7 @@ _NAMES = {  # Convolution and batch norm of each step, with and without an expan
         (('conv_pw', 'bn1'), ('conv_dw', 'bn2'), ('conv_pwl', 'bn3')),
         (('conv_dw', 'bn1'), ('conv_pw', 'bn2'))),
 }
-PADDINGS = ('same', 'torch')
+PADDINGS = {'same': 'SAME', 'torch': None}  # Of a convolution; None pads both sides alike.
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:
@@ -35,129 +37,87 @@ def round_channels(channels: float, divisor: int = 8) -> int:
 
 
 class InvertedResidual(nn.Module):
-  """Expansion (1x1), depthwise convolution and projection (1x1), each with a batch norm.
-
-  Attributes:
-    width: Output channels.
-    strides: Strides of the depthwise convolution.
-    expansion: Inner channels per input channel; 1 leaves the first convolution out.
-    size: Size of the depthwise kernel.
-    padding: 'same' or 'torch', see `EfficientNetLite`.
-    names: Library that names the submodules, 'torchvision' or 'timm'.
-  """
+  """Expansion (1x1), depthwise convolution and projection (1x1), each with a batch norm."""
 
   width: int
   strides: int = 1
-  expansion: int = 6
-  size: int = 3
-  padding: str = 'torch'
-  names: str = 'torchvision'
+  expansion: int = 6  # Inner channels per input channel; 1 leaves the first convolution out.
+  size: int = 3  # Of the depthwise kernel, which has the strides.
+  padding: str = 'torch'  # One of `PADDINGS`.
+  names: str = 'torchvision'  # Library that names the submodules.
   epsilon: float = 1e-5
   momentum: float = 0.9
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]."""
-    conv_norm = layers.conv_norm(
-        train, self.dtype, epsilon=self.epsilon, momentum=self.momentum)
+    conv_norm = functools.partial(layers.conv_norm, self, train=train)
     inner, y = self.expansion * x.shape[-1], x
     *expand, depthwise, project = _NAMES[self.names][self.expansion == 1]
     for names in expand:
       y = nn.relu6(conv_norm(y, inner, 1, names=names))
     y = nn.relu6(conv_norm(
         y, inner, self.size, self.strides, names=depthwise, feature_group_count=inner,
-        **_padding(self.padding)))
+        padding=PADDINGS[self.padding]))
     y = conv_norm(y, self.width, 1, names=project)
     return x + y if self.strides == 1 and x.shape[-1] == self.width else y
 
 
 class MobileNetV2(nn.Module):
-  """MobileNetV2 under torchvision's names, without the dropout before the last layer.
-
-  Attributes:
-    width: Factor of all channels; the last convolution keeps at least 1280.
-  """
+  """MobileNetV2 under torchvision's names, without the dropout before the last layer."""
 
   num_classes: int
-  width: float = 1.0
+  width: float = 1.0  # Factor of all channels; the last convolution keeps at least 1280.
   epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
-    conv_norm = layers.conv_norm(train, self.dtype, epsilon=self.epsilon)
+    conv_norm = functools.partial(layers.conv_norm, self, train=train)
     stem = round_channels(32 * self.width)
     x = nn.relu6(conv_norm(x, stem, 3, 2, names=('features_0_0', 'features_0_1')))
-    index = 1
-    for stage, (expansion, channels, size, strides) in enumerate(_MOBILENET, 1):
-      for j in range(size):
-        block = functools.partial(
-            InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
-            expansion, epsilon=self.epsilon, dtype=self.dtype, name=f'features_{index}')
-        run = functools.partial(layers.apply_block, block, train)
-        x = layers.remat_if(self, run, x, self.remat)
-        index += 1
-      self.sow('intermediates', f'stage_{stage}', x)
-    last = round_channels(1280 * max(1.0, self.width))
-    x = nn.relu6(conv_norm(x, last, 1, names=(f'features_{index}_0', f'features_{index}_1')))
-    x = layers.pool_features(self, x)
-    init = nn.initializers.normal(0.01)
-    return nn.Dense(self.num_classes, kernel_init=init, name='classifier_1')(x)
+    names = (f'features_{index}' for index in itertools.count(1))
+    stages = [
+        [functools.partial(
+            InvertedResidual, round_channels(channels * self.width), 1 if i else strides,
+            expansion, epsilon=self.epsilon, dtype=self.dtype, name=next(names))
+         for i in range(blocks)] for expansion, channels, blocks, strides in _MOBILENET]
+    x = layers.apply_stages(self, stages, x, train)
+    last, name = round_channels(1280 * max(1.0, self.width)), next(names)
+    x = nn.relu6(conv_norm(x, last, 1, names=(f'{name}_0', f'{name}_1')))
+    return layers.classify(self, x, 'classifier_1', **layers.normal_inits)
 
 
 class EfficientNetLite(nn.Module):
   """EfficientNet with ReLU6 and no squeeze-and-excitation, under timm's names; no dropout.
 
   Lite0, 1 and 2 were published for 224, 240 and 260 pixels, with images (x - 127) / 128 of bytes.
-
-  Attributes:
-    width: Factor of the channels of all stages, but not of stem and head.
-    depth: Factor of the number of blocks, except in the first and last stage.
-    padding: 'same' as in TensorFlow, where strides pad more at the end, or 'torch', which pads
-      both sides alike. Weights trained with one lose some accuracy with the other.
-
-  Raises:
-    ValueError: `padding` is unknown.
+  Padding is 'same' as in TensorFlow, where strides pad more at the end, or 'torch', which pads both
+  sides alike. Weights trained with one lose some accuracy with the other.
   """
 
   num_classes: int
-  width: float = 1.0
-  depth: float = 1.0
+  width: float = 1.0  # Factor of the channels of all stages, but not of stem and head.
+  depth: float = 1.0  # Factor of the number of blocks, except in the first and last stage.
   padding: str = 'same'
   epsilon: float = 1e-3
   momentum: float = 0.99
   remat: bool = False
   dtype: Any = None
 
-  def __post_init__(self) -> None:
-    if self.padding not in PADDINGS:
-      raise ValueError(f'Unknown padding {self.padding!r}; there are {", ".join(PADDINGS)}.')
-    super().__post_init__()
-
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
-    """Normalized images [B, H, W, C] to logits [B, num_classes], at least float32."""
-    norm = {'epsilon': self.epsilon, 'momentum': self.momentum}
-    conv_norm = layers.conv_norm(train, self.dtype, **norm)
-    x = nn.relu6(conv_norm(x, 32, 3, 2, names=('conv_stem', 'bn1'), **_padding(self.padding)))
-    for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET):
-      if 0 < i < len(_EFFICIENTNET) - 1:
-        blocks = math.ceil(self.depth * blocks)
-      for j in range(blocks):
-        block = functools.partial(
-            InvertedResidual, round_channels(channels * self.width), 1 if j else strides,
-            expansion, size, self.padding, 'timm', dtype=self.dtype, name=f'blocks_{i}_{j}', **norm)
-        run = functools.partial(layers.apply_block, block, train)
-        x = layers.remat_if(self, run, x, self.remat)
-      self.sow('intermediates', f'stage_{i + 1}', x)
+    conv_norm = functools.partial(layers.conv_norm, self, train=train)
+    padding = PADDINGS[check_choice(self.padding, PADDINGS, 'padding')]
+    x = nn.relu6(conv_norm(x, 32, 3, 2, names=('conv_stem', 'bn1'), padding=padding))
+    stages = [
+        [functools.partial(
+            InvertedResidual, round_channels(channels * self.width), 1 if j else strides, expansion,
+            size, self.padding, 'timm', self.epsilon, self.momentum, self.dtype,
+            name=f'blocks_{i}_{j}')
+         for j in range(math.ceil((self.depth if 0 < i < 6 else 1) * blocks))]
+        for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET)]
+    x = layers.apply_stages(self, stages, x, train)
     x = nn.relu6(conv_norm(x, 1280, 1, names=('conv_head', 'bn2')))
-    x = layers.pool_features(self, x)
-    return layers.dense(self.num_classes, x.shape[-1], name='classifier')(x)
-
-
-def _padding(name: str) -> dict[str, str]:
-  """Options of `conv_norm`, which pads as PyTorch does by default."""
-  return {'padding': 'SAME'} if name == 'same' else {}
+    return layers.classify(self, x, 'classifier')

@@ -1,5 +1,6 @@
 """A Linen module bound to its variables: a teacher or a student."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,7 @@ from flax import struct
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array, Moments, Outputs, PyTree
 
-_TRAINING = ('train', 'training', 'is_training')
-_EVALUATING = ('use_running_average', 'deterministic')
-_COLLECTIONS = ('params', 'batch_stats', 'intermediates')
+_static = functools.partial(struct.field, pytree_node=False)
 
 
 class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(network)` can hash.
@@ -25,52 +24,53 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
   (103.939, 116.779, 123.68), is `bgr` with that mean over 255 in RGB order, and a std of 1 / 255.
 
   Any Linen module works that maps images [B, H, W, C] to logits [B, ..., K], has only `params`
-  and `batch_stats`, and draws no random numbers in training. If the module returns a tuple or a
-  dict, `logits` is the index or key of the logits.
-  A flag `train`, `training` or `is_training` of its call is set, as is the opposite flag
-  `use_running_average` or `deterministic`.
-  `layers.capture_moments` captures its batch norms. `Outputs` also contains `features` and
-  `stage_<i>`, if the module sows them into its intermediates.
+  and `batch_stats`, and draws no random numbers in training. A flag `train`, `training` or
+  `is_training` of its call is set, as is the opposite flag `use_running_average` or
+  `deterministic`. `layers.capture_moments` captures its batch norms. `Outputs` also contains
+  `features` and `stage_<i>`, if the module sows them into its intermediates.
   """
 
   params: PyTree
   batch_stats: PyTree
-  module: nn.Module = struct.field(pytree_node=False)
-  mean: tuple[float, ...] = struct.field(pytree_node=False, default=(0.0,))
-  std: tuple[float, ...] = struct.field(pytree_node=False, default=(1.0,))
-  bgr: bool = struct.field(pytree_node=False, default=False)
-  resize: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
-  logits: int | str | None = struct.field(pytree_node=False, default=None)
+  module: nn.Module = _static()
+  mean: tuple[float, ...] = _static(default=(0.0,))  # Of images; one for all channels, or one each.
+  std: tuple[float, ...] = _static(default=(1.0,))  # Divides images minus the mean, likewise.
+  bgr: bool = _static(default=False)  # Whether the module expects channels in reverse order.
+  resize: tuple[int, int] | None = _static(default=None)  # (H, W) that it expects; None: any size.
+  logits: int | str | None = _static(default=None)  # Index or key, if it returns a tuple or a dict.
 
   def __call__(self, images: Array) -> Outputs:
     """Evaluates images [B, H, W, C] in [0, 1]; batch norms use their running moments."""
     return self.forward(images)[0]
 
   def forward(
-      self, images: Array, *, train: bool = False, axis: str | None = None
+      self, images: Array, *, train: bool = False, axis: str | None = None,
   ) -> tuple[Outputs, PyTree]:
-    """Returns the outputs and the running moments, which this batch updates if `train`.
+    """Returns the outputs for images [B, H, W, C] in [0, 1], and the running moments.
 
-    Args:
-      images: [B, H, W, C] in [0, 1].
-      train: Normalize by the moments of this batch, and update the running moments.
-      axis: Mapped axis over which the batch is spread; None on one device.
-
-    Raises:
-      ValueError: The module returns a tuple or dict, and `logits` names no entry of it.
+    With `train`, batch norms normalize by the moments of this batch, which is spread over the
+    devices of the mapped `axis`, if any, and update the running ones.
     """
     mutable = ['intermediates', 'batch_stats'] if train else ['intermediates']
     with layers.capture_moments(axis):
       results, new = self.module.apply(
           {'params': self.params, 'batch_stats': self.batch_stats}, self.preprocess(images),
           mutable=mutable, **_mode(self.module, train))
+    if isinstance(results, (tuple, list, Mapping)):
+      entries = list(results if isinstance(results, Mapping) else range(len(results)))
+      if self.logits not in entries:
+        raise ValueError(
+            f'The module returns a {type(results).__name__} with entries {entries}: the option '
+            f'logits of models.bind must be one of these, not {self.logits!r}.')
+      results = results[self.logits]
     sown = new.get('intermediates', {})
+    captures = layers.captures_by_path(sown)
     stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
     outputs = Outputs(
-        logits=self._select_logits(results),
-        features=sown['features'][0] if 'features' in sown else None,
+        logits=results, features=sown['features'][0] if 'features' in sown else None,
         maps=tuple(sown[stage][0] for stage in stages if stage in sown),
-        moments=layers.moments_by_path(sown), pooled=layers.pooled_by_path(sown))
+        moments={path: capture.moments for path, capture in captures.items()},
+        pooled={path: capture.pooled for path, capture in captures.items()})
     return outputs, new.get('batch_stats', self.batch_stats)
 
   def preprocess(self, images: Array) -> Array:
@@ -88,44 +88,26 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     return layers.running_by_path(self.batch_stats)
 
   def check_moments(self, captured: dict[str, Moments]) -> None:
-    """Checks that running moments and captured ones belong to the same layers.
-
-    Args:
-      captured: `Outputs.moments`; shapes suffice.
-
-    Raises:
-      ValueError: Names a normalization that was not captured, or was called more than once.
-    """
+    """Checks that running moments and `Outputs.moments` (shapes suffice) are of the same layers."""
     running = self.running()
-    for path, moments in running.items():
-      if path not in captured or captured[path].mean.shape != moments.mean.shape:
-        raise ValueError(
-            f'Cannot capture the input of normalization {path!r}: within nn.scan or nn.vmap it '
-            "needs variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0}; otherwise it "
-            'must be an nn.BatchNorm.')
-    for path in captured:
+    for path in running | captured:
       if path not in running:
         raise ValueError(
             f'The batch norm of {path!r} is called more than once, on inputs that share its '
             'running moments: each call needs an nn.BatchNorm of its own.')
+      if path not in captured or captured[path].mean.shape != running[path].mean.shape:
+        raise ValueError(
+            f'Cannot capture the input of normalization {path!r}: within nn.scan or nn.vmap it '
+            "needs variable_axes={'params': 0, 'batch_stats': 0, 'intermediates': 0}; otherwise it "
+            'must be an nn.BatchNorm.')
 
   def num_params(self) -> int:
     """Number of trainable values."""
     return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-  def _select_logits(self, results: Any) -> Array:
-    if not isinstance(results, (tuple, list, Mapping)):
-      return results
-    entries = list(results) if isinstance(results, Mapping) else list(range(len(results)))
-    if self.logits not in entries:
-      raise ValueError(
-          f'The module returns a {type(results).__name__} with entries {entries}: the option '
-          f'logits of models.bind must be one of these, not {self.logits!r}.')
-    return results[self.logits]
-
 
 def create(
-    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any
+    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any,
 ) -> Network:
   """Makes a network with fresh variables for images [H, W, C]; see `bind` for `preprocessing`."""
   shape = (*(preprocessing.get('resize') or image_shape[:2]), image_shape[2])
@@ -134,30 +116,15 @@ def create(
 
 
 def bind(
-    module: nn.Module,
-    variables: Mapping[str, Any],
-    *,
-    mean: tuple[float, ...] = (0.0,),
-    std: tuple[float, ...] = (1.0,),
-    bgr: bool = False,
-    resize: tuple[int, int] | None = None,
+    module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,), bgr: bool = False, resize: tuple[int, int] | None = None,
     logits: int | str | None = None,
 ) -> Network:
   """Makes a network from a module and its fresh or trained variables.
 
-  Args:
-    module: Maps preprocessed images to logits.
-    variables: {'params': ..., 'batch_stats': ...}; the latter may be missing.
-    mean: Subtracted from images in [0, 1]; one number, or one per channel in image order.
-    std: Divides the difference; one number, or one per channel.
-    bgr: Whether the module expects channels in reverse order.
-    resize: Size (H, W) that the module expects. None passes images of any size on.
-    logits: Index or key of the logits, for a module that returns a tuple or a dict.
-
-  Raises:
-    ValueError: There are variables of another collection.
+  `variables` are {'params': ..., 'batch_stats': ...}; the latter may be missing. See `Network`.
   """
-  if others := sorted(set(variables) - set(_COLLECTIONS)):
+  if others := sorted(set(variables) - {'params', 'batch_stats', 'intermediates'}):
     raise ValueError(
         f'variables has the collections {others}; a module may have params and batch_stats only.')
   return Network(
@@ -169,7 +136,8 @@ def bind(
 def _mode(module: nn.Module, train: bool) -> dict[str, bool]:
   """The flag by which this module is told to train, if it has one."""
   parameters = inspect.signature(type(module).__call__).parameters
-  for name in _TRAINING:
+  for name in ('train', 'training', 'is_training'):
     if name in parameters:
       return {name: train}
-  return {name: not train for name in _EVALUATING if name in parameters}
+  opposite = ('use_running_average', 'deterministic')
+  return {name: not train for name in opposite if name in parameters}

@@ -7,11 +7,3 @@ from dfkd_jax.parallel.devices import (
 from dfkd_jax.parallel.processes import (
     check_same_on_all, check_shared_folder, gather_processes, gather_rows, is_first, process_rows,
     process_shard, raise_on_all_processes)
-
-__all__ = [
-    'AXIS', 'BATCHES', 'REPLICATED', 'SPREAD', 'by_task', 'check_same_on_all',
-    'check_shared_folder', 'each_device', 'even_share', 'gather', 'gather_processes',
-    'gather_rows', 'is_first', 'local_copy', 'make_mesh', 'memory_limit', 'place', 'pmax', 'pmean',
-    'process_rows', 'process_shard', 'psum', 'raise_on_all_processes', 'sharded', 'specs',
-    'task_keys',
-]

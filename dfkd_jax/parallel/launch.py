@@ -13,7 +13,6 @@ import threading
 
 import jax
 
-AUTO = 'auto'
 # Environment variables with the number of processes that a cluster started together. SLURM counts
 # them by step: a batch script is one process, even if SLURM_NTASKS is larger.
 _COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'MEGASCALE_NUM_SLICES')
@@ -31,40 +30,32 @@ def initialize(
   Without arguments, it joins others only if a cluster reports that it started more than one
   process (SLURM's `srun`, Open MPI, TPU pods on Kubernetes). A second call changes nothing.
 
-  Args:
-    coordinator: 'host:port' of the first process, reachable from all. 'auto' lets JAX detect it,
-      such as on TPU pods, which set no environment variable.
-    num_processes: Number of processes; 1 runs alone, even on a cluster.
-    process_id: Index of this process, from 0.
-    timeout: Seconds to wait for the others.
-
-  Raises:
-    ValueError: Arguments are missing or wrong; the others do not join in time; JAX has looked for
-      devices before; or this process has joined others.
+  `coordinator` is 'host:port' of the first process, reachable from all. 'auto' lets JAX detect it,
+  such as on TPU pods, which set no environment variable. `num_processes=1` runs alone, even on a
+  cluster. `process_id` counts from 0. Waits at most `timeout` seconds for the others. Raises a
+  ValueError if they do not join, arguments are missing or wrong, or JAX has looked for devices.
   """
   settings = {
       'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
   is_empty = set(settings.values()) == {None}
-  detect = coordinator == AUTO or (is_empty and started_together() > 1)
+  detect = coordinator == 'auto' or (is_empty and started_together() > 1)
   if not detect:
     if is_empty or (num_processes == 1 and process_id in (None, 0)):
       return
     _check_settings(settings)
   if jax.distributed.is_initialized():
-    index, count = jax.process_index(), jax.process_count()
-    if not detect and (num_processes, process_id) != (count, index):
-      raise ValueError(
-          f'distributed has process {process_id} of {num_processes}, but this one runs as {index} '
-          f'of {count} already.')
-  elif detect:
-    _join(timeout)
-  else:
-    if process_id == 0:
-      _check_port(coordinator)
-      print(f'The first of {num_processes} processes waits at {coordinator} for the others, '
-            f'{timeout} s at most.', file=sys.stderr)
-    _join(timeout, coordinator_address=coordinator, num_processes=num_processes,
-          process_id=process_id, cluster_detection_method='deactivate')
+    return
+  if process_id == 0 and not detect:
+    try:  # JAX crashes if it cannot open the coordinator's port.
+      socket.create_server(('', int(coordinator.rsplit(':', 1)[1]))).close()
+    except (OSError, OverflowError) as error:
+      raise ValueError(f'distributed.coordinator is {coordinator!r}, but its port cannot be '
+                       f'opened: {error}.') from error
+    print(f'The first of {num_processes} processes waits at {coordinator} for the others, '
+          f'{timeout} s at most.', file=sys.stderr)
+  _join(timeout, {} if detect else {
+      'coordinator_address': coordinator, 'num_processes': num_processes,
+      'process_id': process_id, 'cluster_detection_method': 'deactivate'})
 
 
 def started_together() -> int:
@@ -75,11 +66,11 @@ def started_together() -> int:
 
 
 def _check_settings(settings: dict) -> None:
-  missing = [f'distributed.{name}' for name, value in settings.items() if value is None]
-  present = [f'distributed.{name}' for name, value in settings.items() if value is not None]
+  missing, present = (
+      ' and '.join(f'distributed.{name}' for name in settings if (settings[name] is None) == absent)
+      for absent in (True, False))
   if missing:
-    raise ValueError(
-        f'{" and ".join(missing)} must be set as well, since {" and ".join(present)} is.')
+    raise ValueError(f'{missing} must be set as well, since {present} is.')
   coordinator, count, index = settings.values()
   if not re.fullmatch(r'.+:\d{1,5}', coordinator):
     raise ValueError(f"distributed.coordinator is {coordinator!r}, must be 'host:port', or 'auto'.")
@@ -88,17 +79,7 @@ def _check_settings(settings: dict) -> None:
         f'distributed.process_id is {index}, must be in 0..{count - 1}, for {count} processes.')
 
 
-def _check_port(coordinator: str) -> None:
-  """Opens the coordinator's port once, since JAX crashes if it cannot."""
-  try:
-    socket.create_server(('', int(coordinator.rsplit(':', 1)[1]))).close()
-  except (OSError, OverflowError) as error:
-    raise ValueError(
-        f'distributed.coordinator is {coordinator!r}, but its port cannot be opened: {error}.'
-    ) from error
-
-
-def _join(timeout: int, **settings) -> None:
+def _join(timeout: int, settings: dict) -> None:
   """Calls `jax.distributed.initialize` in a thread, and stops waiting for it after `timeout`."""
   errors = []
 
@@ -114,8 +95,7 @@ def _join(timeout: int, **settings) -> None:
   try:
     thread.join(timeout)
   finally:
-    if thread.is_alive():
-      # At its end, JAX's coordinator would log many lines to stderr.
+    if thread.is_alive():  # At its end, JAX's coordinator would log many lines to stderr.
       atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
   if thread.is_alive():
     place = f' at {settings["coordinator_address"]}' if settings else ''

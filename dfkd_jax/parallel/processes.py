@@ -52,22 +52,18 @@ def gather_processes(array: np.ndarray) -> np.ndarray:
 def raise_on_all_processes() -> Iterator[None]:
   """Waits for all processes at the end of this context, and raises on all if one failed.
 
-  Otherwise, the other processes would wait for the one that failed. Code within this context must
-  not wait for other processes.
-
-  Raises:
-    ValueError: Names the first process that failed, on processes that did not.
+  Otherwise, the others would wait for it. They raise a ValueError that names it. Code within this
+  context must not wait for other processes.
   """
   if jax.process_count() == 1:
     yield
     return
-  failure = None
+  failure, text = None, ''
   try:
     yield
   except Exception as error:
-    failure = error
-  kind = '' if isinstance(failure, ValueError) else f'{type(failure).__name__}: '
-  text = '' if failure is None else f'{kind}{failure}'
+    failure, kind = error, '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+    text = f'{kind}{error}'
   padded = text.encode()[:_MAX_ERROR].ljust(_MAX_ERROR, b'\0')
   rows = gather_processes(np.frombuffer(padded, np.uint8))
   if failure is not None:
@@ -80,12 +76,9 @@ def raise_on_all_processes() -> Iterator[None]:
 
 def check_same_on_all(text: str, name: str) -> None:
   """Raises a ValueError on all processes if `text`, called `name`, differs between them."""
-  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-  try:
-    multihost_utils.assert_equal(digest)
-  except AssertionError as error:
-    count = jax.process_count()
-    raise ValueError(f'{name} must be the same in all {count} processes, but differs.') from error
+  digests = gather_processes(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+  if (digests != digests[0]).any():
+    raise ValueError(f'{name} must be the same in all {len(digests)} processes, but differs.')
 
 
 def check_shared_folder(directory: str) -> None:
@@ -93,8 +86,7 @@ def check_shared_folder(directory: str) -> None:
   if jax.process_count() == 1:
     return
   # A new name, since a file system may remember that an earlier one was missing.
-  name = gather_processes(np.int64(secrets.randbits(60)))[0]
-  path = os.path.join(directory, f'.shared-{name}')
+  path = os.path.join(directory, f'.shared-{gather_processes(np.int64(secrets.randbits(60)))[0]}')
   with raise_on_all_processes():
     if is_first():
       open(path, 'x').close()

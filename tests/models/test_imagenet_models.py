@@ -188,12 +188,12 @@ def test_only_what_goes_into_blocks_is_kept(module, shape):
 
 
 @pytest.mark.parametrize(('name', 'options', 'message'), [
-    ('resnet50_imagenet', {'stride_in': '2x2'}, "Unknown stride_in '2x2'; there are 3x3, 1x1."),
+    ('resnet50_imagenet', {'stride_in': '2x2'}, "Unknown stride_in '2x2'. Known: 3x3, 1x1."),
     ('efficientnet_lite0', {'padding': 'valid'},
-     "Unknown padding 'valid'; there are same, torch.")])
+     "Unknown padding 'valid'. Known: same, torch.")])
 def test_networks_refuse_what_they_cannot_be(name, options, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    models.create(name, 10, **options)
+    shapes_of(models.create(name, 10, **options))
 
 
 def test_spatial_generator_knows_its_latents():
@@ -205,7 +205,7 @@ def test_spatial_generator_knows_its_latents():
     spatial.latent_shape((224, 200, 3), 256)
   with pytest.raises(ValueError, match='images of 3 channels, not 1'):
     spatial.latent_shape((32, 32, 1), 256)
-  with pytest.raises(ValueError, match="Unknown last stage 'cheap'; there are conv, subpixel"):
+  with pytest.raises(ValueError, match=r"Unknown last stage 'cheap'\. Known: conv, subpixel"):
     models.SpatialGenerator(last='cheap')
   with pytest.raises(ValueError, match=r"'subpixel' needs at least 2 widths, not \(4,\)"):
     models.SpatialGenerator((4,), last='subpixel')
@@ -227,9 +227,11 @@ def test_subpixels_start_alike_and_lie_where_they_belong():
   x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
 
   class Head(generator.nn.Module):
+    dtype: None = None
+
     @generator.nn.compact
     def __call__(self, x):
-      return generator._to_larger_image(x, 3, 7, None)
+      return generator._to_image(self, x, 3, 7, 2)
 
   images, _ = Head().init_with_output(jax.random.key(1), x)
   images = images.reshape(2, 3, 2, 5, 2, 3)

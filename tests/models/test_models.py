@@ -13,7 +13,7 @@ from flax import traverse_util
 from golden_networks import count, drawn_variables, nhwc, recipe, shapes_of
 
 from dfkd_jax import models, weights
-from dfkd_jax.models import resnet, wide_resnet
+from dfkd_jax.models import resnet
 
 CIFAR = {'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010)}
 ZOO = (
@@ -317,7 +317,7 @@ def test_vgg_pools_once_more_for_64_pixels():
 @pytest.mark.parametrize(('module', 'shape', 'leaf', 'std', 'uniform'), [
     (resnet.Block(48), (4, 4, 32), 'conv1/kernel', 1 / np.sqrt(3 * 9 * 32), True),
     (resnet.Block(48), (4, 4, 32), 'shortcut_0/kernel', 1 / np.sqrt(3 * 32), True),
-    (wide_resnet.Block(48), (4, 4, 32), 'conv1/kernel', np.sqrt(2 / (9 * 48)), False),
+    (resnet.WideBlock(48), (4, 4, 32), 'conv1/kernel', np.sqrt(2 / (9 * 48)), False),
     (models.create('resnet8', 900), (8, 8, 1), 'layer3_0/conv1/kernel', np.sqrt(2 / (9 * 64)),
      False),
     (models.create('resnet8', 900), (8, 8, 1), 'fc/bias', 1 / np.sqrt(3 * 64), True),
@@ -360,7 +360,7 @@ def test_create_refuses_what_is_not_there(name, message):
 def test_modules_refuse_what_they_cannot_be():
   with pytest.raises(ValueError, match=r'6n \+ 2 layers \(8, 14, 20, ...\), not 18'):
     models.ThinResNet(10, depth=18)
-  with pytest.raises(ValueError, match="Unknown shortcut 'identity'; there are projection, pad"):
-    models.create('resnet20', 10, shortcut='identity')
+  with pytest.raises(ValueError, match=r"Unknown shortcut 'identity'\. Known: projection, pad"):
+    shapes_of(models.create('resnet20', 10, shortcut='identity'))
   with pytest.raises(ValueError, match=r'2 widths \(4, 5\) need as many strides, not \(1,\)'):
     models.ConvNet(10, widths=(4, 5), strides=(1,))

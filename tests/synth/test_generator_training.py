@@ -86,7 +86,8 @@ def by_hand(params):
       'adversarial': -divergence.kl(toys.student()(images).logits, outputs.logits).mean(),
       'activation': -jnp.abs(outputs.features).mean()}
   loss = sum(getattr(FACTORS, name) * term for name, term in terms.items())
-  return loss, (terms, layers.moments_by_path(found['intermediates']))
+  captures = layers.captures_by_path(found['intermediates'])
+  return loss, (terms, {path: capture.moments for path, capture in captures.items()})
 
 
 def test_two_calls_by_hand():
