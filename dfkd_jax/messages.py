@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,6 +30,16 @@ def explain_read_errors(path: str | os.PathLike) -> Iterator[None]:
   except Exception as error:  # A damaged file may raise anything.
     detail = one_line(error) or type(error).__name__
     raise ValueError(f'Could not read {path}: it is truncated or damaged ({detail}).') from error
+
+
+@contextlib.contextmanager
+def reporting_read_errors(name: str) -> Iterator[None]:
+  """Turns any error of the block into a ValueError of one line: "<name> cannot be read: ..."."""
+  try:
+    yield
+  except Exception as error:  # Readers of damaged files raise errors of many types.
+    reason = re.sub(r' <_io\.BytesIO.*?>', '', str(error)) or type(error).__name__
+    raise ValueError(f'{name} cannot be read: {one_line(reason)}') from error
 
 
 def check_choice(name: str, allowed: Iterable[str], what: str) -> str:

@@ -1,52 +1,22 @@
-"""Decoding, resizing and cropping of images."""
+"""Decoding, resizing, cropping and encoding of images."""
 
 import concurrent.futures
 import io
 import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dfkd_jax.data.errors import reporting_read_errors
+from dfkd_jax import messages
 
 Shape = tuple[int, int, int]  # (H, W, C)
 BATCH_SIZE = 64  # Images that threads work on at once. This bounds the memory.
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # PIL's modes, by number of channels.
-
-
-def decode_all(
-    name: str, size: int, records: Iterable[dict[str, Any]], image_shape: Shape | None,
-    decode: Callable[[bytes], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Decodes N = `size` records in threads.
-
-  Returns images uint8 [N, H, W, C] and labels int32 [N]. Raises ValueError if a record is damaged
-  or missing, or if an image does not have `image_shape`, or the shape of the first image.
-  """
-
-  def read_records():
-    with reporting_read_errors(f'Data set {name!r}'):
-      for row, record in zip(range(size), records, strict=True):
-        yield row, record['image'], int(record['label'])
-
-  def decode_record(record):
-    row, raw, label = record
-    with reporting_read_errors(f'Image {row} of data set {name!r}'):
-      return row, decode(raw), label
-
-  images, labels = None, np.empty(size, np.int32)
-  for row, image, label in map_in_threads(decode_record, read_records()):
-    if images is None:
-      images = np.empty((size, *(image_shape or image.shape)), np.uint8)
-    if image.shape != images.shape[1:]:
-      source = 'image_shape' if image_shape else 'the shape of the first image'
-      raise ValueError(f'Data set {name!r} has an image {image.shape}, must be '
-                       f'{images.shape[1:]}, {source}.')
-    images[row], labels[row] = image, label
-  return images, labels
+JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'  # The first bytes of files.
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -67,16 +37,41 @@ def decode_image(
       raise ValueError(f'images of mode {image.mode} cannot be converted to {mode}')
     if image.mode != mode:
       image = image.convert('RGBA' if 'transparency' in image.info else mode).convert(mode)
-    if crop is not None:
-      image = _resize_and_crop(image, image_shape[0], image_shape[1], crop)
-    pixels = np.asarray(image)
-  return pixels if pixels.ndim == 3 else pixels[..., None]
+    if crop is not None:  # Rounds as torchvision's Resize and CenterCrop do.
+      height, width, _ = image_shape
+      short = round(max(height, width) / crop)
+      sides = tuple(int(short * side / min(image.size)) for side in image.size)
+      left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
+      image = image.resize(sides, Image.Resampling.BILINEAR)
+      image = image.crop((left, top, left + width, top + height))
+    return np.atleast_3d(np.asarray(image))
 
 
-def _resize_and_crop(image: Image.Image, height: int, width: int, crop: float) -> Image.Image:
-  """Resizes and crops a PIL image, rounding as torchvision's Resize and CenterCrop do."""
-  short = round(max(height, width) / crop)
-  sides = tuple(int(short * side / min(image.size)) for side in image.size)
-  image = image.resize(sides, Image.Resampling.BILINEAR)
-  left, top = round((sides[0] - width) / 2), round((sides[1] - height) / 2)
-  return image.crop((left, top, left + width, top + height))
+def encode_file(path: str | os.PathLike) -> bytes:
+  """Returns the bytes to store for an image file.
+
+  These are the bytes of the file if it is a grey or RGB JPEG or PNG, which TFDS reads as RGB
+  without TensorFlow. Other images are converted to an RGB PNG. Otherwise, TFDS would return
+  palette indices, or wrong colours for the CMYK JPEGs of ImageNet.
+
+  Raises ValueError if the file is not an image, is cut off, or has more than 8 bits.
+  """
+  with messages.reporting_read_errors(f'Image {os.fspath(path)!r}'):
+    raw = pathlib.Path(path).read_bytes()
+    with Image.open(io.BytesIO(raw)) as image:
+      if image.mode[0] in 'IF':
+        raise ValueError(f'its mode {image.mode} has more than 8 bits')
+      transparent = 'transparency' in image.info
+      if raw.startswith((JPEG, _PNG)) and image.mode in ('L', 'RGB') and not transparent:
+        image.draft(image.mode, (1, 1))  # Decoding at 1/8 size also detects a file that is cut off.
+        image.load()
+        return raw
+      return encode_png(np.asarray(image.convert('RGBA' if transparent else 'RGB').convert('RGB')))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+  """Encodes an image uint8 [H, W, C]."""
+  stream = io.BytesIO()
+  image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+  image.save(stream, 'png', compress_level=9)
+  return stream.getvalue()

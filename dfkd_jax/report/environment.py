@@ -1,5 +1,6 @@
 """Versions and devices that a run uses."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -19,21 +20,9 @@ def versions() -> dict[str, str]:
 
 def device() -> dict[str, str | int]:
   """Describes accelerator and host: platform, kind, count, processes, cpu (model), usable cores."""
-  devices = jax.devices()
-  has_affinity = hasattr(os, 'sched_getaffinity')
-  return {
-      'platform': devices[0].platform,
-      'kind': devices[0].device_kind,
-      'count': len(devices),
-      'processes': jax.process_count(),
-      'cpu': _cpu_model(),
-      'cores': len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1}
-
-
-def _cpu_model() -> str:
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
-      models = [line.split(':', 1)[1].strip() for line in file if line.startswith('model name')]
-  except OSError:
-    models = []
-  return models[0] if models else platform.processor() or platform.machine() or 'unknown'
+  devices, cpu = jax.devices(), platform.processor() or platform.machine()
+  with contextlib.suppress(OSError), open('/proc/cpuinfo', errors='replace') as file:
+    cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), cpu)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices),
+          'processes': jax.process_count(), 'cpu': cpu, 'cores': cores}

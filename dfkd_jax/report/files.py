@@ -12,20 +12,17 @@ import numpy as np
 def to_json(value: Any, name: str) -> Any:
   """Converts arrays to numbers or lists, tuples to lists, NaN and infinity to None.
 
-  Raises:
-    ValueError: JSON has no such value; the message has `name` and the keys that lead to it.
+  Raises ValueError with `name` and the keys that lead to a value that JSON does not have.
   """
   if isinstance(value, dict):
     return {str(key): to_json(item, f'{name}.{key}') for key, item in value.items()}
-  if value is None or type(value) in (bool, int, str):
-    return value
-  if isinstance(value, list | tuple):
+  if isinstance(value, list | tuple) or np.ndim(value):
     return [to_json(item, f'{name}.{index}') for index, item in enumerate(value)]
+  if value is None or isinstance(value, bool | int | str):
+    return value
   array = np.asarray(value)
   if array.dtype.kind in 'OSUMmc':
     raise ValueError(f'{name!r} is {value!r}, which cannot be written as JSON.')
-  if array.ndim:
-    return to_json(list(array), name)
   if array.dtype.kind in 'biu':
     return array.item()
   number = float(str(array[()]))  # The shortest form: 0.1 rather than float32's 0.10000000149.
@@ -55,7 +52,3 @@ def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     with contextlib.suppress(OSError):
       os.remove(temporary)
     raise
-  folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-  with contextlib.suppress(OSError):
-    os.fsync(folder)  # Keeps the new name after a power failure, where the file system can.
-  os.close(folder)

@@ -17,49 +17,44 @@ FONT_SIZES = (15, 14, 13, 12, 11, 10)
 
 def image_grid(
     path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10,
-    scale: int | None = None,
-) -> None:
-  """Writes a PNG of images in rows, with labels underneath. Only the first process writes.
+    scale: int | None = None) -> None:
+  """Writes a PNG of images in rows, with labels underneath, on the first process only.
+
+  Raises ValueError if an argument is wrong, or if the file cannot be written.
 
   Args:
     path: File, replaced atomically.
     images: [N, H, W, C] float in [0, 1] (clipped) or uint8, with C of 1 or 3.
     labels: N texts, such as the teacher's classes. Labels wider than an image are shortened.
-    columns: Images in a row.
     scale: Size of a pixel in the picture; None makes images of about 96 pixels.
-
-  Raises:
-    ValueError: A shape, dtype or number is wrong, or the file cannot be written.
   """
-  tiles = _to_pixels(np.asarray(images))
-  count, height, width, _ = tiles.shape
+  images = np.asarray(images)
+  if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+    raise ValueError(f'Images have shape {images.shape}, must be non-empty [N, H, W, 1 or 3].')
+  if images.dtype != np.uint8 and images.dtype.kind in 'biu':
+    raise ValueError(f'Images are {images.dtype}, must be float in [0, 1] or uint8.')
+  count, height, width, _ = images.shape
   if len(labels) != count:
     raise ValueError(f'There are {len(labels)} labels for {count} images.')
   scale = max(1, round(96 / max(height, width))) if scale is None else scale
   if columns < 1 or scale < 1:
     raise ValueError(f'columns is {columns} and scale is {scale}, both must be at least 1.')
   if parallel.is_first():
-    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
-    sheet = _draw_sheet(tiles, labels, min(columns, count))
+    if images.dtype != np.uint8:
+      images = np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)
+      images = np.rint(images * 255).astype(np.uint8)
+    tiles = np.broadcast_to(images, (count, height, width, 3))
+    sheet = _draw_sheet(tiles.repeat(scale, 1).repeat(scale, 2), labels, min(columns, count))
     with reporting_disk_errors(path), replace_file(path) as file:
       sheet.save(file, format='PNG', optimize=True)
 
 
-def _to_pixels(images: np.ndarray) -> np.ndarray:
-  """Converts images to [N, H, W, 3] uint8."""
-  if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-    raise ValueError(f'Images have shape {images.shape}, must be non-empty [N, H, W, 1 or 3].')
-  if images.dtype != np.uint8:
-    if images.dtype.kind in 'biu':
-      raise ValueError(f'Images are {images.dtype}, must be float in [0, 1] or uint8.')
-    images = np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)
-    images = np.rint(images * 255).astype(np.uint8)
-  return np.broadcast_to(images, (*images.shape[:-1], 3))
-
-
 def _draw_sheet(tiles: np.ndarray, labels: Sequence[str], columns: int) -> Image.Image:
   count, height, width, _ = tiles.shape
-  font = _choose_font(labels, width)
+  for size in FONT_SIZES:  # Uses the largest font in which all labels fit, or the smallest font.
+    font = ImageFont.load_default(size)
+    if all(font.getlength(label) <= width for label in labels):
+      break
   step_x, step_y = width + MARGIN, height + sum(font.getmetrics()) + MARGIN
   rows = -(-count // columns)
   sheet = Image.new('RGB', (MARGIN + columns * step_x, MARGIN + rows * step_y), PAPER)
@@ -68,22 +63,9 @@ def _draw_sheet(tiles: np.ndarray, labels: Sequence[str], columns: int) -> Image
     x, y = MARGIN + index % columns * step_x, MARGIN + index // columns * step_y
     draw.rectangle((x - 1, y - 1, x + width, y + height), outline=FRAME)
     sheet.paste(Image.fromarray(tile), (x, y))
-    position = (x + width / 2, y + height + 3)
-    draw.text(position, _shorten(label, font, width), fill=INK, font=font, anchor='ma')
+    end = len(label)
+    while end and font.getlength(label) > width:
+      end -= 1
+      label = label[:end].rstrip() + '…'
+    draw.text((x + width / 2, y + height + 3), label, fill=INK, font=font, anchor='ma')
   return sheet
-
-
-def _choose_font(labels: Sequence[str], width: int) -> ImageFont.FreeTypeFont:
-  """Returns the largest font in which all labels fit, or the smallest font."""
-  for size in FONT_SIZES:
-    font = ImageFont.load_default(size)
-    if all(font.getlength(label) <= width for label in labels):
-      break
-  return font
-
-
-def _shorten(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-  if font.getlength(label) <= width:
-    return label
-  ends = [end for end in range(len(label)) if font.getlength(label[:end] + '…') <= width]
-  return label[:ends[-1]].rstrip() + '…' if ends else ''

@@ -8,20 +8,15 @@ from dfkd_jax.messages import check_choice
 
 PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'evaluation',
          'checkpoint')
-COUNTS = (
-    'starts',  # Processes that worked on the run.
-    'synthesised',  # Images.
-    'seen',  # Images, by the student.
-    'reseeded')  # Rounds repeated with other keys after a number that was not finite.
+# Processes of the run, images made, images seen by the student, and rounds repeated with other
+# keys after a number that was not finite.
+COUNTS = ('starts', 'synthesised', 'seen', 'reseeded')
 
 
 class Ledger:
   """Seconds by part of a run, and counts.
 
   A part inside another stops the clock of the outer part, so no second is counted twice.
-
-  Args:
-    clock: Returns seconds; only differences matter.
   """
 
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -60,18 +55,12 @@ class Ledger:
     self._settle()
     return dict(self._seconds)
 
-  def state(self) -> dict[str, dict[str, float]]:
+  def state(self) -> dict[str, dict]:
     """Returns JSON values for a checkpoint; `load` takes them."""
     return {'seconds': self.seconds(), 'counts': self.counts()}
 
-  def load(
-      self, state: dict[str, dict[str, float]], but: dict[str, dict[str, float]] | None = None
-  ) -> None:
-    """Adds the `state` of an earlier process, minus the state `but`, to this ledger.
-
-    Raises:
-      ValueError: An unknown part or count.
-    """
+  def load(self, state: dict[str, dict], but: dict[str, dict] | None = None) -> None:
+    """Adds the `state` of an earlier process, minus the state `but`, to this ledger."""
     before = but or {'seconds': {}, 'counts': {}}
     for name, seconds in state['seconds'].items():
       self.add(name, seconds - before['seconds'].get(name, 0.0))

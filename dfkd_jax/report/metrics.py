@@ -1,5 +1,6 @@
 """Writes the metrics of a run as lines of JSON."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,16 +12,11 @@ from dfkd_jax.report.files import replace_file, reporting_disk_errors, to_json
 METRICS = 'metrics.jsonl'
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
   """Appends lines to `metrics.jsonl`; a context manager. Only the first process writes.
 
-  Args:
-    workdir: Folder, created if missing.
-    resume_step: Drops lines of later steps, which will be repeated. -1 drops all lines, None
-      keeps all. Damaged lines are always dropped.
-
-  Raises:
-    ValueError: `workdir` cannot be written.
+  Creates the folder `workdir`, or raises ValueError. Drops damaged lines, and lines of steps
+  after `resume_step`, which will be repeated. -1 drops all lines, None keeps all.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, resume_step: int | None = None):
@@ -33,21 +29,14 @@ class MetricsWriter:
       # Unbuffered: a buffer would write bytes again that the disk has refused.
       self._file = open(self.path, 'ab', buffering=0)  # noqa: SIM115
 
-  def __enter__(self) -> 'MetricsWriter':
-    return self
-
   def __exit__(self, *error) -> None:
-    self.close()
+    self._file.close()
 
   def write(self, step: int, **numbers: Any) -> None:
     """Writes a line `{"step": ..., ...}`, which survives the end of this process.
 
-    Args:
-      step: Round or step of the run.
-      **numbers: Python, NumPy or JAX scalars, or None. NaN and infinity become null.
-
-    Raises:
-      ValueError: A value is not a number, or the line cannot be written.
+    Numbers are scalars or None; NaN and infinity become null. Raises ValueError for other values,
+    or if the line cannot be written.
     """
     entry = {'step': int(step)}
     for name, value in numbers.items():
@@ -65,24 +54,14 @@ class MetricsWriter:
       with reporting_disk_errors(self.path):
         os.fsync(self._file.fileno())
 
-  def close(self) -> None:
-    """Closes the file; may be called twice."""
-    self._file.close()
-
 
 def _trim(path: str, last: float) -> None:
   """Drops damaged lines, and lines of steps after `last`."""
+  kept = []
   with open(path, 'rb') as file:
-    lines = file.readlines()
-  kept = [line for line in lines if _parse_step(line) <= last]
-  if kept != lines:
-    with replace_file(path) as file:
-      file.writelines(kept)
-
-
-def _parse_step(line: bytes) -> float:
-  """Returns the step of a line, or NaN if the line is damaged."""
-  try:
-    return float(json.loads(line)['step']) if line.endswith(b'\n') else math.nan
-  except (ValueError, TypeError, KeyError):
-    return math.nan
+    for line in file:
+      with contextlib.suppress(ValueError, TypeError, KeyError):
+        if line.endswith(b'\n') and json.loads(line)['step'] <= last:
+          kept.append(line)
+  with replace_file(path) as file:
+    file.writelines(kept)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import typing
-from numbers import Real
 from typing import Any, NotRequired, TypedDict
 
 from dfkd_jax import parallel
@@ -14,30 +12,19 @@ SUMMARY = 'summary.json'
 PRIVACY = 'Synthetic images carry no privacy guarantee: they may reveal the training data.'
 _FIRST = ('student', 'teacher', 'control', 'parameters', 'seconds', 'wall_seconds', 'seed',
           'command', 'workdir')  # The first keys of the file; the others follow by name.
+_REQUIRED = {'student': dict, 'config': dict, 'weights': dict, 'changed': list}
 
 
-class Result(TypedDict, total=False):
-  """Metrics of a network. Fractions are in [0, 1]; metrics that were not measured are None."""
-
-  top1: float
-  top5: float
-  cross_entropy: float
-  agreement: float  # With the teacher, on real test images.
-  held_out_agreement: float  # With the teacher, on fresh synthetic images.
-  round: int
-
-
-class Student(TypedDict):
-  """Metrics of the trained network."""
-
-  last: Result
-  best: NotRequired[Result]
+# Metrics of a network in a round: round, top1, top5, cross_entropy, and agreement with the teacher
+# on real test images (agreement) and on fresh synthetic images (held_out_agreement). Fractions are
+# in [0, 1]. None: not measured.
+Result = dict[str, float | None]
 
 
 class Summary(TypedDict):
   """A summary, as JSON values. Optional fields may be None; further fields are allowed."""
 
-  student: Student
+  student: dict[str, Result]  # 'last', and 'best' if rounds were compared.
   config: dict
   weights: dict  # SHA-256 by network.
   changed: list  # Changes of the config on resuming.
@@ -55,35 +42,19 @@ class Summary(TypedDict):
   synthetic: NotRequired[bool]  # False: no images were synthesised.
 
 
-def check_summary(summary: Any) -> None:
-  """Raises ValueError, which names the field, unless JSON values are a whole `Summary`."""
-  _check_type('summary', summary, Summary)
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-  """Checks that a value has a type: a TypedDict, a dict of numbers, or a plain type."""
-  is_record = typing.is_typeddict(kind)
-  base = dict if is_record else typing.get_origin(kind) or kind
-  if value is None:
-    raise ValueError(f'{name} is missing')
-  if not isinstance(value, Real if base in (int, float) else base):
-    raise ValueError(f'{name} must be {base.__name__}, got {short_repr(value)}')
-  required = kind.__required_keys__ if is_record else ()
-  fields = typing.get_type_hints(kind) if is_record else {}
-  if typing.get_args(kind):
-    fields = dict.fromkeys(value, typing.get_args(kind)[1])
-  for key, field in fields.items():
-    if key in required or value.get(key) is not None:
-      _check_type(f'{name}.{key}', value.get(key), field)
+def check_summary(summary: dict[str, Any]) -> None:
+  """Raises ValueError, which names the field, unless a summary has all required fields."""
+  for name, kind in _REQUIRED.items():
+    if not isinstance(value := summary.get(name), kind):
+      raise ValueError(f'summary.{name} must be {kind.__name__}, got {short_repr(value)}')
+  if not isinstance(summary['student'].get('last'), dict):
+    raise ValueError('summary.student.last is missing')
 
 
 def write_summary(workdir: str | os.PathLike, summary: Summary) -> None:
   """Replaces `summary.json` atomically. Results come first; NaN and infinity become null.
 
-  Only the first process writes.
-
-  Raises:
-    ValueError: JSON has no such value, or the file cannot be written.
+  Only the first process writes. Raises ValueError if a value or the file cannot be written.
   """
   names = [name for name in _FIRST if name in summary] + sorted(summary.keys() - set(_FIRST))
   values = {name: to_json(summary[name], name) for name in names}
@@ -97,9 +68,8 @@ def write_summary(workdir: str | os.PathLike, summary: Summary) -> None:
 
 def format_summary(summary: Summary) -> str:
   """Formats the last lines of a run: results, ratios, sizes, time by part, files."""
-  student, teacher = summary['student'], summary.get('teacher') or {}
-  last, best = student['last'], student.get('best') or {}
-  rows = []
+  last, best = summary['student']['last'], summary['student'].get('best') or {}
+  teacher, rows = summary.get('teacher') or {}, []
   if last.get('held_out_agreement') is not None:
     rows.append(('synthetic images', 'agreement with the teacher '
                  f'{last["held_out_agreement"]:.2%} last, '
@@ -111,10 +81,10 @@ def format_summary(summary: Summary) -> str:
   if images := summary.get('images'):
     rows.append(('images', f'judge and teacher agree on {images["judge_top1"]:.2%} (top-1) and '
                  f'{images["judge_top5"]:.2%} (top-5) of {images["count"]:.0f} samples'))
-  sizes = {name: size for name, size in (summary.get('parameters') or {}).items() if size}
-  if 'student' in sizes:
+  sizes = summary.get('parameters') or {}
+  if sizes.get('student'):
     text = f'{summary.get("network", "student")} {sizes["student"]:,}'
-    if 'teacher' in sizes:
+    if sizes.get('teacher'):
       text += f', teacher {sizes["teacher"]:,}, ratio {sizes["student"] / sizes["teacher"]:.3f}'
     rows.append(('parameters', text))
   if summary.get('seconds'):
@@ -139,20 +109,18 @@ def _table(summary: Summary) -> list[str]:
   if student['last'].get('top1') is None:
     return ['no real test images']
   rows = [
-      ('teacher', summary.get('teacher'), []),
-      (f'{name}, last', student['last'], []),
-      (f'{name}, best', student.get('best'), ['best is selected on the test set']),
+      ('teacher', summary.get('teacher'), ''), (f'{name}, last', student['last'], ''),
+      (f'{name}, best', student.get('best'), 'best is selected on the test set'),
       ('control', summary.get('control'),
-       ['same student and steps, on noise images labelled by the teacher'])]
+       'same student and steps, on noise images labelled by the teacher')]
   lines = [('on real test images', 'top-1', 'top-5', 'agreement', 'cross-entropy', '')]
-  for label, result, notes in rows:
+  forms = {'top1': '.2%', 'top5': '.2%', 'agreement': '.2%', 'cross_entropy': '.4f'}
+  for label, result, note in rows:
     if result:
-      forms = {'top1': '.2%', 'top5': '.2%', 'agreement': '.2%', 'cross_entropy': '.4f'}
       cells = ['' if result.get(key) is None else f'{float(result[key]):{form}}'
                for key, form in forms.items()]
-      if result.get('round') is not None:
-        notes = [f'round {result["round"]}', *notes]
-      lines.append((label, *cells, '; '.join(notes)))
+      chosen = '' if result.get('round') is None else f'round {result["round"]}'
+      lines.append((label, *cells, '; '.join(filter(None, [chosen, note]))))
   return ['{:21}{:>11}{:>11}{:>11}{:>15}  {}'.format(*line).rstrip() for line in lines]
 
 

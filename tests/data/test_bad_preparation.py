@@ -36,7 +36,7 @@ NPZ = st.one_of(
     IMAGES.map(lambda images: npz(**GOOD | {'images': images})),
     LABELS.map(lambda labels: npz(**GOOD | {'labels': labels})),
     st.integers(1, 9).map(lambda low: npz(**GOOD | {'labels': np.arange(3) - low})),
-    st.lists(st.sampled_from('abc'), max_size=2).map(
+    st.lists(st.sampled_from('abc'), min_size=1, max_size=2).map(
         lambda names: npz(**GOOD | {'class_names': np.array(names, 'U1')})),
     st.sampled_from(['images', 'labels']).map(lambda name: npz(**{name: GOOD[name]})),
     st.sampled_from([
@@ -138,7 +138,7 @@ ARGUMENTS = {
     ('arrays', '--source', 'mine.npz', '--split', 'a b'): "'a b'",
     ('arrays', '--source', 'mine.npz', '--split', 'a', 'b'): 'a b',
     ('arrays', '--source', 'mine.npz', '--data_dir', 'mine.npz'): 'mine.npz',
-    ('arrays', '--source', 'mine.npz', '--data_dir', 'mine.npz/data'): 'mine.npz/data',
+    ('arrays', '--source', 'mine.npz', '--data_dir', 'mine.npz/data'): 'mine.npz',
     ('arrays', '--source', 'mine.npz', '--data_dir', '/proc/sys/data'): '/proc/sys',
     ('arrays', '--source', 'mine.npz', '--name', 'x' * 300): 'x' * 255,
     ('arrays', '--suorce', 'mine.npz'): '--s',

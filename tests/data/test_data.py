@@ -17,7 +17,7 @@ from dfkd_jax import data
 from dfkd_jax.data import images as data_images
 from dfkd_jax.data import prepare
 from dfkd_jax.data import tfds as data_tfds
-from dfkd_jax.data.prepare import image_files, records
+from dfkd_jax.data.prepare import writer
 from dfkd_jax.data.prepare.__main__ import main
 
 
@@ -196,9 +196,9 @@ def failing_sources(folder):
   (folder / 'empty').mkdir()
   return [
       ('cifar10', 'absent.tar.gz', 'No such file'), ('cifar10', 'cut.tar.gz', 'cannot be read'),
-      ('cifar100', 'less.tar.gz', "no 'test.bin'"), ('cifar100', 'odd.tar.gz', '3000 bytes'),
+      ('cifar100', 'less.tar.gz', "no 'test.bin'"), ('cifar100', 'odd.tar.gz', 'size 3000'),
       ('svhn', 'less.tar.gz', "not 'svhn'"), ('mine', 'one.npz', 'not a zip file'),
-      ('mnist', 'short', 'not an IDX file'), ('mnist', 'empty', 'no train-images-idx3-ubyte.gz')]
+      ('mnist', 'short', 'array of size 0'), ('mnist', 'empty', 'no train-images-idx3-ubyte.gz')]
 
 
 def test_bad_sources_in_one_line(tmp_path, capsys):
@@ -238,7 +238,7 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
   def break_off(image):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(records, 'encode_png', break_off)
+  monkeypatch.setattr(writer, 'encode_png', break_off)
   with pytest.raises(KeyboardInterrupt):
     prepare.write('other', {'test': first}, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['tiny']
@@ -247,7 +247,7 @@ def test_nothing_is_replaced_and_nothing_half_written_stays(tmp_path, monkeypatc
 def test_errors_say_where_was_looked_and_what_to_do(tmp_path, monkeypatch):
   prepare.write('flowers', {'test': arrays(3, (4, 5, 3), 2)}, tmp_path)
   with fails_in_one_line(
-      f"'flower' is not prepared in {tmp_path} .did you mean 'flowers'.*"
+      f"'flower' is not prepared in {tmp_path}. Did you mean 'flowers'.*"
       '-m dfkd_jax.prepare folder --name flower --split test --source'):
     data.load('flower', 'test', tmp_path)
   with fails_in_one_line("'flowers' has no split 'train.:5.', only test in"):
@@ -280,7 +280,7 @@ def stored_as(form, images, labels, folder):
 
 
 def test_records_of_tensorflow_without_it_are_refused_in_one_line(tmp_path, monkeypatch):
-  monkeypatch.setattr(data_tfds, '_has_tensorflow', lambda: False)
+  monkeypatch.setattr(data_tfds, 'find_spec', lambda name: None)
   stored_as('tfrecord', *arrays(3, (4, 5, 3), 2), tmp_path)
   with fails_in_one_line(r"stored as tfrecord.* pip install 'dfkd_jax\[tf\]'"):
     data.load('tiny', 'test', tmp_path)
@@ -292,9 +292,9 @@ def test_records_of_tensorflow_are_read_by_it(tmp_path, monkeypatch):
   def as_dataset(builder, *, split, shuffle_files, read_config, decoders):
     assert (split, shuffle_files, read_config.interleave_cycle_length) == ('test[1:]', False, 1)
     assert isinstance(decoders['image'], tfds.decode.SkipDecoding)
-    return [{'image': image_files.encode_png(images[i]), 'label': labels[i]} for i in range(1, 6)]
+    return [{'image': data_images.encode_png(images[i]), 'label': labels[i]} for i in range(1, 6)]
 
-  monkeypatch.setattr(data_tfds, '_has_tensorflow', lambda: True)
+  monkeypatch.setattr(data_tfds, 'find_spec', lambda name: name)
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_dataset', as_dataset)
   monkeypatch.setattr(tfds, 'as_numpy', lambda records: records)
   monkeypatch.setattr(tfds, 'ReadConfig', types.SimpleNamespace)

@@ -12,7 +12,6 @@ from PIL import Image
 
 from dfkd_jax import data
 from dfkd_jax.data import images, prepare
-from dfkd_jax.data.prepare import image_files
 from dfkd_jax.data.prepare.__main__ import main
 
 
@@ -78,7 +77,7 @@ def test_plain_tfds_reads_photos_in_colour(tmp_path):
   import tensorflow_datasets as tfds
 
   source = tfds.builder_from_directory(folder).as_data_source(split='test')
-  for record, path in zip(source, split.images.paths, strict=True):
+  for record, path in zip(source, split.images, strict=True):
     expected = np.asarray(Image.open(path).convert('RGB'))
     np.testing.assert_array_equal(record['image'], expected, path)
 
@@ -90,7 +89,7 @@ def test_plain_tfds_reads_photos_in_colour(tmp_path):
 ])
 def test_only_what_readers_would_show_in_different_ways_is_coded_anew(tmp_path, mode, form, kept):
   path = save(tmp_path / f'a.{form}', (13, 9), 7, mode)
-  raw = image_files.encode_file(path)
+  raw = images.encode_file(path)
   assert (raw == path.read_bytes()) == kept
   if not kept:
     image = Image.open(io.BytesIO(raw))
@@ -105,7 +104,7 @@ def test_classes_of_a_file_fix_the_labels_and_some_may_have_no_image(tmp_path):
       tmp_path / 'photos', classes=tmp_path / 'names.txt')
   assert names == ['dog', 'cat', 'bee', 'ant', 'fly']
   assert labels.tolist() == [3, 2, 2, 1, 1]
-  assert columns['file_name'].tolist() == [os.path.basename(path) for path in files.paths]
+  assert columns['file_name'].tolist() == [os.path.basename(path) for path in files]
 
 
 @pytest.mark.parametrize(('lines', 'classes', 'labels', 'names'), [
@@ -124,7 +123,7 @@ def test_a_flat_folder_and_a_list(tmp_path, lines, classes, labels, names):
   assert indices.tolist() == labels
   assert class_names == names
   assert columns['file_name'].tolist() == [line.split()[0] for line in lines.splitlines()]
-  assert [os.path.basename(path) for path in files.paths] == columns['file_name'].tolist()
+  assert [os.path.basename(path) for path in files] == columns['file_name'].tolist()
 
 
 def broken_folders(root):

@@ -16,6 +16,7 @@ from dfkd_jax.config.problems import raise_problems
 from dfkd_jax.config.records import resolve
 from dfkd_jax.data import images as data_images
 from dfkd_jax.data import prepare
+from dfkd_jax.data.prepare import writer as prepare_writer
 
 
 def photo(width, height, mode='RGB', seed=0):
@@ -179,15 +180,12 @@ def test_arguments_that_do_not_fit(tmp_path, options, message):
     data.load('tiny', 'test', tmp_path, **options)
 
 
-def test_a_damaged_image_is_counted_out(tmp_path):
+def test_a_damaged_image_is_counted_out(tmp_path, monkeypatch):
   raw = [encoded(photo(90, 80, seed=i)) for i in range(4)]
   raw[2] = raw[2][:len(raw[2]) // 2]
 
-  class Damaged(prepare.Files):
-    def __iter__(self):
-      return iter(raw)
-
-  prepare.write('tiny', {'test': (Damaged(range(4)), np.arange(4))}, tmp_path)
+  monkeypatch.setattr(prepare_writer, 'encode_file', raw.__getitem__)
+  prepare.write('tiny', {'test': (prepare.Files(range(4)), np.arange(4))}, tmp_path)
   with fails_in_one_line("Image 2 of data set 'tiny' cannot be read: .*truncated"):
     data.load('tiny', 'test', tmp_path, image_shape=(8, 8, 3), crop=0.5)
 

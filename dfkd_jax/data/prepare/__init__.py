@@ -2,7 +2,6 @@ r"""Writes data sets in the array_record format of TFDS, without TensorFlow.
 
   python -m dfkd_jax.prepare fashion_mnist --source DIRECTORY_OF_IDX_FILES
   python -m dfkd_jax.prepare cifar10 --source cifar-10-binary.tar.gz
-  python -m dfkd_jax.prepare cifar100 --source cifar-100-binary.tar.gz
   python -m dfkd_jax.prepare my_images --source train_and_test.npz
   python -m dfkd_jax.prepare arrays --source images_and_labels.npz --name my_images --split test
   python -m dfkd_jax.prepare folder --source FOLDER_OF_CLASSES --name my_photos --split test
@@ -16,7 +15,6 @@ a data set later.
 
 from dfkd_jax.data.prepare.archives import read, read_arrays, read_idx
 from dfkd_jax.data.prepare.folders import read_folder
-from dfkd_jax.data.prepare.image_files import Files
-from dfkd_jax.data.prepare.writer import Split, write
+from dfkd_jax.data.prepare.writer import Files, Split, write
 
 __all__ = ['Files', 'Split', 'read', 'read_arrays', 'read_folder', 'read_idx', 'write']

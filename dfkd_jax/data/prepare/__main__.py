@@ -20,19 +20,6 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
-  try:
-    flags = _make_parser().parse_args(argv)
-    name, splits, class_names = _read_source(flags)
-    folder = prepare.write(name, splits, flags.data_dir, class_names=class_names)
-  except (ValueError, OSError) as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
-  counts = ', '.join(f'{len(images)} {split}' for split, (images, *_) in splits.items())
-  print(f'Wrote {counts} images to {folder}')
-  return 0
-
-
-def _make_parser() -> argparse.ArgumentParser:
   parser = _Parser(prog='python -m dfkd_jax.prepare',
                    description='Writes a data set that TFDS reads, without TensorFlow.')
   add = parser.add_argument
@@ -45,12 +32,20 @@ def _make_parser() -> argparse.ArgumentParser:
   add('--name', help='for folder and arrays: name of the data set; default: name of the source')
   add('--classes', help='for folder: file with one class name a line, in the order of the labels')
   add('--labels', help="for folder: file with lines 'filename label', if there are no sub-folders")
-  return parser
+  try:
+    flags = parser.parse_args(argv)
+    name, splits, class_names = _read_source(flags)
+    folder = prepare.write(name, splits, flags.data_dir, class_names=class_names)
+  except (ValueError, OSError) as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2
+  counts = ', '.join(f'{len(images)} {split}' for split, (images, *_) in splits.items())
+  print(f'Wrote {counts} images to {folder}')
+  return 0
 
 
 def _read_source(
-    flags: argparse.Namespace
-) -> tuple[str, Mapping[str, prepare.Split], Sequence[str] | None]:
+    flags: argparse.Namespace) -> tuple[str, Mapping[str, prepare.Split], Sequence[str] | None]:
   """Returns the name, the splits and the class names of a data set."""
   for option in ('name', 'classes', 'labels'):
     if option not in _OPTIONS.get(flags.kind, ()) and getattr(flags, option) is not None:
@@ -63,9 +58,8 @@ def _read_source(
   name = flags.name or paths.expand_path(flags.source, 'source').absolute().stem.lower()
   if flags.kind == 'arrays':
     return name, *prepare.read_arrays(name, flags.source, split)
-  images, class_names = prepare.read_folder(
-      flags.source, classes=flags.classes, labels=flags.labels)
-  return name, {split: images}, class_names
+  photos, classes = prepare.read_folder(flags.source, classes=flags.classes, labels=flags.labels)
+  return name, {split: photos}, classes
 
 
 if __name__ == '__main__':

@@ -1,23 +1,41 @@
-"""Writes data sets in the array_record format of TFDS."""
+"""Writes data sets in the array_record format of TFDS: records, and metadata of all splits."""
 
-import contextlib
 import itertools
 import os
 import pathlib
 import re
-import shutil
+import tempfile
 import types
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dfkd_jax import paths
-from dfkd_jax.data.prepare import records
-from dfkd_jax.data.prepare.image_files import Files
+from dfkd_jax import messages, paths
+from dfkd_jax.data.images import JPEG, encode_file, encode_png, map_in_threads
 
 _MOST_CLASSES = 2**20  # Without class names. Larger labels are a mistake and would fill the memory.
+_DIGITS = ('3.0.1', (28, 28, 1), list('0123456789'))
+_DEFINITIONS = {  # Version, image shape and class names in TFDS, which new files must match.
+    'mnist': _DIGITS, 'kmnist': _DIGITS,
+    'fashion_mnist': ('3.0.1', (28, 28, 1), [
+        'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
+        'Ankle boot']),
+    'cifar10': ('3.0.2', (32, 32, 3), [
+        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']),
+    'cifar100': ('3.0.2', (32, 32, 3), [str(i) for i in range(100)]),
+    'imagenet2012': ('5.1.0', (None, None, 3), None)}
+
+
+class Files(tuple[str | os.PathLike, ...]):
+  """Paths of N images of any size. Has the attributes of an array uint8 [N, None, None, 3]."""
+
+  dtype, ndim = np.dtype(np.uint8), 4
+
+  @property
+  def shape(self) -> tuple[int, None, None, int]:
+    """(N, None, None, 3)."""
+    return len(self), None, None, 3
 
 
 class Split(NamedTuple):
@@ -28,34 +46,15 @@ class Split(NamedTuple):
   columns: Mapping[str, Any] = types.MappingProxyType({})  # Of integers or strings [N].
 
 
-class _Definition(NamedTuple):
-  """The definition of a data set in TFDS, which new files must match."""
-
-  version: str
-  image_shape: tuple[int | None, int | None, int] | None = None
-  class_names: Sequence[str] | None = None
-
-
-_DEFINITIONS = {
-    'mnist': _Definition('3.0.1', (28, 28, 1), list('0123456789')),
-    'kmnist': _Definition('3.0.1', (28, 28, 1), list('0123456789')),
-    'fashion_mnist': _Definition('3.0.1', (28, 28, 1), [
-        'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
-        'Ankle boot']),
-    'cifar10': _Definition('3.0.2', (32, 32, 3), [
-        'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']),
-    'cifar100': _Definition('3.0.2', (32, 32, 3), [str(i) for i in range(100)]),
-    'imagenet2012': _Definition('5.1.0', (None, None, 3)),
-}
-
-
 def write(
     name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *,
     class_names: Sequence[str] | None = None,
 ) -> pathlib.Path:
   """Writes splits to `<data_dir>/<name>/<version>/`, or adds them if the data set exists.
 
-  After an error or an interruption, no part of the new splits counts.
+  Returns the directory. After an error or an interruption, no part of the new splits counts.
+  Raises ValueError if an array has a wrong shape or dtype, or differs from TFDS' definition or
+  the existing splits. Or if a split exists already, or a file is not an image.
 
   Args:
     name: Name in snake_case. The version is TFDS' version of this data set, or 1.0.0.
@@ -63,90 +62,64 @@ def write(
     data_dir: Folder of data sets, created if missing.
     class_names: K names in the order of the labels. None takes the names of the existing data
       set, of TFDS' definition, or numbers.
-
-  Returns:
-    The directory of the data set.
-
-  Raises:
-    ValueError: An array has a wrong shape or dtype, or differs from TFDS' definition or the
-      existing splits. Or a split exists already, or a file is not an image.
   """
   for identifier in (name, *splits):
     if not re.fullmatch(r'[a-z][a-z0-9_]*', identifier):
       raise ValueError(f'Names must be in snake_case, got {identifier!r}.')
-  splits = {key: _check_split(f'split {key!r} of {name!r}', *split)
-            for key, split in splits.items()}
-  definition = _DEFINITIONS.get(name, _Definition('1.0.0'))
-  data_dir = paths.expand_path(data_dir, 'data_dir').absolute()
-  folder = data_dir / name / definition.version
-  info = records.read_info(folder, name, splits)
-  _check_consistency(name, splits, definition, info)
-  class_names = _choose_class_names(name, splits, class_names, definition, info)
-  missing = [path for path in (folder.parent, data_dir, *data_dir.parents) if not path.exists()]
-  unfinished = data_dir / f'.{name}-{definition.version}.incomplete-{uuid.uuid4().hex[:8]}'
-  try:
-    unfinished.mkdir(parents=True)
-    records.write_folder(unfinished, name, definition.version, splits, class_names, info)
-    if info:
-      records.merge(unfinished, folder, info)
-    else:
-      folder.parent.mkdir(exist_ok=True)
-      unfinished.rename(folder)
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for path in missing:  # Removes new folders that are still empty.
-      with contextlib.suppress(OSError):
-        path.rmdir()
+  version, image_shape, defined = _DEFINITIONS.get(name, ('1.0.0', None, None))
+  folder = paths.expand_path(data_dir, 'data_dir').absolute() / name / version
+  info = _read_info(folder, name, splits)
+  splits = _check_splits(name, splits, image_shape, info)
+  stored = info and list(info.features['label'].names)
+  class_names = _choose_class_names(name, splits, class_names, stored, defined)
+  parent = next(path for path in folder.parents if path.exists())
+  with tempfile.TemporaryDirectory(prefix=f'.{name}.incomplete-', dir=parent) as unfinished:
+    unfinished = pathlib.Path(unfinished)
+    _write_folder(unfinished, name, version, splits, class_names, info)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The new splits count once `dataset_info.json` lists them.
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == 'dataset_info.json'):
+      path.replace(folder / path.name)
   return folder
 
 
-def _check_split(
-    title: str, images: Any, labels: Any, columns: Mapping[str, Any] | None = None
-) -> Split:
-  """Returns the split as arrays, if TFDS can read them."""
-  images = images if isinstance(images, Files) else np.asarray(images)
-  labels = np.asarray(labels)
-  columns = {key: np.asarray(column) for key, column in (columns or {}).items()}
-  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
-    raise ValueError(f'Images of {title} must be uint8 [N, H, W, 1, 3 or 4], '
-                     f'got {images.dtype} {images.shape}.')
-  if labels.dtype.kind not in 'iu' or labels.shape != images.shape[:1] or not labels.size:
-    raise ValueError(f'Labels of {title} must be {len(images)} > 0 integers, '
-                     f'got {labels.dtype} {labels.shape}.')
-  for key, column in columns.items():
-    if len(column) != len(images):
-      raise ValueError(f'Column {key!r} of {title} has {len(column)} of {len(images)} values.')
-  return Split(images, labels, columns)
-
-
-def _check_consistency(
-    name: str, splits: Mapping[str, Split], definition: _Definition, info: Any
-) -> None:
-  """Raises ValueError if splits differ from each other, existing splits, or the definition."""
-  image_shape = definition.image_shape or (info and info.features['image'].shape)
-  columns = info and records.stored_columns(info)
+def _check_splits(
+    name: str, splits: Mapping[str, tuple], image_shape: tuple | None, info: Any
+) -> dict[str, Split]:
+  """Returns splits as arrays, if TFDS can read them together with the existing splits."""
+  image_shape = image_shape or (info and info.features['image'].shape)
+  column_names = info and set(info.features) - {'image'}
+  checked = {}
   for key, split in splits.items():
-    image_shape = image_shape or split.images.shape[1:]
-    if image_shape != split.images.shape[1:]:
-      raise ValueError(f'Images of split {key!r} of {name!r} must be {image_shape} each, '
-                       f'got {split.images.shape[1:]}.')
-    new = {'label': False} | {key: a.dtype.kind == 'U' for key, a in split.columns.items()}
-    columns = columns or new
-    if new != columns:
-      raise ValueError(f'Columns of split {key!r} of {name!r} must be {sorted(columns)} '
-                       f'as in other splits, got {sorted(new)}.')
+    images, labels, columns = Split(*split)
+    images = images if isinstance(images, Files) else np.asarray(images)
+    labels, title = np.asarray(labels), f'split {key!r} of {name!r}'
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+      raise ValueError(f'Images of {title} must be uint8 [N, H, W, 1, 3 or 4], '
+                       f'got {images.dtype} {images.shape}.')
+    if labels.dtype.kind not in 'iu' or labels.shape != images.shape[:1] or not labels.size:
+      raise ValueError(f'Labels of {title} must be {len(images)} > 0 integers, '
+                       f'got {labels.dtype} {labels.shape}.')
+    image_shape = image_shape or images.shape[1:]
+    if images.shape[1:] != image_shape:
+      raise ValueError(f'Images of {title} must be {image_shape} each, got {images.shape[1:]}.')
+    column_names = column_names or {'label', *columns}
+    if column_names != {'label', *columns}:
+      raise ValueError(f'Columns of {title} must be {sorted(column_names)} as in other splits, '
+                       f'got {sorted({"label", *columns})}.')
+    checked[key] = Split(images, labels, {key: np.asarray(columns[key]) for key in columns})
+  return checked
 
 
 def _choose_class_names(
     name: str, splits: Mapping[str, Split], class_names: Sequence[str] | None,
-    definition: _Definition, info: Any,
+    stored: Sequence[str] | None, defined: Sequence[str] | None,
 ) -> list[str]:
   """Returns the given, existing or defined class names, or numbers."""
-  defined, stored = definition.class_names, info and list(info.features['label'].names)
   lowest = min(int(split.labels.min()) for split in splits.values())
   highest = max(int(split.labels.max()) for split in splits.values())
-  names = next((names for names in (class_names, stored, defined) if names is not None), None)
-  num_classes = _MOST_CLASSES if names is None else len(names)
+  names = class_names or stored or defined or ()
+  num_classes = len(names) or _MOST_CLASSES
   if lowest < 0 or highest >= num_classes:
     raise ValueError(f'Labels of {name!r} are {lowest}..{highest}, must be 0..{num_classes - 1}.')
   names = [str(item) for item in names or range(1 + highest)]
@@ -158,3 +131,84 @@ def _choose_class_names(
     if old != new:
       raise ValueError(f'Class {i} of {name!r} is {new!r}, must be {old!r} as in other splits.')
   return names
+
+
+def _read_info(folder: pathlib.Path, name: str, new_splits: Iterable[str]) -> Any:
+  """Returns the metadata of a data set to which new splits can be added, or None if it is new."""
+  if not (folder / 'dataset_info.json').exists():
+    return None
+  import tensorflow_datasets as tfds
+
+  with messages.reporting_read_errors(f'{str(folder)!r} already exists, but'):
+    info = tfds.builder_from_directory(folder).info
+    file_format = getattr(info.file_format, 'value', None)
+  if existing := sorted(set(info.splits) & set(new_splits)):
+    raise ValueError(f'Data set {name!r} already has split {existing[0]!r} in {str(folder)!r}: '
+                     'remove that directory to write it again.')
+  if file_format != 'array_record':
+    raise ValueError(f'Data set {name!r} in {str(folder)!r} is stored as {file_format}, '
+                     'must be array_record to add splits.')
+  return info
+
+
+def _write_folder(
+    folder: pathlib.Path, name: str, version: str, splits: Mapping[str, Split],
+    class_names: Sequence[str], stored: Any,
+) -> None:
+  """Writes records of new splits, and metadata of new and stored splits, to an empty folder."""
+  import tensorflow_datasets as tfds  # Takes seconds to import.
+
+  split_infos = list(stored.splits.values()) if stored else []
+  all_jpeg = stored is None or stored.features['image'].encoding_format == 'jpeg'
+  for split, (images, labels, columns) in splits.items():
+    path = folder / f'{name}-{split}.array_record-00000-of-00001'
+    num_bytes, jpeg = _write_records(os.fspath(path), images, {'label': labels, **columns})
+    split_infos.append(tfds.core.SplitInfo(
+        name=split, shard_lengths=[len(images)], num_bytes=num_bytes, filename_template=None))
+    all_jpeg &= jpeg
+  features = {'image': tfds.features.Image(
+      shape=images.shape[1:], dtype=np.uint8, encoding_format='jpeg' if all_jpeg else 'png')}
+  for key in columns:
+    column = np.concatenate([split.columns[key] for split in splits.values()])
+    if column.dtype.kind == 'U':
+      features[key] = tfds.features.Text()
+    else:
+      num_classes = getattr(stored.features[key], 'num_classes', 0) if stored else 0
+      features[key] = tfds.features.ClassLabel(num_classes=max(num_classes, int(column.max()) + 1))
+  features['label'] = tfds.features.ClassLabel(names=list(class_names))
+  info = tfds.core.DatasetInfo(
+      builder=tfds.core.DatasetIdentity(name, tfds.core.Version(version), os.fspath(folder), ''),
+      features=tfds.features.FeaturesDict(features), supervised_keys=('image', 'label'))
+  info.set_file_format('array_record')
+  info.set_splits(tfds.core.SplitDict(split_infos))
+  info.write_to_directory(folder)
+
+
+def _write_records(
+    path: str, images: np.ndarray | Files, columns: Mapping[str, np.ndarray]) -> tuple[int, bool]:
+  """Writes `tf.train.Example`s; returns their bytes, and whether all images are JPEG."""
+  from array_record.python import array_record_module
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  is_files = isinstance(images, Files)
+  encoded = map_in_threads(encode_file, images) if is_files else map(encode_png, images)
+  # One record a group, because TFDS reads at random. Uncompressed, because images are compressed.
+  writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
+  num_bytes, all_jpeg = 0, True
+  try:
+    for image, *values in zip(encoded, *columns.values(), strict=True):
+      all_jpeg &= image.startswith(JPEG)
+      example = tf_example_pb2.Example()
+      features = example.features.feature
+      features['image'].bytes_list.value.append(image)
+      for key, value in zip(columns, values, strict=True):
+        if isinstance(value, str):
+          features[key].bytes_list.value.append(value.encode())
+        else:
+          features[key].int64_list.value.append(int(value))
+      record = example.SerializeToString(deterministic=True)
+      num_bytes += len(record)
+      writer.write(record)
+  finally:
+    writer.close()
+  return num_bytes, all_jpeg
