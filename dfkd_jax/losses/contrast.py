@@ -15,7 +15,7 @@ def contrast(
   of image i, column j the global view of image j. The targets are on the diagonal, and the global
   views are constants. Rows of the current batch and of the bank are averaged separately, then
   added. The published code yields NaN whenever its bank is just full. Here only invalid slots are
-  left out, and a bank without valid slots adds nothing.
+  left out, and a bank without valid slots adds nothing. The loss is not negative.
 
   Args:
     local, global_: [B, d], projections of norm 1.

@@ -10,7 +10,7 @@ from dfkd_jax.types import Array
 def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
   """T^2 KL(softmax(t / T) || softmax(s / T)), the loss of knowledge distillation.
 
-  Logits [..., K] give [...], for T above 0: Hinton et al. (arXiv:1503.02531). Not negative; 0 where
+  Hinton et al. (arXiv:1503.02531). Logits [..., K] give [...], for T above 0. Not negative; 0 where
   the logits differ by a constant only. The gradient flows to both, and T^2 keeps its size as T
   grows. The loss then tends to |s - t - mean(s - t)|^2 / 2K.
   """
@@ -25,7 +25,7 @@ def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
   The code differs from the textbook, and is followed here. It measures M || P and M || Q, clamps
   all three to [0.01, 0.99] without normalizing them again, and has no factor T^2. The clamp hides
   most classes if there are more than about 100. Symmetric in `a` and `b`, 0 where they agree. The
-  clamp lets it fall slightly below 0.
+  clamp lets it fall slightly below 0. T is above 0.
   """
   p, q = jax.nn.softmax(a / temperature), jax.nn.softmax(b / temperature)
   m, p, q = (jnp.clip(probabilities, 0.01, 0.99) for probabilities in ((p + q) / 2, p, q))

@@ -46,9 +46,8 @@ def adversarial(
 def balance(logits: Array, temperature: float | Array = 1.0) -> Array:
   """Minus the entropy of the batch's mean prediction: spreads a batch over the classes.
 
-  Averages logits [..., K] over all leading axes; the result [] is from -log K to 0. DAFL
-  (arXiv:1904.01186) has temperature 1. CuDFKD (arXiv:2208.13648) uses the temperature of its
-  distillation.
+  Averages logits [..., K] over all leading axes; the result [] is from -log K to 0. The temperature
+  is above 0. DAFL (arXiv:1904.01186) has 1. CuDFKD (arXiv:2208.13648) has its distillation's.
   """
   log_p = jax.nn.log_softmax(logits.reshape(-1, logits.shape[-1]) / temperature)
   # In logarithms, since the gradient of p log p is infinite where p rounds to 0.
