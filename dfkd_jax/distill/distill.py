@@ -14,28 +14,16 @@ from dfkd_jax.losses import attention
 from dfkd_jax.losses.divergence import agreement
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import replay
-from dfkd_jax.synth.replay import HostBatches
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.types import Array, Metrics, PRNGKey, PyTree
 
 
 def distill(
-    student: Student,
-    state: PyTree,
-    key: PRNGKey,
-    teacher: Network,
-    *,
-    synthesizer: Synthesizer,
-    tx: optax.GradientTransformation,
-    num_steps: int,
-    temperature: float = 20.0,
-    divergence: str = 'kl',
-    attention_factor: float = 0.0,
-    augment: Callable[[PRNGKey, Array], Array],
-    num_tasks: int = 1,
-    axis: str | None = None,
-    part: HostBatches | None = None,
-) -> tuple[Student, PyTree, Metrics]:
+    student: Student, state: PyTree, key: PRNGKey, teacher: Network, *, synthesizer: Synthesizer,
+    tx: optax.GradientTransformation, num_steps: int, temperature: float = 20.0,
+    divergence: str = 'kl', attention_factor: float = 0.0,
+    augment: Callable[[PRNGKey, Array], Array], num_tasks: int = 1, axis: str | None = None,
+    part: replay.HostBatches | None = None) -> tuple[Student, PyTree, Metrics]:
   """Trains the student for one round, in one `lax.scan`.
 
   The loss is the mean of weights times T^2 KL(teacher || student) at temperature T
@@ -43,22 +31,16 @@ def distill(
   The teacher evaluates, the student trains.
 
   Args:
-    student: Before the round.
-    state: State of the synthesizer; its `weigh` may change it.
-    key: Key of this round.
-    teacher: Never changes.
-    synthesizer: Gives samples and weights.
-    tx: The student's optimizer.
-    num_steps: Steps in a round.
+    student: Before the round; `tx` is its optimizer.
+    state: State of the synthesizer, which gives samples and weights; its `weigh` may change it.
+    key: Key of this round of `num_steps` steps.
     temperature: T of the divergence 'kl'.
     divergence: 'kl', or 'l1' or 'l2' between logits.
-    attention_factor: Factor of `losses.attention.attention_transfer`, added to the divergence
-      (ZSKT).
+    attention_factor: Factor of `losses.attention.attention_transfer`, which is added (ZSKT).
     augment: (key, images) -> images.
     num_tasks: Tasks on this device. Keys do not depend on the number of devices.
     axis: The mapped axis of devices, if any.
-    part: The steps to take and their images, if the buffer is on the host. None takes all
-      `num_steps`.
+    part: The steps to take and their images, if the buffer is on the host. None takes all.
 
   Returns:
     Student, state and metrics. The metrics are [] means over the steps: 'loss', 'agreement' on
@@ -104,7 +86,6 @@ def sampled_indices(
   images of a generator's moving average, which are in no slot.
   """
   def sample_step(step_key):
-    key_sample, _ = jax.random.split(step_key)
-    return synthesizer.sample(state, key_sample).slots
+    return synthesizer.sample(state, jax.random.split(step_key)[0]).slots
 
   return lax.map(sample_step, jax.random.split(key, num_steps))

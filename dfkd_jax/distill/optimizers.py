@@ -4,8 +4,7 @@ import optax
 
 
 def cosine_by_round(
-    init_value: float, rounds: int, steps_per_round: int, end_value: float = 0.0
-) -> optax.Schedule:
+    init_value: float, rounds: int, steps_per_round: int, end_value: float = 0.0) -> optax.Schedule:
   """Cosine from `init_value` to `end_value` over `rounds`, constant within a round.
 
   Equals PyTorch's CosineAnnealingLR stepped once per epoch, as in the published recipe
@@ -18,8 +17,7 @@ def cosine_by_round(
 
 def coupled_sgd(
     learning_rate: optax.ScalarOrSchedule, momentum: float, weight_decay: float,
-    nesterov: bool = False,
-) -> optax.GradientTransformation:
+    nesterov: bool = False) -> optax.GradientTransformation:
   """SGD as in PyTorch: weight decay is added to every parameter's gradient before momentum."""
   return optax.chain(
       optax.add_decayed_weights(weight_decay),

@@ -10,6 +10,7 @@ from flax import struct
 
 from dfkd_jax import parallel
 from dfkd_jax.losses import divergence as divergences
+from dfkd_jax.messages import check_option
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import Array, Outputs, PyTree
 
@@ -28,44 +29,24 @@ def init(network: Network, tx: optax.GradientTransformation) -> Student:
 
 
 def divergence(kind: str, logits: Array, targets: Array, temperature: float) -> Array:
-  """Divergence of the student's logits [B, ..., K] from the teacher's, per sample [B].
+  """Divergence of the student's logits [B, ..., K] from the teacher's `targets`, per sample [B].
 
-  Args:
-    kind: 'kl' at a temperature, or 'l1' or 'l2' between logits.
-    logits: [B, ..., K], of the student.
-    targets: [B, ..., K], of the teacher.
-    temperature: T of 'kl'.
-
-  Raises:
-    ValueError: `kind` is unknown.
+  `kind` is 'kl' at a temperature T, or 'l1' or 'l2' between logits; otherwise raises a ValueError.
   """
-  kinds = {
-      'kl': functools.partial(divergences.kl, temperature=temperature),
-      'l1': divergences.l1, 'l2': divergences.l2}
-  if kind not in kinds:
-    raise ValueError(f'divergence is {kind!r}, must be one of {tuple(kinds)}.')
+  kinds = {'kl': functools.partial(divergences.kl, temperature=temperature),
+           'l1': divergences.l1, 'l2': divergences.l2}
+  check_option('divergence', kind, tuple(kinds))
   per_element = kinds[kind](logits, targets)
   return per_element.reshape(per_element.shape[0], -1).mean(1)
 
 
 def train_step(
-    student: Student,
-    images: Array,
-    loss_fn: Callable[[Outputs], tuple[Array, PyTree]],
-    tx: optax.GradientTransformation,
-    axis: str | None = None,
-) -> tuple[Student, Array, PyTree]:
-  """Trains the student for one step.
+    student: Student, images: Array, loss_fn: Callable[[Outputs], tuple[Array, PyTree]],
+    tx: optax.GradientTransformation, axis: str | None = None) -> tuple[Student, Array, PyTree]:
+  """Trains the student for one step. Returns it with the loss [] and aux.
 
-  Args:
-    student: Before the step.
-    images: [B, H, W, C] in [0, 1], this device's share of the batch.
-    loss_fn: The student's outputs -> (loss [], aux): mean over this device's share.
-    tx: The student's optimizer.
-    axis: The mapped axis of devices; gradients and moments are averaged over it.
-
-  Returns:
-    The student after the step, the loss [], and aux.
+  `images` [B, H, W, C] in [0, 1] are this device's share of the batch. `loss_fn` maps the student's
+  outputs to (loss [], aux), a mean over this share. Gradients and moments are averaged over `axis`.
   """
   params = student.network.params
 

@@ -46,7 +46,6 @@ class Measurement(NamedTuple):
 class Verdict(NamedTuple):
   """Conclusions from a measurement."""
 
-  refusal: str | None  # why there is nothing to invert, in one line
   notes: tuple[str, ...]  # for the user
   suggested: dict[str, float]  # balanced factors of the terms that are out of balance
   factors: objective.Factors  # to go on with
@@ -55,27 +54,21 @@ class Verdict(NamedTuple):
 def measure(
     key: PRNGKey, teacher: Network, student: Network | None, *, generator: nn.Module | None,
     latent_shape: tuple[int, ...], image_shape: tuple[int, int, int], task: tasks.Task,
-    factors: objective.Factors, adversary: objective.Adversary = objective.Adversary(),
-) -> Measurement:
+    factors: objective.Factors) -> Measurement:
   """Measures the terms on noise and on a fresh generator's images, in one compiled program.
 
   Args:
-    key: PRNG key.
-    teacher: The network to measure.
     student: The adversary, if a term of `factors` needs one.
     generator: Makes the images; None: they are noise.
     latent_shape: [B, ...] of its latents; there are B noise images too.
     image_shape: [H, W, C].
-    task: The task of the teacher.
-    factors: Says which terms are active; their sizes do not matter.
-    adversary: Measure of the adversarial term.
+    factors: Says which terms are active, at least one; their sizes do not matter.
   """
 
   @jax.jit
   def program(key, teacher, student):
     key_noise, key_params, key_latents, key_labels = jax.random.split(key, 4)
-    noise = jax.random.uniform(key_noise, (latent_shape[0], *image_shape))
-    images = noise
+    images = noise = jax.random.uniform(key_noise, (latent_shape[0], *image_shape))
     if generator is not None:
       latents = jax.random.normal(key_latents, latent_shape)
       params = generator.init(key_params, latents)['params']
@@ -86,74 +79,63 @@ def measure(
       outputs = teacher(images)
       terms = objective.terms(
           factors, outputs, images, task.labels_from(outputs.logits, asked), teacher=teacher,
-          student=student, adversary=adversary, reduce=task.reduce)
+          student=student, reduce=task.reduce)
       return {name: jnp.mean(term) for name, term in terms.items()}, outputs
 
     values, pull_back, outputs = jax.vjp(mean_terms, images, has_aux=True)
-    norms = _gradient_norms(values, pull_back)
+    # A loop over the terms, so that one backward pass is compiled.
+    one_term = {name: jnp.asarray([name == other for other in sorted(values)], value.dtype)
+                for name, value in values.items()}
+    norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), one_term)
     running = teacher.running()
-    layers = inversion.batch_norm_by_layer(outputs.moments, running) if running else {}
-    return Measurement(_logit_stats(teacher(noise).logits), _logit_stats(outputs.logits), values,
-                       norms, layers)
+    return Measurement(
+        _logit_stats(teacher(noise).logits), _logit_stats(outputs.logits), values,
+        gradient_norms=dict(zip(sorted(values), norms, strict=True)),
+        layers=inversion.batch_norm_by_layer(outputs.moments, running) if running else {})
 
   return jax.device_get(program(key, teacher, student))
 
 
-def _gradient_norms(values: dict[str, Array], pull_back) -> dict[str, Array]:
-  """Returns the norm of each value's gradient; a loop, so that one backward pass is compiled."""
-  names = sorted(values)
-  if not names:
-    return {}
-  basis = {name: jnp.asarray([name == other for other in names], values[name].dtype)
-           for name in names}
-  norms = jax.lax.map(lambda only: jnp.sqrt(jnp.square(pull_back(only)[0]).sum()), basis)
-  return dict(zip(names, norms, strict=True))
+def _logit_stats(logits: Array) -> LogitStats:
+  flat = logits.reshape(-1, logits.shape[-1])
+  predicted = jnp.zeros(flat.shape[-1]).at[flat.argmax(-1)].set(1.0)
+  return LogitStats(
+      spread=jnp.sqrt(flat.var(0).mean()), range=flat.mean(0).std(),
+      confidence=jax.nn.softmax(flat).max(-1).mean(), classes=predicted.sum(),
+      finite=jnp.isfinite(flat).all())
 
 
 def suggest_factors(
     measurement: Measurement, teacher: Network, factors: objective.Factors, *,
     momentum: float = 0.0, fallback: bool = False) -> Verdict:
-  """Compares the terms, and says whether there is something to invert.
+  """Compares the terms. Raises a ValueError if there is nothing to invert.
 
-  Args:
-    measurement: From `measure`, with a total_variation term if `fallback` is set.
-    teacher: The network that was measured.
-    factors: The factors of the config.
-    momentum: Share of former batches in the matched moments; the gradient shrinks by it.
-    fallback: Whether smoothness of the images may replace moments that the teacher lacks.
+  `momentum` is the share of former batches in the matched moments; the gradient shrinks by it. With
+  `fallback`, smoothness of the images (the term total_variation) may replace missing moments.
   """
-  if refusal := _refusal(measurement):
-    return Verdict(refusal, (), {}, factors)
   missing, active = missing_moments(teacher), [name for name in MOMENTS if factors.active(name)]
-  if missing and active and not fallback:
-    return Verdict(
-        f'factors.{active[0]} is {getattr(factors, active[0])}, must be 0: {missing}. '
-        'preflight.fallback=True uses the smoothness of images instead.', (), {}, factors)
+  _check_logits(measurement)
   if missing and active:
+    if not fallback:
+      raise ValueError(
+          f'factors.{active[0]} is {getattr(factors, active[0])}, must be 0: {missing}. '
+          'preflight.fallback=True uses the smoothness of images instead.')
     factors = _smooth_factors(measurement, factors)
     note = (f'{missing}: goes on without {" and ".join(active)}, with one_hot '
             f'{factors.one_hot:.3g} and total_variation {factors.total_variation:.3g}')
-    return Verdict(None, (note,), {}, factors)
-  ratios = {name: gradient_ratio(measurement, factors, name, momentum) for name in active}
+    return Verdict((note,), {}, factors)
+  norms = measurement.gradient_norms
+  one_hot = factors.one_hot * norms.get('one_hot', 0.0)
+  ratios = {name: float(getattr(factors, name) * (1 - momentum) * norms[name] / one_hot)
+            for name in active if one_hot}
   suggested = {name: float(f'{getattr(factors, name) * TARGET_RATIO / ratio:.2g}')
-               for name, ratio in ratios.items() if _is_unbalanced(ratio)}
+               for name, ratio in ratios.items()
+               if 0 < ratio < BALANCED[0] or BALANCED[1] < ratio < np.inf}
   notes = tuple(
       f'gradient norm of {name} is {ratios[name]:.3g}x the norm of one_hot: images may ignore the '
       f'{"requested classes" if ratios[name] > 1 else "moments"}; --config.factors.{name}='
       f'{factor:.2g} would balance them' for name, factor in suggested.items())
-  return Verdict(None, notes, suggested, factors)
-
-
-def gradient_ratio(
-    measurement: Measurement, factors: objective.Factors, name: str, momentum: float) -> float:
-  """Returns the ratio of gradient norms, a moments term over one_hot, with factors, or NaN."""
-  one_hot = factors.one_hot * measurement.gradient_norms.get('one_hot', np.nan)
-  norm = getattr(factors, name) * (1 - momentum) * measurement.gradient_norms[name]
-  return float(norm / one_hot) if one_hot else np.nan
-
-
-def _is_unbalanced(ratio: float) -> bool:
-  return bool(np.isfinite(ratio)) and ratio > 0 and not BALANCED[0] <= ratio <= BALANCED[1]
+  return Verdict(notes, suggested, factors)
 
 
 def missing_moments(teacher: Network) -> str | None:
@@ -170,18 +152,17 @@ def missing_moments(teacher: Network) -> str | None:
   return None
 
 
-def _refusal(measurement: Measurement) -> str | None:
-  """Returns why no inversion can work, or None."""
+def _check_logits(measurement: Measurement) -> None:
   noise, generated = measurement.noise, measurement.generated
   for images, stats in (('noise', noise), ('generated images', generated)):
     if not stats.finite:
-      return (f"the teacher's logits on {images} are not finite: weights or preprocessing do not "
-              'fit')
+      raise ValueError(f"the teacher's logits on {images} are not finite: weights or preprocessing "
+                       'do not fit.')
   spread = max(noise.spread, generated.spread)
   if spread <= MIN_SPREAD * max(noise.range, generated.range, MIN_SPREAD):
-    return (f'the teacher predicts the same for all images (its logits vary by {spread:.3g}): '
-            'weights or preprocessing do not fit, and there is nothing to invert')
-  return None
+    raise ValueError(
+        f'the teacher predicts the same for all images (its logits vary by {spread:.3g}): weights '
+        'or preprocessing do not fit, and there is nothing to invert.')
 
 
 def _smooth_factors(measurement: Measurement, factors: objective.Factors) -> objective.Factors:
@@ -191,16 +172,5 @@ def _smooth_factors(measurement: Measurement, factors: objective.Factors) -> obj
   if factors.active('total_variation'):
     return factors
   norms = measurement.gradient_norms
-  smooth = 1e-3
-  if norms['total_variation']:
-    smooth = SMOOTHNESS_RATIO * one_hot * norms['one_hot'] / norms['total_variation']
+  smooth = SMOOTHNESS_RATIO * one_hot * norms['one_hot'] / norms['total_variation']
   return factors._replace(total_variation=float(f'{smooth:.2g}'))
-
-
-def _logit_stats(logits: Array) -> LogitStats:
-  flat = logits.reshape(-1, logits.shape[-1])
-  predicted = jnp.zeros(flat.shape[-1]).at[flat.argmax(-1)].set(1.0)
-  return LogitStats(
-      spread=jnp.sqrt(flat.var(0).mean()), range=flat.mean(0).std(),
-      confidence=jax.nn.softmax(flat).max(-1).mean(), classes=predicted.sum(),
-      finite=jnp.isfinite(flat).all())

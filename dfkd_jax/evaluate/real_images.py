@@ -18,82 +18,61 @@ _IN_FLIGHT = 4  # Batches sent ahead, so that a large data set does not queue on
 def evaluate(
     network: Network, dataset: Sequence[np.ndarray], *, task: Task, batch_size: int = 256,
     teacher: Network | None = None, teacher_predictions: np.ndarray | None = None,
-    shared: bool = False,
-) -> dict[str, float]:
-  """Computes the task's metrics over all images.
+    shared: bool = False) -> dict[str, float]:
+  """Computes the task's metrics over all images. Raises a ValueError if arrays do not fit.
 
-  Compiles one program for a task, a kind of network and a batch size. The last batch is padded.
-  All processes must call this. Each process evaluates its share of the images, and all return the
-  metrics of all images.
+  Compiles one program for a task, a kind of network (in evaluation mode) and a batch size. All
+  processes must call this. Each evaluates its share of the images, and all return the metrics of
+  all images.
 
   Args:
-    network: Network to evaluate, in evaluation mode.
     dataset: Images [N, H, W, C], uint8 or float in [0, 1], and labels int [N], or [N, H, W] in
       segmentation. Further items are ignored.
     task: Defines the metrics.
-    batch_size: Images in a batch.
+    batch_size: Images in a batch; the last one is padded.
     teacher: Network to compute `agreement` with.
-    teacher_predictions: Result of `predict(teacher, images)`, instead of `teacher`. Compute it
-      once for a run.
+    teacher_predictions: Result of `predict(teacher, images)`, to compute only once for a run.
     shared: If True, each process has N images of its own. If False, all have the same images.
 
   Returns:
     The result of `task.summarize`, such as `top1` and `top5` in [0, 1] (with fewer than five
     classes, `top5` is 1) and `cross_entropy` in nats. Also `count`, the number of images, and
     with a teacher `agreement`, the fraction of equal predictions.
-
-  Raises:
-    ValueError: The arrays do not fit each other, the task or the network.
   """
   images, labels = np.asarray(dataset[0]), np.asarray(dataset[1]).astype(np.int32)
-  _check(images, labels, task, batch_size)
+  _check(images, labels, task)
   if teacher_predictions is None and teacher is not None:
     teacher_predictions = predict(teacher, images, batch_size=batch_size, shared=shared)
   has_teacher = teacher_predictions is not None
   targets = np.asarray(teacher_predictions, np.int32) if has_teacher else labels
   if targets.shape != labels.shape:
     raise ValueError(f'teacher_predictions must be {labels.shape}, got {targets.shape}.')
-  rows, network, sums = _process_rows(len(images), shared), parallel.local_copy(network), []
-  for arrays, is_real in _batches((images[rows], labels[rows], targets[rows]), batch_size):
+  network, sums = parallel.local_copy(network), []
+  for arrays, is_real in _batches((images, labels, targets), batch_size, shared):
     sums.append(_batch_sums(network, *arrays, is_real, task=task))
     jax.block_until_ready(sums[-_IN_FLIGHT:][0])
-  sums = jax.tree.map(lambda *parts: _total(np.asarray(parts, np.float64)), *jax.device_get(sums))
-  count = float(_total(np.array([len(images)])) if shared else len(images))
-  agreement = {'agreement': float(sums['agreeing'] / count)} if has_teacher else {}
-  return {**task.summarize(sums['metrics']), **agreement, 'count': count}
+
+  def total(*parts):  # In float64, because float32 loses digits.
+    return parallel.gather_processes(np.asarray(parts, np.float64).sum(axis=0)).sum(axis=0)
+
+  metrics, agreeing, count = jax.tree.map(total, *jax.device_get(sums))
+  agreement = {'agreement': float(agreeing / count)} if has_teacher else {}
+  return {**task.summarize(metrics), **agreement, 'count': float(count)}
 
 
-def predict(
-    network: Network, images: np.ndarray, *, batch_size: int = 256, shared: bool = False
-) -> np.ndarray:
-  """Predicts classes in evaluation mode. All processes must call this.
+def predict(network: Network, images: np.ndarray, *, batch_size: int = 256,
+            shared: bool = False) -> np.ndarray:
+  """Predicts classes in evaluation mode, int32 [N], or [N, H, W] in segmentation.
 
-  Args:
-    network: Network to evaluate.
-    images: [N, H, W, C], uint8 or float in [0, 1].
-    batch_size: Images in a batch.
-    shared: See `evaluate`.
-
-  Returns:
-    The classes with the highest scores, int32 [N], or [N, H, W] in segmentation.
+  All processes must call this. The arguments are as for `evaluate`.
   """
   images = np.asarray(images)
-  _check(images, images, None, batch_size)
-  rows, network = _process_rows(len(images), shared), parallel.local_copy(network)
+  _check(images, images)
+  network = parallel.local_copy(network)
   predictions = np.concatenate([
       np.asarray(_batch_predictions(network, batch))[:np.count_nonzero(is_real)]
-      for (batch,), is_real in _batches((images[rows],), batch_size)])
+      for (batch,), is_real in _batches((images,), batch_size, shared)])
   return predictions if shared else parallel.gather_rows(predictions, len(images))
-
-
-def _process_rows(total: int, shared: bool) -> slice:
-  """Rows that this process evaluates."""
-  return slice(None) if shared else parallel.process_rows(total)
-
-
-def _total(parts: np.ndarray) -> np.ndarray:
-  """Sums over batches and processes. In float64, because float32 loses digits."""
-  return parallel.gather_processes(parts.sum(axis=0)).sum(axis=0)
 
 
 @jax.jit
@@ -103,19 +82,18 @@ def _batch_predictions(network: Network, images: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames='task')
 def _batch_sums(
-    network: Network, images: Array, labels: Array, targets: Array, is_real: Array, *, task: Task
-) -> Metrics:
-  """Sums of metrics and agreement over the images of a batch that are not padding."""
+    network: Network, images: Array, labels: Array, targets: Array, is_real: Array, *,
+    task: Task) -> tuple[Metrics, Array, Array]:
+  """Sums metrics, agreement and number of a batch's images that are not padding."""
   logits = network(_to_float(images)).logits
   if logits.shape[-1] != task.num_classes:
     raise ValueError(f'The network has {logits.shape[-1]} classes, the task {task.num_classes}.')
   # One example at a time: a task's metrics are sums over a batch and cannot skip padding.
-  metrics = jax.vmap(
-      lambda *example: task.metrics(*jax.tree.map(lambda a: a[None], example)))(logits, labels)
+  metrics = jax.vmap(lambda x, label: task.metrics(x[None], label[None]))(logits, labels)
   agreeing = task.reduce((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
   return jax.tree.map(
       lambda a: jnp.where(is_real.reshape(-1, *[1] * (a.ndim - 1)), a, 0).sum(axis=0),
-      {'metrics': metrics, 'agreeing': agreeing})
+      (metrics, agreeing, is_real))
 
 
 def _to_float(images: Array) -> Array:
@@ -124,26 +102,24 @@ def _to_float(images: Array) -> Array:
 
 
 def _batches(
-    arrays: Sequence[np.ndarray], batch_size: int
+    arrays: Sequence[np.ndarray], batch_size: int, shared: bool
 ) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
-  """Yields at least one batch, padded with zeros, and which of its rows are real, bool [B]."""
+  """Yields batches of this process, padded with zeros, and which of their rows are real [B]."""
+  rows = slice(None) if shared else parallel.process_rows(len(arrays[0]))
+  arrays = [array[rows] for array in arrays]
   for start in range(0, max(1, len(arrays[0])), batch_size):
     batch = tuple(array[start:start + batch_size] for array in arrays)
     size = len(batch[0])
     if size < batch_size:
-      batch = tuple(
-          np.pad(a, [(0, batch_size - size), *[(0, 0)] * (a.ndim - 1)]) for a in batch)
+      batch = tuple(np.pad(a, [(0, batch_size - size), *[(0, 0)] * (a.ndim - 1)]) for a in batch)
     yield batch, np.arange(batch_size) < size
 
 
-def _check(images: np.ndarray, labels: np.ndarray, task: Task | None, batch_size: int) -> None:
-  """Raises ValueError unless these are images with labels for the task."""
+def _check(images: np.ndarray, labels: np.ndarray, task: Task | None = None) -> None:
   if images.ndim != 4 or not len(images) or len(labels) != len(images):
-    raise ValueError(f'Images must be [N > 0, H, W, C] with N labels, got {images.shape} '
-                     f'and {labels.shape}.')
+    raise ValueError(
+        f'Images must be [N > 0, H, W, C] with N labels, got {images.shape} and {labels.shape}.')
   if images.dtype != np.uint8 and images.dtype.kind != 'f':
     raise ValueError(f'Images must be uint8, or float in [0, 1], got {images.dtype}.')
-  if batch_size < 1:
-    raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
   if task is not None and labels.ndim == 1 and labels.max() >= task.num_classes:
     raise ValueError(f'Labels must be below {task.num_classes}, got {labels.max()}.')

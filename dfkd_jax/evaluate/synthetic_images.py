@@ -1,8 +1,8 @@
 """Measures a student on fresh synthetic images, if there are no real ones.
 
-The images are new: no student has learnt from them. A judge, a second trained network that had no
-part in making them, may look at them too: how often it sees the teacher's class shows how much of
-an image is about its class, and how much is about this teacher only.
+No student has learnt from these images. A judge, a second trained network that had no part in
+making them, may look at them too. How often it sees the teacher's class shows how much of an image
+is about its class, and how much is about this teacher only.
 """
 
 from collections.abc import Callable
@@ -22,27 +22,21 @@ from dfkd_jax.types import PyTree
 
 def compile_metrics(
     mesh: Mesh, make: Callable[[str | None], Synthesizer], synthesis: PyTree,
-    *networks: Network | None,
-) -> Any:
+    *networks: Network | None) -> Any:
   """Compiles (synthesis, key, teacher, student, judge | None) -> metrics, each [].
 
   `held_out_agreement` is the fraction of fresh images on which student and teacher predict the
   same class. With a judge, `judge_top1` and `judge_top5` are the fractions of images whose
   teacher's class is the judge's top-1, or in its top-5. The state is passed through
-  `host_replay.strip_images` first.
-
-  Args:
-    mesh: The devices.
-    make: Name of the mapped axis -> method.
-    synthesis: The method's state; only shapes and shardings matter, here and below.
-    *networks: Teacher, student, and the judge or None.
+  `host_replay.strip_images` first. `make` maps the name of the mapped axis to the method. Of its
+  state and the networks (teacher, student, judge or None) only shapes and shardings matter here.
   """
 
   def metrics(synthesis, key, teacher, student, judge, *, axis):
     images = make(axis).fresh_images(synthesis, key, teacher, student).images
     logits = teacher(images).logits
-    fractions = {
-        'held_out_agreement': divergence.agreement(student(images).logits, logits).mean()}
+    agreement = divergence.agreement(student(images).logits, logits).mean()
+    fractions = {'held_out_agreement': agreement}
     if judge is not None:
       label = logits.argmax(-1)[..., None]
       ranked = jax.lax.top_k(judge(images).logits, min(5, logits.shape[-1]))[1]

@@ -60,8 +60,6 @@ def report(
     ValueError: The teacher offers nothing to invert.
   """
   measurement, verdict = measure_teacher(settings, teacher, student)
-  if verdict.refusal:
-    raise ValueError(f'{verdict.refusal}.')
   if parallel.is_first():
     print('\n'.join(card.lines() + lines(measurement, verdict)), file=sys.stderr)
   return {'card': card._asdict(), **as_json(measurement, verdict)}

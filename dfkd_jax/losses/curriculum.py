@@ -3,68 +3,48 @@
 import jax
 import jax.numpy as jnp
 
+from dfkd_jax.messages import check_option
 from dfkd_jax.types import Array
 
 KINDS = ('log', 'soft', 'hard')
 
 
 def self_paced_weights(losses: Array, threshold: float | Array, kind: str = 'log') -> Array:
-  """Weights v of samples with loss l, for a threshold lambda of difficulty.
+  """Weights v of samples with loss l, for a threshold lambda of difficulty: [...] -> [...].
 
   CuDFKD (arXiv:2208.13648). The weights minimize v l + g(v; lambda) over v in [0, 1]:
     'hard': g = -lambda v; 1 where l < lambda, otherwise 0.
     'soft': g = lambda (v^2 / 2 - v); max(0, 1 - l / lambda).
     'log':  g = mu log mu + v log v - lambda v, mu = 1 + e^-lambda - v;
             (1 + e^-lambda) / (1 + e^(l - lambda)).
-
-  Args:
-    losses: [...], not negative.
-    threshold: lambda, above 0.
-    kind: 'hard', 'soft' or 'log'.
-
-  Returns:
-    [...], from 1 at no loss down to 0.
-
-  Raises:
-    ValueError: `kind` is unknown.
+  Losses are not negative and lambda is above 0. The weights fall from 1 at no loss down to 0.
+  Raises a ValueError if `kind` is unknown.
   """
+  check_option('kind', kind, KINDS)
   if kind == 'hard':
     return (losses < threshold).astype(losses.dtype)
   if kind == 'soft':
     return jnp.maximum(0, 1 - losses / threshold)
-  if kind == 'log':
-    return (1 + jnp.exp(-threshold)) * jax.nn.sigmoid(threshold - losses)
-  raise ValueError(f'kind is {kind!r}, must be one of {KINDS}.')
+  return (1 + jnp.exp(-threshold)) * jax.nn.sigmoid(threshold - losses)
 
 
 def robust_loss(losses: Array, threshold: float | Array, kind: str = 'log') -> Array:
   """Loss F(l; lambda) that a student with `self_paced_weights` minimizes in effect.
 
-  F is the integral of the weights from 0 to l. It is concave, so its tangent lies above it, and a
-  step that lowers the weighted loss lowers F.
-
-  Args:
-    losses: [...], not negative.
-    threshold: lambda, above 0.
-    kind: As for `self_paced_weights`.
-
-  Returns:
-    [...], from 0 to a bound that grows with lambda.
-
-  Raises:
-    ValueError: `kind` is unknown.
+  F is the integral of the weights from 0 to l, and takes the same arguments. It rises from 0 to a
+  bound that grows with lambda. It is concave, so its tangent lies above it, and a step that lowers
+  the weighted loss lowers F.
   """
+  check_option('kind', kind, KINDS)
   if kind == 'hard':
     return jnp.minimum(losses, threshold)
   if kind == 'soft':
     within = jnp.minimum(losses, threshold)
     return within - within**2 / (2 * threshold)
-  if kind == 'log':
-    # Further up F is at its bound, and the difference below would be pure rounding.
-    within = jnp.minimum(losses, threshold + 50)
-    rise = jax.nn.softplus(within - threshold) - jax.nn.softplus(-threshold)
-    return (1 + jnp.exp(-threshold)) * (within - rise)
-  raise ValueError(f'kind is {kind!r}, must be one of {KINDS}.')
+  # Further up F is at its bound, and the difference below would be pure rounding.
+  within = jnp.minimum(losses, threshold + 50)
+  rise = jax.nn.softplus(within - threshold) - jax.nn.softplus(-threshold)
+  return (1 + jnp.exp(-threshold)) * (within - rise)
 
 
 def diversity(classes: Array, histogram: Array, *, normalised: bool = False) -> Array:
@@ -72,16 +52,10 @@ def diversity(classes: Array, histogram: Array, *, normalised: bool = False) -> 
 
   The first factor of SSD-KD's modulation (arXiv:2406.07876, section 3; recalled, since neither
   the full text nor code was at hand). Each of K balanced classes has 1 - 1/K, so the factor
-  hardly separates many classes. `normalised` is our variant for many classes,
-  min(1, |B| / (K h[c])).
+  hardly separates many classes. `normalised` is our variant for these, min(1, |B| / (K h[c])).
 
-  Args:
-    classes: [...] int32.
-    histogram: [K] counts over the live buffer.
-    normalised: Whether to use our variant.
-
-  Returns:
-    [...] in [0, 1]; 1 while the buffer is empty.
+  Classes [...] int32 and the histogram [K], counts over the live buffer, give [...] in [0, 1]; 1
+  while the buffer is empty.
   """
   counts = histogram.astype(jnp.result_type(float))
   size = counts.sum()
@@ -92,18 +66,11 @@ def diversity(classes: Array, histogram: Array, *, normalised: bool = False) -> 
 
 
 def difficulty(logits: Array, classes: Array, gamma: float) -> Array:
-  """Difficulty (1 - p)^gamma, with p the teacher's probability of the class.
+  """Difficulty (1 - p)^gamma in [0, 1], with p the teacher's probability of the class.
 
   The second factor of SSD-KD's modulation (arXiv:2406.07876, section 3; recalled), as in the
-  focal loss (arXiv:1708.02002, equation 4).
-
-  Args:
-    logits: [..., K], of the teacher.
-    classes: [...] int32.
-    gamma: At least 0; 0 gives 1 throughout.
-
-  Returns:
-    [...] in [0, 1].
+  focal loss (arXiv:1708.02002, equation 4). Logits [..., K] and classes [...] int32 give [...].
+  `gamma` is at least 0; 0 gives 1 throughout.
   """
   log_p = jax.nn.log_softmax(logits)
   is_class = classes[..., None] == jnp.arange(logits.shape[-1])

@@ -7,20 +7,12 @@ import optax
 from dfkd_jax.types import Array
 
 
-def kl(
-    student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
+def kl(student_logits: Array, teacher_logits: Array, temperature: float | Array = 1.0) -> Array:
   """T^2 KL(softmax(t / T) || softmax(s / T)), the loss of knowledge distillation.
 
-  Hinton et al. (arXiv:1503.02531). T^2 keeps the gradient's size as T grows. The loss then tends
-  to |s - t - mean(s - t)|^2 / 2K.
-
-  Args:
-    student_logits: [..., K].
-    teacher_logits: [..., K]; the gradient flows here too.
-    temperature: T, above 0.
-
-  Returns:
-    [...], not negative; 0 where the logits differ by a constant only.
+  Hinton et al. (arXiv:1503.02531). Logits [..., K] give [...], for T above 0. Not negative; 0 where
+  the logits differ by a constant only. The gradient flows to both, and T^2 keeps its size as T
+  grows. The loss then tends to |s - t - mean(s - t)|^2 / 2K.
   """
   log_q = jax.nn.log_softmax(student_logits / temperature)
   log_p = jax.nn.log_softmax(teacher_logits / temperature)
@@ -28,19 +20,12 @@ def kl(
 
 
 def js(a: Array, b: Array, temperature: float | Array = 1.0) -> Array:
-  """Jensen-Shannon divergence as in DeepInversion's code (arXiv:1912.08795).
+  """Jensen-Shannon divergence as in DeepInversion's code (arXiv:1912.08795): [..., K] -> [...].
 
   The code differs from the textbook, and is followed here. It measures M || P and M || Q, clamps
   all three to [0.01, 0.99] without normalizing them again, and has no factor T^2. The clamp hides
-  most classes if there are more than about 100.
-
-  Args:
-    a: Logits [..., K].
-    b: Logits [..., K].
-    temperature: T, above 0.
-
-  Returns:
-    [...], symmetric in `a` and `b`, 0 where they agree. The clamp lets it fall slightly below 0.
+  most classes if there are more than about 100. Symmetric in `a` and `b`, 0 where they agree. The
+  clamp lets it fall slightly below 0. T is above 0.
   """
   p, q = jax.nn.softmax(a / temperature), jax.nn.softmax(b / temperature)
   m, p, q = (jnp.clip(probabilities, 0.01, 0.99) for probabilities in ((p + q) / 2, p, q))
@@ -58,15 +43,10 @@ def l2(student: Array, teacher: Array) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array, ignore: int | None = None) -> Array:
-  """-log softmax(logits)[label].
+  """-log softmax(logits)[label]: [..., K], [...] integers in 0..K-1 -> [...].
 
-  Args:
-    logits: [..., K].
-    labels: [...] integers in 0..K-1.
-    ignore: Label of unlabelled elements, such as 255; their loss is 0.
-
-  Returns:
-    [...]; NaN at a label that is out of range.
+  The loss is NaN at a label that is out of range, and 0 at the label `ignore` of unlabelled
+  elements, such as 255.
   """
   labels = labels.astype(jnp.int32)
   # A negative index would count from the end; an index of K gives NaN.

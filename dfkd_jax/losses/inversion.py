@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dfkd_jax.losses import divergence as divergences
+from dfkd_jax.messages import check_option
 from dfkd_jax.types import Array, Moments
 
 
@@ -17,36 +18,25 @@ def one_hot(logits: Array, labels: Array) -> Array:
 
 def adversarial(
     student_logits: Array, teacher_logits: Array, *, masked: bool = True, divergence: str = 'kl',
-    temperature: float | Array = 1.0,
-) -> Array:
+    temperature: float | Array = 1.0) -> Array:
   """Minus the divergence of student and teacher: seeks images on which they differ.
 
   The mask of CMI (arXiv:2105.08584) counts only images on which both still choose the same class,
   so that no image is pushed far beyond the decision boundary. The mask is a constant. The
-  gradient flows through both logits.
+  gradient flows through both logits [..., K]. The result [...] is at most 0; 'js' exceeds 0 by its
+  clamp only.
 
   Args:
-    student_logits: [..., K].
-    teacher_logits: [..., K].
     masked: Whether only agreement counts. The mean over a batch divides by the batch, not by the
       number of agreements.
-    divergence: 'kl' (with its T^2), 'l1' (of logits; no temperature) or 'js'.
+    divergence: 'kl' (with its T^2), 'l1' (of logits; no temperature) or 'js'; otherwise raises a
+      ValueError.
     temperature: T, above 0.
-
-  Returns:
-    [...], at most 0; 'js' exceeds 0 by its clamp only.
-
-  Raises:
-    ValueError: `divergence` is unknown.
   """
-  measures = {
-      'kl': functools.partial(divergences.kl, temperature=temperature),
-      'l1': divergences.l1,
-      'js': functools.partial(divergences.js, temperature=temperature),
-  }
-  if divergence not in measures:
-    names = ', '.join(map(repr, measures))
-    raise ValueError(f'divergence is {divergence!r}; allowed are {names}.')
+  measures = {'kl': functools.partial(divergences.kl, temperature=temperature),
+              'l1': divergences.l1,
+              'js': functools.partial(divergences.js, temperature=temperature)}
+  check_option('divergence', divergence, tuple(measures))
   distance = measures[divergence](student_logits, teacher_logits)
   if not masked:
     return -distance
@@ -56,15 +46,8 @@ def adversarial(
 def balance(logits: Array, temperature: float | Array = 1.0) -> Array:
   """Minus the entropy of the batch's mean prediction: spreads a batch over the classes.
 
-  DAFL (arXiv:1904.01186) has temperature 1. CuDFKD (arXiv:2208.13648) uses the temperature of its
-  distillation.
-
-  Args:
-    logits: [..., K]; averaged over all leading axes.
-    temperature: T, above 0.
-
-  Returns:
-    [], from -log K to 0.
+  Averages logits [..., K] over all leading axes; the result [] is from -log K to 0. The temperature
+  is above 0. DAFL (arXiv:1904.01186) has 1. CuDFKD (arXiv:2208.13648) has its distillation's.
   """
   log_p = jax.nn.log_softmax(logits.reshape(-1, logits.shape[-1]) / temperature)
   # In logarithms, since the gradient of p log p is infinite where p rounds to 0.
@@ -80,49 +63,28 @@ def activation(features: Array) -> Array:
 def total_variation(images: Array) -> Array:
   """Mean absolute difference of neighbours: right, below and on both diagonals, summed.
 
-  DeepInversion's prior (arXiv:1912.08795) in its l1 form. The mean over a batch is the published
-  value.
-
-  Args:
-    images: [B, H, W, C], H and W at least 2.
-
-  Returns:
-    [B].
+  [B, H, W, C] -> [B], with H and W at least 2. DeepInversion's prior (arXiv:1912.08795) in its l1
+  form. The mean over a batch is the published value.
   """
   differences = (
-      images[:, :, 1:] - images[:, :, :-1],
-      images[:, 1:] - images[:, :-1],
-      images[:, 1:, 1:] - images[:, :-1, :-1],
-      images[:, 1:, :-1] - images[:, :-1, 1:],
-  )
+      images[:, :, 1:] - images[:, :, :-1], images[:, 1:] - images[:, :-1],
+      images[:, 1:, 1:] - images[:, :-1, :-1], images[:, 1:, :-1] - images[:, :-1, 1:])
   return sum(jnp.mean(jnp.abs(difference), axis=(1, 2, 3)) for difference in differences)
 
 
 def l2(images: Array) -> Array:
-  """Frobenius norm of a batch, not squared (arXiv:1912.08795): [B, H, W, C] -> [].
-
-  The gradient at 0 is 0.
-  """
+  """Frobenius norm, not squared, with gradient 0 at 0: [B, H, W, C] -> []. arXiv:1912.08795."""
   return optax.safe_norm(images.ravel(), 0.0)
 
 
 def batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Array:
-  """Distance of a batch's moments from the running moments of training, summed over layers.
+  """Distance of a batch's moments from the running moments of training, summed over layers: [].
 
   sum_l |var_l - running var_l| + |mean_l - running mean_l|, with norms over channels that are not
   squared (DeepInversion, arXiv:1912.08795, as in its code). Twice the deviation costs twice as
   much, and scaled deviations, as in `mix`, scale the gradient alike. The gradient is 0 where the
-  moments are equal.
-
-  Args:
-    moments: Of this batch, by path of the layer.
-    running: Of training, by the same paths.
-
-  Returns:
-    [].
-
-  Raises:
-    ValueError: The paths differ, or there are none.
+  moments are equal. Both arguments are by path of the layer. Raises a ValueError if the paths
+  differ, or there are none.
   """
   return sum(batch_norm_by_layer(moments, running).values())
 
@@ -143,10 +105,7 @@ def relative_batch_norm(moments: dict[str, Moments], running: dict[str, Moments]
       + |mean_l - running mean_l| / sqrt(sum_c running var_lc).
   Scaling a layer's input, as another preprocessing or another width does, changes nothing. In
   contrast, `batch_norm` of published networks spans four orders of magnitude. This term is ours;
-  the papers have none like it.
-
-  Raises:
-    ValueError: As `batch_norm`.
+  the papers have none like it. Arguments and errors are as for `batch_norm`.
   """
   _check_paths(moments, running)
   distance = lambda a, b: optax.safe_norm(a - b, 0.0)
@@ -160,21 +119,11 @@ def relative_batch_norm(moments: dict[str, Moments], running: dict[str, Moments]
 def mix(
     batch: dict[str, Moments], past: dict[str, Moments], momentum: float | Array
 ) -> dict[str, Moments]:
-  """Running average of moments: (1 - momentum) * batch + momentum * past.
+  """Running average of moments: (1 - momentum) * batch + momentum * past, by path of the layer.
 
   FastDFKD (arXiv:2112.06253) matches these to the teacher's, and keeps the same mixture as the
-  next past.
-
-  Args:
-    batch: Of this batch, by path of the layer; the gradient flows here.
-    past: By the same paths; a constant.
-    momentum: In [0, 1], may be traced; 0 while there is no past.
-
-  Returns:
-    By the same paths.
-
-  Raises:
-    ValueError: The paths differ, or there are none.
+  next past. The gradient flows to `batch`; `past` is a constant. `momentum` is in [0, 1] and may be
+  traced; 0 while there is no past. Raises a ValueError as `batch_norm`.
   """
   _check_paths(batch, past)
   past = jax.lax.stop_gradient(past)
@@ -188,6 +137,5 @@ def _check_paths(moments: dict[str, Moments], others: dict[str, Moments]) -> Non
   differing = sorted(set(moments) ^ set(others))
   if differing:
     side = 'first' if differing[0] in moments else 'second'
-    raise ValueError(
-        f'batch norm {differing[0]!r} is among the {side} moments only '
-        f'({len(differing)} paths differ)')
+    raise ValueError(f'batch norm {differing[0]!r} is among the {side} moments only '
+                     f'({len(differing)} paths differ)')

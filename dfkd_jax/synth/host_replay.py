@@ -9,7 +9,6 @@ The same keys draw the same slots, so results are bit-equal wherever the images 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +17,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from dfkd_jax import parallel
 from dfkd_jax.synth import replay
-from dfkd_jax.types import Array, Metrics, PyTree
+from dfkd_jax.types import PyTree
 
 CHUNK = 2**30  # Bytes of images that are copied to a device at once.
 
 
 def with_image_shapes(synthesis: PyTree, images: jax.ShapeDtypeStruct, mesh: Mesh) -> PyTree:
-  """Returns a state on the devices with only the shape and sharding of its buffer's images.
-
-  Args:
-    synthesis: Without images.
-    images: [M, N, H, W, C], of one device.
-    mesh: The devices.
-  """
+  """Sets only shape and sharding of a buffer's images, from [M, N, H, W, C] of one device."""
   shape = (mesh.size * images.shape[0], *images.shape[1:])
   sharding = NamedSharding(mesh, parallel.SPREAD)
   return replay.replace_buffer(
@@ -66,41 +59,30 @@ def write(images: np.ndarray, added: np.ndarray, end: int) -> None:
 
 
 def gather(images: np.ndarray, slots: np.ndarray) -> np.ndarray:
-  """Collects the images [n, B, H, W, C] that the programs of all devices draw.
+  """Collects the images [n, B, H, W, C] that the programs of all devices draw at slots [n, B].
 
-  Args:
-    images: [M, N, H, W, C], stripes of all devices.
-    slots: [n, B]. Each device counts from its own first stripe. A batch has equally many of each
-      stripe, in order, so the position in the batch tells the stripe. The image of a slot of -1
-      is arbitrary.
+  `images` [M, N, H, W, C] are the stripes of all devices. Each device counts slots from its own
+  first stripe. A batch has equally many of each stripe, in order, so the position in the batch
+  tells the stripe. The image of a slot of -1 is arbitrary.
   """
   num_tasks, capacity = images.shape[:2]
-  number, batch = slots.shape
-  within = (slots % capacity).reshape(number, num_tasks, -1)
+  within = (slots % capacity).reshape(len(slots), num_tasks, -1)
   gathered = np.empty((*within.shape, *images.shape[2:]), images.dtype)
   for task in range(num_tasks):
     np.take(images[task], within[:, task], axis=0, out=gathered[:, task], mode='clip')
-  return gathered.reshape(number, batch, *images.shape[2:])
+  return gathered.reshape(*slots.shape, *images.shape[2:])
 
 
 def steps_per_chunk(num_steps: int, bytes_a_step: int, limit: int | None = None) -> int:
-  """Returns the most steps in a chunk that divide `num_steps` and fit in `limit` bytes.
-
-  The default limit is CHUNK; the result is at least 1.
-  """
-  limit = CHUNK if limit is None else limit
-  return max(n for n in range(1, num_steps + 1)
-             if num_steps % n == 0 and (n == 1 or n * bytes_a_step <= limit))
+  """Returns the most steps that divide `num_steps` and fit in `limit` (CHUNK) bytes; at least 1."""
+  most = max(1, (CHUNK if limit is None else limit) // bytes_a_step)
+  return max(n for n in range(1, num_steps + 1) if num_steps % n == 0 and n <= most)
 
 
 def with_host_writes(synthesize: Callable) -> Callable:
-  """Wraps `synthesize` so that new images are copied into the host buffer.
+  """Wraps (state, ...) -> (state, metrics) so that new images are copied into the host buffer."""
 
-  Args:
-    synthesize: (state without images, ...) -> (state, metrics), compiled.
-  """
-
-  def call(synthesis: PyTree, *inputs: Any) -> tuple[PyTree, Metrics]:
+  def call(synthesis, *inputs):
     images = replay.find_buffer(synthesis).images
     synthesis, metrics = synthesize(strip_images(synthesis), *inputs)
     buffer = replay.find_buffer(synthesis)
@@ -111,21 +93,15 @@ def with_host_writes(synthesize: Callable) -> Callable:
 
 
 def with_host_batches(
-    sample_slots: Callable, steps: Callable, mesh: Mesh, num_steps: int, chunk: int
-) -> Callable:
+    sample_slots: Callable, steps: Callable, mesh: Mesh, num_steps: int, chunk: int) -> Callable:
   """Wraps the student's steps so that their images are copied from the host, chunk by chunk.
 
-  Args:
-    sample_slots: (state, key) -> [num_steps, B].
-    steps: (student, state, key, teacher, HostBatches of `chunk` steps) -> (student, state,
-      metrics), compiled.
-    mesh: The devices.
-    num_steps: Steps in all.
-    chunk: Divides them.
+  `sample_slots` maps (state, key) to [num_steps, B]. `steps` maps (student, state, key, teacher,
+  HostBatches of `chunk` steps) to (student, state, metrics). `chunk` divides `num_steps`.
   """
   sharding = NamedSharding(mesh, parallel.BATCHES)
 
-  def call(student: PyTree, synthesis: PyTree, key: Array, teacher: PyTree):
+  def call(student, synthesis, key, teacher):
     images, all_metrics = replay.find_buffer(synthesis).images, []
     synthesis = strip_images(synthesis)
     slots = np.asarray(sample_slots(synthesis, key))
@@ -136,24 +112,21 @@ def with_host_batches(
       batches = replay.HostBatches(np.asarray(first, np.int32), jax.device_put(gathered, sharding))
       student, synthesis, metrics = steps(student, synthesis, key, teacher, batches)
       all_metrics.append(metrics)
-    means = {name: np.mean([metrics[name] for metrics in all_metrics])
-             for name in all_metrics[0] if name != 'losses'}
-    losses = np.concatenate([metrics['losses'] for metrics in all_metrics])
-    return (student, replay.replace_buffer(synthesis, images=images),
-            means | {'losses': losses})
+    parts = {name: [metrics[name] for metrics in all_metrics] for name in all_metrics[0]}
+    losses = np.concatenate(parts.pop('losses'))
+    means = {name: np.mean(values) for name, values in parts.items()}
+    return student, replay.replace_buffer(synthesis, images=images), means | {'losses': losses}
 
   return call
 
 
 def with_host_sample(sample_slots: Callable, sample: Callable) -> Callable:
-  """Wraps a sample so that its images are copied from the host, if they are there.
+  """Wraps `sample` so that its images are copied from the host, if they are there.
 
-  Args:
-    sample_slots: (state, key) -> [B].
-    sample: (state, key, images [B, H, W, C] | None, ...) -> anything.
+  `sample_slots` maps (state, key) to [B]; `sample` takes (state, key, images [B, ...] | None, ...).
   """
 
-  def call(synthesis: PyTree, key: Array, *inputs: Any) -> PyTree:
+  def call(synthesis, key, *inputs):
     stripped = device_view(synthesis)
     if stripped is synthesis:
       return sample(synthesis, key, None, *inputs)

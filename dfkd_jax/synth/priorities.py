@@ -1,7 +1,6 @@
 """Prioritised replay: images are drawn in proportion to their loss when last seen.
 
-References:
-  Schaul et al., Prioritized Experience Replay, 2016, https://arxiv.org/abs/1511.05952.
+Schaul et al., Prioritized Experience Replay, 2016 (arXiv:1511.05952).
 """
 
 import dataclasses
@@ -19,30 +18,22 @@ DRAWS = ('priority', 'uniform')
 
 @dataclasses.dataclass(frozen=True)
 class Priorities:
-  """How the student's images are drawn and weighed.
+  """How the student's images are drawn and weighed."""
 
-  Attributes:
-    draw: By 'priority' or 'uniform' (then every sample weighs 1).
-    beta: Exponent of the importance weights.
-    epsilon: Added to every priority, so that no image is out of reach.
-    clip_weights: Largest importance weight; None: no bound.
-  """
-
-  draw: str = 'priority'
-  beta: float = 0.5
-  epsilon: float = 1e-6
-  clip_weights: float | None = 10.0
+  draw: str = 'priority'  # by 'priority' or 'uniform' (then every sample weighs 1)
+  beta: float = 0.5  # exponent of the importance weights
+  epsilon: float = 1e-6  # added to every priority, so that no image is out of reach
+  clip_weights: float | None = 10.0  # largest importance weight; None: no bound
 
   def __post_init__(self):
     check_option('draw', self.draw, DRAWS)
-    if not 0 <= self.beta < 1:
-      raise FieldError('beta', f'beta is {self.beta}, must be in [0, 1): at 1 and above the '
-                       'priorities never settle.')
-    if self.epsilon <= 0:
-      raise FieldError('epsilon', f'epsilon is {self.epsilon}, must be above 0.')
-    if self.clip_weights is not None and self.clip_weights <= 0:
-      raise FieldError('clip_weights', f'clip_weights is {self.clip_weights}, must be above 0, '
-                       'or None for no bound.')
+    for name, is_valid, allowed in (
+        ('beta', 0 <= self.beta < 1, 'in [0, 1): at 1 and above the priorities never settle'),
+        ('epsilon', self.epsilon > 0, 'above 0'),
+        ('clip_weights', self.clip_weights is None or self.clip_weights > 0,
+         'above 0, or None for no bound')):
+      if not is_valid:
+        raise FieldError(name, f'{name} is {getattr(self, name)}, must be {allowed}.')
 
   @property
   def is_used(self) -> bool:
@@ -50,8 +41,7 @@ class Priorities:
     return self.draw == 'priority'
 
   def sample(
-      self, key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None = None
-  ) -> Batch:
+      self, key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None = None) -> Batch:
     """Draws images for the student, by priority or uniformly."""
     if self.is_used:
       return sample_by_priority(key, buffer, batch_size, self.epsilon, axis)
@@ -72,10 +62,7 @@ def live_priorities(buffer: ReplayBuffer) -> Array:
 
 
 def probabilities(buffer: ReplayBuffer, epsilon: float = 1e-6) -> Array:
-  """Returns P ∝ priority + epsilon within each stripe, [M, N], and 0 in empty slots.
-
-  arXiv:1511.05952, equation 1 with alpha 1.
-  """
+  """Returns P ∝ priority + epsilon (equation 1, alpha 1) in each stripe [M, N]; 0 if empty."""
   is_live = jnp.arange(buffer.capacity) < buffer.size
   odds = jnp.where(is_live, live_priorities(buffer) + epsilon, 0.0)
   return odds / jnp.maximum(odds.sum(1, keepdims=True), jnp.finfo(odds.dtype).tiny)
@@ -83,8 +70,7 @@ def probabilities(buffer: ReplayBuffer, epsilon: float = 1e-6) -> Array:
 
 def sample_by_priority(
     key: PRNGKey, buffer: ReplayBuffer, batch_size: int, epsilon: float = 1e-6,
-    axis: str | None = None,
-) -> Batch:
+    axis: str | None = None) -> Batch:
   """Draws images by `probabilities`, with replacement, equally many from each stripe.
 
   A probability below 2^-31 is rounded up to it, so that each live slot is within reach and no
@@ -95,8 +81,8 @@ def sample_by_priority(
     # In integers, whose sums are exact: float32 would lose the rare beside 1.
     odds = jnp.ceil(2.0**31 * probabilities(buffer, epsilon)).astype(jnp.uint32)
     upper = jnp.cumsum(odds, axis=1, dtype=jnp.uint32)
-    draws = jax.vmap(lambda k, u: jax.random.randint(k, (share,), 0, u[-1], jnp.uint32))(
-        keys, upper)
+    draw = lambda k, u: jax.random.randint(k, (share,), 0, u[-1], jnp.uint32)
+    draws = jax.vmap(draw)(keys, upper)
     slots = jax.vmap(lambda u, d: jnp.searchsorted(u, d, side='right'))(upper, draws)
     return jnp.minimum(slots, buffer.capacity - 1).astype(jnp.int32)  # An empty buffer: any slot.
 
@@ -108,8 +94,7 @@ def set_priorities(buffer: ReplayBuffer, slots: Array, priorities: Array) -> Rep
 
   Of several at one slot the highest stays. Negative values become 0. A slot of -1 is skipped.
   """
-  flat = buffer.priorities.reshape(-1)
-  slots = _skip_unknown(slots, flat.size)
+  flat, slots = _flatten(buffer.priorities, slots)
   # Independent of the order in which a device writes duplicates.
   flat = flat.at[slots].set(0.0, mode='drop').at[slots].max(
       priorities.astype(flat.dtype), mode='drop')
@@ -122,28 +107,20 @@ def weights_at(buffer: ReplayBuffer, slots: Array) -> Array:
 
 
 def set_weights(buffer: ReplayBuffer, slots: Array, weights: Array) -> ReplayBuffer:
-  """Writes importance weights [B] at slots [B]; several at one slot must be equal.
-
-  A slot of -1 is skipped.
-  """
-  flat = buffer.weights.reshape(-1)
-  slots = _skip_unknown(slots, flat.size)
+  """Writes importance weights [B] at slots [B], equal where slots are; skips slots of -1."""
+  flat, slots = _flatten(buffer.weights, slots)
   flat = flat.at[slots].set(weights.astype(flat.dtype), mode='drop')
   return buffer.replace(weights=flat.reshape(buffer.weights.shape))
 
 
 def importance_weights(
-    buffer: ReplayBuffer, slots: Array, beta: float | Array, epsilon: float = 1e-6
-) -> Array:
-  """Returns (N P)^-beta [B] at slots [B], with N the images of a stripe.
-
-  arXiv:1511.05952, section 3.4, not normalised.
-  """
+    buffer: ReplayBuffer, slots: Array, beta: float | Array, epsilon: float = 1e-6) -> Array:
+  """Returns (N P)^-beta [B] at slots [B], N images a stripe, not normalised (section 3.4)."""
   chances = probabilities(buffer, epsilon).reshape(-1)[slots]
   # A slot that was drawn is live, and its chance above 0; the guard is for an empty buffer.
   return jnp.maximum(buffer.size * chances, jnp.finfo(chances.dtype).tiny) ** -beta
 
 
-def _skip_unknown(slots: Array, size: int) -> Array:
-  """Moves a slot of -1, the last one to JAX, beyond the last."""
-  return jnp.where(slots < 0, size, slots)
+def _flatten(values: Array, slots: Array) -> tuple[Array, Array]:
+  """Flattens [M, N] values, and moves slots of -1, the last one to JAX, beyond the last."""
+  return values.reshape(-1), jnp.where(slots < 0, values.size, slots)

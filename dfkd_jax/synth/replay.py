@@ -48,35 +48,27 @@ class HostBatches(NamedTuple):
 
 def create(
     capacity: int, image_shape: tuple[int, int, int], num_classes: int, num_tasks: int = 1, *,
-    prioritised: bool = False,
-) -> ReplayBuffer:
+    prioritised: bool = False) -> ReplayBuffer:
   """Makes an empty buffer of `num_tasks` stripes with `capacity` slots each."""
   if capacity < 1:
     raise FieldError('capacity', f'capacity is {capacity}, must be at least 1.')
-
-  def per_slot(value: float) -> Array | None:
-    if not prioritised:
-      return None
-    return jnp.full((num_tasks, capacity), value, jnp.result_type(float))
-
+  slots = (num_tasks, capacity)
   return ReplayBuffer(
-      images=jnp.zeros((num_tasks, capacity, *image_shape), jnp.uint8),
-      labels=jnp.zeros((num_tasks, capacity), jnp.int32),
-      priorities=per_slot(0.0), weights=per_slot(1.0),
+      images=jnp.zeros((*slots, *image_shape), jnp.uint8), labels=jnp.zeros(slots, jnp.int32),
+      priorities=jnp.zeros(slots, jnp.result_type(float)) if prioritised else None,
+      weights=jnp.ones(slots, jnp.result_type(float)) if prioritised else None,
       histogram=jnp.zeros(num_classes, jnp.int32), next=jnp.int32(0), size=jnp.int32(0))
 
 
 def find_buffer(state: PyTree) -> ReplayBuffer | None:
   """Returns the one buffer in a method's state, or None."""
-  nodes = jax.tree.leaves(state, is_leaf=_is_buffer)
-  return next(filter(_is_buffer, nodes), None)
+  return next(filter(_is_buffer, jax.tree.leaves(state, is_leaf=_is_buffer)), None)
 
 
 def replace_buffer(state: PyTree, **fields: Any) -> PyTree:
   """Returns a method's state with other fields of its buffer."""
-  return jax.tree.map(
-      lambda node: node.replace(**fields) if _is_buffer(node) else node, state,
-      is_leaf=_is_buffer)
+  replace = lambda node: node.replace(**fields) if _is_buffer(node) else node
+  return jax.tree.map(replace, state, is_leaf=_is_buffer)
 
 
 def with_batch(state: PyTree, images: Array | None) -> PyTree:
@@ -98,72 +90,56 @@ def to_float(images: Array) -> Array:
 
 
 def unsaved(images: Array, labels: Array) -> Batch:
-  """Returns a batch of images that are in no buffer, rounded as if they were.
-
-  Args:
-    images: [M, B, H, W, C] in [0, 1].
-    labels: [M, B] int32.
-  """
+  """Returns a batch of images [M, B, H, W, C] that are in no slot, rounded as in the buffer."""
   images = to_float(to_uint8(images.reshape(-1, *images.shape[2:])))
   return Batch(images, labels.reshape(-1), jnp.full(images.shape[0], -1, jnp.int32))
 
 
 def add(
     buffer: ReplayBuffer, images: Array, labels: Array, axis: str | None = None,
-    priorities: Array | None = None,
-) -> ReplayBuffer:
+    priorities: Array | None = None) -> ReplayBuffer:
   """Writes a batch into each stripe, over the oldest images where it is full.
 
-  Args:
-    buffer: The ring.
-    images: [M, B, H, W, C] in [0, 1]; B at most the capacity.
-    labels: [M, B] int32.
-    axis: The mapped axis of devices, if any.
-    priorities: [M, B], see `priorities.live_priorities`; None: -1, as high as any. The weight of
-      new images is 1.
+  Images are [M, B, H, W, C] in [0, 1], with B at most the capacity, and labels [M, B] int32.
+  Priorities are [M, B], see `priorities.live_priorities`; None: -1, as high as any. The weight of
+  new images is 1. `axis` is the mapped axis of devices, if any.
   """
   num = labels.shape[1]
   if num > buffer.capacity:
-    raise FieldError(
-        'capacity', f'capacity is {buffer.capacity}, must be at least a batch of {num} images.')
+    raise FieldError('capacity', f'capacity is {buffer.capacity}, must be at least a batch of '
+                     f'{num} images.')
   slots = (buffer.next + jnp.arange(num)) % buffer.capacity
   was_live = jnp.broadcast_to(slots < buffer.size, labels.shape)
-  evicted = _count(buffer.labels[:, slots], was_live, buffer)
-  added = _count(labels, jnp.ones(labels.shape, bool), buffer)
+
+  def count(labels, is_counted):
+    counts = is_counted.reshape(-1).astype(jnp.int32)
+    return jnp.zeros_like(buffer.histogram).at[labels.reshape(-1)].add(counts)
+
+  evicted = count(buffer.labels[:, slots], was_live)
+  added = count(labels, jnp.ones(labels.shape, bool))
+  changes = {}
   if buffer.priorities is not None:
     priorities = -1.0 if priorities is None else priorities.astype(buffer.priorities.dtype)
-    buffer = buffer.replace(
-        priorities=buffer.priorities.at[:, slots].set(priorities),
-        weights=buffer.weights.at[:, slots].set(1.0))
+    changes['priorities'] = buffer.priorities.at[:, slots].set(priorities)
+    changes['weights'] = buffer.weights.at[:, slots].set(1.0)
   images = to_uint8(images)
   if buffer.images is None:
-    buffer = buffer.replace(added=images)
+    changes['added'] = images
   else:
-    buffer = buffer.replace(
-        images=buffer.images.at[:, slots].set(images, unique_indices=True))
+    changes['images'] = buffer.images.at[:, slots].set(images, unique_indices=True)
   return buffer.replace(
       labels=buffer.labels.at[:, slots].set(labels, unique_indices=True),
       histogram=buffer.histogram + parallel.psum(added - evicted, axis),
       next=(buffer.next + num) % buffer.capacity,
-      size=jnp.minimum(buffer.size + num, buffer.capacity))
+      size=jnp.minimum(buffer.size + num, buffer.capacity), **changes)
 
 
-def sample(
-    key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None = None
-) -> Batch:
+def sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None = None) -> Batch:
   """Draws images uniformly, with replacement, equally many from each stripe.
 
   The published loader shuffles the whole buffer and draws without replacement within a pass.
-  Drawing with replacement needs no order to be stored, and resumes exactly from the keys.
-
-  Args:
-    key: The same on all devices.
-    buffer: Not empty.
-    batch_size: On this device; a multiple of the number of stripes.
-    axis: The mapped axis of devices, if any.
-
-  Returns:
-    The batch. If the buffer is on the host, its images are `drawn`, or None without.
+  Drawing with replacement needs no order to be stored, and resumes exactly from the keys. See
+  `sample_slots` for the arguments and the batch.
   """
 
   def draw_slots(keys, share):
@@ -175,22 +151,17 @@ def sample(
 
 def sample_slots(
     key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None,
-    draw_slots: Callable[[Array, int], Array],
-) -> Batch:
+    draw_slots: Callable[[Array, int], Array]) -> Batch:
   """Returns the batch at the slots that `draw_slots` picks.
 
-  Args:
-    key: The same on all devices.
-    buffer: Not empty.
-    batch_size: On this device; a multiple of the number of stripes.
-    axis: The mapped axis of devices, if any.
-    draw_slots: (keys [M], number) -> slots [M, number] within each stripe.
+  The key is the same on all devices, and the buffer not empty. `batch_size` counts on this device;
+  a multiple of the number of stripes. `draw_slots` maps (keys [M], number) to slots [M, number]
+  within each stripe. If the buffer is on the host, the batch has the images `drawn`, or None.
   """
   num_tasks = buffer.labels.shape[0]
   share = parallel.even_share(batch_size, num_tasks, 'batch_size')
   within = draw_slots(parallel.task_keys(key, num_tasks, axis), share)
-  offsets = buffer.capacity * jnp.arange(num_tasks)[:, None]
-  slots = (within + offsets).reshape(batch_size)
+  slots = (within + buffer.capacity * jnp.arange(num_tasks)[:, None]).reshape(batch_size)
   flatten = lambda array: array.reshape(num_tasks * buffer.capacity, *array.shape[2:])
   labels = flatten(buffer.labels)[slots]
   if buffer.images is not None:
@@ -206,9 +177,3 @@ def sample_slots(
 
 def _is_buffer(node: Any) -> bool:
   return isinstance(node, ReplayBuffer)
-
-
-def _count(labels: Array, is_counted: Array, buffer: ReplayBuffer) -> Array:
-  """Counts labels by class, [K]."""
-  counts = is_counted.reshape(-1).astype(jnp.int32)
-  return jnp.zeros_like(buffer.histogram).at[labels.reshape(-1)].add(counts)

@@ -1,7 +1,6 @@
 """A task: one class per image, or one class per pixel.
 
-The library asks a task for everything that depends on this. Losses keep leading axes, and need no
-task.
+The library asks it for everything that depends on this, except for losses: they keep leading axes.
 """
 
 from collections.abc import Callable
@@ -16,24 +15,20 @@ class Task(NamedTuple):
   """A task, as a tuple of functions.
 
   Logits are [B, K] in classification and [B, H, W, K] in segmentation. Labels have no class axis.
-
-  Attributes:
-    num_classes: K.
-    sample_labels: (key, batch_size, histogram [K] | None) -> [B] int32, classes to request.
-    labels_from: (logits, requested [B] | None) -> int32 targets of the one_hot term.
-    predicted: (logits) -> [B] int32, one class per image, for the replay buffer.
-    metrics: (logits, labels) -> sums over this batch, to be added up over batches.
-    summarize: (sums) -> metrics to report. Higher is better, except for the loss.
-    asks: Whether a class can be requested; if not, `sample_labels` is not used.
   """
 
-  num_classes: int
+  num_classes: int  # K
+  # (key, batch_size, histogram [K] | None) -> [B] int32, classes to request.
   sample_labels: Callable[..., Array]
+  # (logits, requested [B] | None) -> int32 targets of the one_hot term.
   labels_from: Callable[..., Array]
+  # (logits) -> [B] int32, one class per image, for the replay buffer.
   predicted: Callable[[Array], Array]
+  # (logits, labels) -> sums over this batch, to be added up over batches.
   metrics: Callable[[Array, Array], Metrics]
+  # (sums) -> metrics to report. Higher is better, except for the loss.
   summarize: Callable[[Metrics], dict[str, float]]
-  asks: bool = True
+  asks: bool = True  # whether a class can be requested; if not, `sample_labels` is not used
 
   def reduce(self, per_element: Array) -> Array:
     """Mean over all axes but the batch: [B, ...] -> [B]."""
