@@ -116,7 +116,6 @@ def _check_folder(
   try:
     workdir = paths.expand_path(start.workdir, 'workdir')
     run_folder.check_place(workdir)
-    run_folder.check_not_running(workdir)
     stored = run_folder.read_stored(workdir)
   except ValueError as error:
     yield FieldError('workdir', str(error))

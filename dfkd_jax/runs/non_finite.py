@@ -1,10 +1,9 @@
 """Numbers that are not finite: the first one of a round, and a report to reproduce it."""
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,76 +16,55 @@ REPORT = 'fault.json'
 
 
 class Fault(ValueError):  # noqa: N818 (a number is wrong, not the program)
-  """The first number of a round that is not finite.
+  """The first number of a round that is not finite: a term, or an array of the state.
 
-  Args:
-    part: 'synthesis', 'student', or 'state': everything that the round leaves behind.
-    name: The term, or the array of the state.
-    value: The number; None of an array.
-    step: Inner step of the call, or step of the student in it, from 0; None of the state.
-    call: Call of the round, from 0.
+  The `part` is 'synthesis', 'student', or 'state': everything that the round leaves behind. `key`
+  reproduces the call. `step` counts the steps of a call, and `call` the calls of the round, from 0.
+  An array of the state has no value, step or call.
   """
 
-  def __init__(
-      self, part: str, name: str, value: float | None = None, step: int | None = None,
-      call: int | None = None):
+  def __init__(self, part: str, name: str, key: PRNGKey, value: float | None = None,
+               step: int | None = None, call: int | None = None):
     self.about = {'part': part, 'name': name, 'value': None if value is None else str(value),
-                  'step': step, 'call': call}
+                  'step': step, 'call': call, 'key': np.asarray(jax.random.key_data(key)).tolist()}
     when = '' if step is None else f' at step {step} of call {call}'
-    text = 'not finite' if value is None else value
-    super().__init__(f'{name!r} of the {part} is {text}{when}')
+    super().__init__(f'{name!r} of the {part} is {"not finite" if value is None else value}{when}')
 
 
-def check_series(part: str, series: Mapping[str, np.ndarray], call: int = 0) -> None:
+def check_series(
+    part: str, series: Mapping[str, np.ndarray], key: PRNGKey, call: int = 0) -> None:
   """Raises Fault at the earliest step [num_steps] at which a series is not finite.
 
   At one step, a term is named before the 'loss', which is the sum of the terms.
   """
-  faults = []
-  for name, values in series.items():
-    is_bad = ~np.isfinite(np.asarray(values, np.float64))
-    if is_bad.any():
-      faults.append((int(is_bad.argmax()), name == 'loss', name))
+  bad = {name: ~np.isfinite(np.asarray(values, np.float64)) for name, values in series.items()}
+  faults = [(int(is_bad.argmax()), name == 'loss', name)
+            for name, is_bad in bad.items() if is_bad.any()]
   if faults:
     step, _, name = min(faults)
-    raise Fault(part, name, float(series[name][step]), step, call)
+    raise Fault(part, name, key, float(series[name][step]), step, call)
 
 
-@contextlib.contextmanager
-def attach_key(key: PRNGKey) -> Iterator[None]:
-  """Adds the key of the call to a Fault within, to reproduce it."""
-  try:
-    yield
-  except Fault as fault:
-    fault.about['key'] = np.asarray(jax.random.key_data(key)).tolist()
-    raise
+def compile_finite_check(state: PyTree) -> Callable[[PyTree, PRNGKey], None]:
+  """Compiles a check for a state's shapes. It raises Fault for the first array not finite.
 
+  Integers and NumPy arrays are not checked.
+  """
 
-class FiniteCheck(NamedTuple):
-  """A compiled check that every array of a state is finite."""
+  def float_arrays(state):
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, np.ndarray)}
 
-  names: tuple[str, ...]  # of the arrays
-  program: Any  # (list of the arrays) -> [n] bool
-
-  def check(self, state: PyTree) -> None:
-    """Raises Fault for the first array that is not finite."""
-    is_finite = np.asarray(self.program(list(_float_arrays(state).values())))
+  def check(state, key):
+    is_finite = np.asarray(program(list(float_arrays(state).values())))
     if not is_finite.all():
-      raise Fault('state', self.names[int(is_finite.argmin())])
+      raise Fault('state', names[int(is_finite.argmin())], key)
 
-
-def compile_finite_check(state: PyTree) -> FiniteCheck:
-  """Compiles the check for a state's shapes. Skips integers and NumPy arrays."""
-  arrays = _float_arrays(state)
-  program = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
-  return FiniteCheck(tuple(arrays), program.lower(list(arrays.values())).compile())
-
-
-def _float_arrays(state: PyTree) -> dict[str, Any]:
-  return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-      if jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, np.ndarray)}
+  names, leaves = zip(*float_arrays(state).items(), strict=True)
+  all_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+  program = all_finite.lower(list(leaves)).compile()
+  return check
 
 
 def write_report(path: pathlib.Path, about: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 # Errors that say nothing about the file: it may be whole, and readable later.
 _TRANSIENT = re.compile(
@@ -17,20 +17,16 @@ class DamagedError(ValueError):
 
 @contextlib.contextmanager
 def storage_errors(
-    action: str, error_type: type[ValueError] = ValueError, advice: Callable[[], str] = lambda: ''
-) -> Iterator[None]:
-  """Turns any error within into a ValueError of one line.
+    action: str, error_type: type[ValueError] = ValueError, advice: str = '') -> Iterator[None]:
+  """Turns any error within into 'Cannot <action>: <reason>. <advice>', a ValueError of one line.
 
-  Args:
-    action: The end of 'Cannot ...', such as 'read step 8 in /runs/a'.
-    error_type: Raised unless the error is transient; a transient one is always a plain ValueError.
-    advice: Gives a sentence that follows the error.
+  It is of type `error_type`, unless the error is transient.
   """
   try:
     yield
   except Exception as error:
-    text, sentence = f'Cannot {action}: {short_reason(error)}', advice()
-    text = f'{text.rstrip(".")}. {sentence}' if sentence else text
+    text = f'Cannot {action}: {short_reason(error)}'
+    text = f'{text.rstrip(".")}. {advice}' if advice else text
     raise (ValueError if is_transient(error) else error_type)(text) from error
 
 
