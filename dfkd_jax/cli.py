@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     with run_signals.signals() as stop_request:
       return _main(argv, stop_request)
   except KeyboardInterrupt as error:
-    name = error.name if isinstance(error, run_signals.Interrupted) else 'SIGINT'
+    name = str(error) if isinstance(error, run_signals.Interrupted) else 'SIGINT'
     print(f'Stopped by {name}. The same command goes on from the last checkpoint, if there is one.',
           file=sys.stderr)
     return _STATUS[name]

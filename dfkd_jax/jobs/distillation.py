@@ -1,6 +1,5 @@
 """Distillation without data: rounds of synthesis and of student steps."""
 
-import json
 import time
 from typing import Any
 
@@ -26,8 +25,7 @@ _EVALUATIONS = 1 << 31  # plus the rounds done, folded into the run's key; round
 def run(settings: Settings, start: Start, teacher: Network | None = None) -> dict[str, Any]:
   """Distils the teacher of the settings, or a network in its place, into the student without data.
 
-  Writes metrics.jsonl, summary.json, images.png, student.safetensors, student_best.safetensors and
-  checkpoints.
+  Writes metrics.jsonl, summary.json, images.png, student*.safetensors and checkpoints.
   """
   with parallel.raise_on_all_processes():
     job = _Distillation(settings, start, teacher)
@@ -44,11 +42,10 @@ class _Distillation:
 
   def __init__(self, settings: Settings, start: Start, teacher: Network | None):
     self.settings, self.rounds, self.method = settings, settings.distill, settings.method
-    self.mesh = build.make_mesh(settings)
     keys = jax.random.split(jax.random.key(settings.run.seed), 5)
     self.student_key, self.method_key, self.run_key, self.control_key, self.picture_key = keys
-    self.experiment = Experiment(settings, start, 'round')
-    self.ledger, self.store = self.experiment.ledger, self.experiment.store
+    self.experiment = experiment = Experiment(settings, start, 'round')
+    self.mesh, self.ledger, self.store = experiment.mesh, experiment.ledger, experiment.store
     source, judge_digest = None, None
     with self.ledger.part('setup'):
       if teacher is None:
@@ -61,22 +58,21 @@ class _Distillation:
 
   def prepare_student(self) -> None:
     """Makes the student, and takes the factors of the preflight, which a resumed run keeps."""
+    settings, findings = self.settings, self.store.stored.get('preflight')
     with self.ledger.part('setup'):
-      student = init_from.load_student(
-          self.settings.student, self.student_key, self.unread.student)
+      student = init_from.load_student(settings.student, self.student_key, self.unread.student)
       # On the host: the control needs it after the run has donated its copy.
       self.student = jax.tree.map(np.array, student)
-    findings = self.store.stored.get('preflight')
-    if self.settings.preflight.enabled and findings is None:
+    if settings.preflight.enabled and findings is None:
       with self.ledger.part('preflight'):
-        findings = preflight.report(self.settings, self.teacher, self.student, self.card)
+        findings = preflight.report(settings, self.teacher, self.student, self.card)
     self.store.meta['preflight'] = findings
     self.factors = findings and Factors(**findings['factors'])  # None: the settings' own
 
   def init_state(self) -> State:
     """Plans the programs; returns the state before the first round, without a buffer's images."""
-    parallel.check_same_on_all(json.dumps([self.store.meta['weights'], self.factors]),
-                               'The weights of the teacher and judge')
+    identity = str([self.store.meta['weights'], self.factors])
+    parallel.check_same_on_all(identity, 'The weights of the teacher and judge')
     rounds, settings = self.rounds, self.settings
     self.teacher, self.judge = (
         network and parallel.place(self.mesh, network) for network in (self.teacher, self.judge))
@@ -98,8 +94,8 @@ class _Distillation:
       self.programs, state = programs.place_and_compile(
           self.plan, state, self.teacher, self.judge, buffer=self.settings.buffer,
           memory=parallel.memory_limit(self.settings.device_memory_gb))
-      self.check_finite = non_finite.compile_finite_check(
-          (state.student, host_replay.strip_images(state.synthesis)))
+      non_finite.check_state(
+          (state.student, host_replay.strip_images(state.synthesis)), self.run_key)
       self.measure = None
       if self.experiment.test is None or self.judge is not None:
         self.measure = synthetic_images.compile_metrics(
@@ -112,9 +108,8 @@ class _Distillation:
     build.note_idle_devices(self.settings, self.mesh.size)
     state, done = self.store.resume(state, 'round', self.rounds.rounds)
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
-    self.teacher_metrics = None
     if self.experiment.test is not None:
-      self.teacher_metrics = self.experiment.cache_teacher_predictions(self.teacher)
+      self.experiment.cache_teacher_predictions(self.teacher)
     return self.experiment.loop(state, done, self.rounds.rounds, self.advance, self.evaluate)
 
   def advance(self, state: State, index: int, reseeded: int) -> tuple[State, dict[str, float]]:
@@ -127,7 +122,7 @@ class _Distillation:
       if learnt_now is not None:
         non_finite.check_series('student', {'loss': learnt_now['losses']}, key, call)
         learnt.append(learnt_now)
-      self.check_finite((state.student, host_replay.strip_images(state.synthesis)), key)
+      non_finite.check_state((state.student, host_replay.strip_images(state.synthesis)), key)
     numbers = {f'synthesis_{name}': float(values[-1]) for name, values in synthesised.items()}
     if learnt:
       mean = lambda name: float(np.mean([metrics[name] for metrics in learnt]))
@@ -157,15 +152,13 @@ class _Distillation:
 
   def evaluate(self, state: State, done: int) -> dict[str, float]:
     """Evaluates the student on real images, if there are any, and on fresh synthetic ones."""
-    network, metrics = state.student.network, {}
-    if self.experiment.test is not None:
-      metrics = self.experiment.evaluate(network)
+    network = state.student.network
+    metrics = {} if self.experiment.test is None else self.experiment.evaluate(network)
     if self.measure is not None:
       with self.ledger.part('evaluation'):
-        fresh = self.measure(
-            host_replay.strip_images(state.synthesis),
-            jax.random.fold_in(self.run_key, _EVALUATIONS + done), self.teacher, network,
-            self.judge)
+        key = jax.random.fold_in(self.run_key, _EVALUATIONS + done)
+        fresh = self.measure(host_replay.strip_images(state.synthesis), key, self.teacher, network,
+                             self.judge)
         metrics |= {name: float(np.asarray(value)) for name, value in fresh.items()}
     return metrics
 
@@ -175,21 +168,18 @@ class _Distillation:
     files = experiment.write_networks('student', state.student.network, settings.student)
     images = sample_images.show(experiment, self.plan, settings.grid, state.synthesis,
                                 self.teacher, self.judge, self.picture_key)
-    control = noise_control.run(
-        experiment, self.plan, self.student, self.teacher, settings.dataset.image_shape,
-        self.control_key) if settings.control else None
+    control = None
+    if settings.control:
+      control = noise_control.run(experiment, self.plan, self.student, self.teacher,
+                                  settings.dataset.image_shape, self.control_key)
+    # Rates of the compiled programs: images times inner steps a second, images a second.
+    seconds, method, rounds = self.ledger.seconds(), self.method, self.rounds
+    image_steps = method.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
+    images_seen = rounds.learning_rounds * rounds.steps_per_round * rounds.batch_size
+    rates = {'synthesis_image_steps': image_steps / seconds['synthesis'],
+             'student_images': images_seen / seconds['student']}
     return experiment.write_summary(
-        num_devices=self.mesh.size, files=(*files, 'images.png'), teacher=self.teacher_metrics,
-        control=control, preflight=self.store.meta['preflight'], images=images,
-        selection=experiment.selection, rates=_rates(settings, self.ledger.seconds()),
-        external_prior=self.method.numbers.get('embeddings'),
+        (*files, 'images.png'), control=control, preflight=self.store.meta['preflight'],
+        images=images, selection=experiment.selection, rates=rates,
+        external_prior=method.numbers.get('embeddings'),
         parameters={'student': self.student.num_params(), 'teacher': self.teacher.num_params()})
-
-
-def _rates(settings: Settings, seconds: dict[str, float]) -> dict[str, float]:
-  """Returns rates of the compiled programs: images times inner steps a second, images a second."""
-  rounds, method = settings.distill, settings.method
-  image_steps = method.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
-  images = rounds.learning_rounds * rounds.steps_per_round * rounds.batch_size
-  return {'synthesis_image_steps': image_steps / seconds['synthesis'],
-          'student_images': images / seconds['student']}

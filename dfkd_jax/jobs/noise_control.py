@@ -9,9 +9,8 @@ from dfkd_jax.runs.loop import Experiment
 from dfkd_jax.types import PRNGKey
 
 
-def run(
-    experiment: Experiment, plan: programs.Plan, student: Network, teacher: Network,
-    image_shape: tuple[int, int, int], key: PRNGKey) -> dict[str, float]:
+def run(experiment: Experiment, plan: programs.Plan, student: Network, teacher: Network,
+        image_shape: tuple[int, int, int], key: PRNGKey) -> dict[str, float]:
   """Trains the first `student` for as many steps as the run's, and evaluates it on test images.
 
   Saves it as often as the run, in a folder of its own, and resumes from there. The noise has the
@@ -22,9 +21,8 @@ def run(
       'noise', image_shape=image_shape, sample_batch_size=rounds.batch_size // plan.mesh.size,
       num_tasks=plan.num_tasks, axis=axis))
   with experiment.ledger.part('compile'):
-    state = programs.State(
-        programs.init(plan.make, plan.mesh, key, teacher),
-        parallel.place(plan.mesh, distill.init(student, plan.tx)))
+    state = programs.State(programs.init(plan.make, plan.mesh, key, teacher),
+                           parallel.place(plan.mesh, distill.init(student, plan.tx)))
     program = programs.compile_steps(plan, state, teacher)
   total = rounds.learning_rounds * rounds.calls_per_round
   save_every = experiment.settings.save_every * rounds.calls_per_round

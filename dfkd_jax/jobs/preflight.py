@@ -1,22 +1,22 @@
 """Measures the teacher and the terms of the loss before a run spends anything on it.
 
-Published factors do not transfer between networks. The moments term of two good networks may differ
-by four orders of magnitude, since it sums un-squared norms over layers of any scale. Then either it
-drowns the requested classes, or they drown it. So each term's gradient by the images is measured
-where the run begins, on images of a fresh generator.
+Published factors do not transfer between networks: the moments term of two good networks may differ
+by four orders of magnitude, since it sums un-squared norms over layers of any scale. Then it drowns
+the requested classes, or they drown it. So each term's gradient by the images is measured where the
+run begins, on images of a fresh generator.
 """
 
-import sys
 from typing import Any
 
 import jax
 
-from dfkd_jax import parallel, weights
+from dfkd_jax import weights
 from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import Settings
 from dfkd_jax.evaluate import loss_terms
 from dfkd_jax.evaluate.loss_terms import MOMENTS, Measurement, Verdict
 from dfkd_jax.models.network import Network
+from dfkd_jax.report import note
 
 _KEY = 1 << 30  # folded into the seed's key, which the run splits
 
@@ -24,8 +24,7 @@ _KEY = 1 << 30  # folded into the seed's key, which the run splits
 def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
   """Runs the job 'check': measures the teacher of the settings, or a network in its place.
 
-  Prints the findings, and writes nothing. Raises ValueError if the teacher cannot be read, or
-  offers nothing to invert.
+  Prints the findings, and writes nothing. Raises ValueError if there is nothing to invert.
   """
   source = settings.teacher.source if teacher is None else None
   key = jax.random.split(jax.random.key(settings.run.seed), 5)[0]  # the run's own
@@ -34,19 +33,16 @@ def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
   return report(settings, teacher, student, build.make_card(teacher, source))
 
 
-def report(
-    settings: Settings, teacher: Network, student: Network | None, card: weights.Card
-) -> dict[str, Any]:
+def report(settings: Settings, teacher: Network, student: Network | None,
+           card: weights.Card) -> dict[str, Any]:
   """Measures, prints the findings, and returns them as JSON, with the `factors` to go on with.
 
-  Without a student, terms that need it are left out. Raises ValueError if the teacher offers
-  nothing to invert.
+  Leaves out terms that lack a student. Raises ValueError if there is nothing to invert.
   """
   measurement, verdict = _measure(settings, teacher, student)
   if verdict.refusal:
     raise ValueError(f'{verdict.refusal}.')
-  if parallel.is_first():
-    print('\n'.join(card.lines() + lines(measurement, verdict)), file=sys.stderr)
+  note('\n'.join(card.lines() + lines(measurement, verdict)))
   records = {'noise': measurement.noise._asdict(), 'generated': measurement.generated._asdict(),
              'values': measurement.values, 'gradient_norms': measurement.gradient_norms,
              'layers': measurement.layers, 'factors': verdict.factors._asdict()}
@@ -67,9 +63,8 @@ def _measure(
                        'terms that need one.')
   # Terms that a suggestion needs are measured too; the contrast has parts of its own.
   has_moments = loss_terms.missing_moments(teacher) is None
-  measured = factors._replace(contrast=0.0)
-  if not has_moments:
-    measured = measured._replace(**dict.fromkeys(MOMENTS, 0.0))
+  without = () if has_moments else MOMENTS
+  measured = factors._replace(contrast=0.0, **dict.fromkeys(without, 0.0))
   needed = ('one_hot', 'total_variation', *(MOMENTS if has_moments else ()))
   measured = measured._replace(**{name: getattr(measured, name) or 1.0 for name in needed})
   generator, latent_shape = None, (settings.preflight.batch_size,)

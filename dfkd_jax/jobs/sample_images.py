@@ -14,14 +14,12 @@ from dfkd_jax.types import PRNGKey, PyTree
 JUDGED = 1000  # images that a judge sees at least
 
 
-def show(
-    experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teacher: Network,
-    judge: Network | None, key: PRNGKey) -> dict[str, float] | None:
+def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teacher: Network,
+         judge: Network | None, key: PRNGKey) -> dict[str, float] | None:
   """Writes images.png, with images in turn from every class, and the teacher's labels.
 
   With a judge, returns the fractions of at least 1,000 images on which the teacher's class is the
-  judge's top-1, or in its top-5. The teacher labels the images themselves: labels in the buffer
-  describe augmented views, and some methods know no labels.
+  judge's top-1, or in its top-5. Labels in the buffer would not do: they describe augmented views.
   """
 
   def sample_slots(synthesis, key, *, axis):

@@ -1,6 +1,5 @@
 """Training on real data: teachers, students from scratch, and distillation with data."""
 
-import json
 from typing import Any
 
 import jax
@@ -22,8 +21,7 @@ def run(settings: Settings, start: Start) -> dict[str, Any]:
   """Trains the network that `train.network` names on the training images.
 
   Writes metrics.jsonl, summary.json, weights.safetensors, weights_best.safetensors and checkpoints.
-  In the summary `student` is the trained network, `network` its role, and `teacher` the network
-  that it learns from.
+  In the summary, `student` is the trained network, and `network` its role.
   """
   with parallel.raise_on_all_processes():
     job = _Training(settings, start)
@@ -40,10 +38,10 @@ class _Training:
 
   def __init__(self, settings: Settings, start: Start):
     self.settings, self.train, self.role = settings, settings.train, settings.train.network
-    self.mesh, self.network = build.make_mesh(settings), getattr(settings, self.role)
+    self.network = getattr(settings, self.role)
     self.init_key, self.run_key = jax.random.split(jax.random.key(settings.run.seed))
-    self.experiment = Experiment(settings, start, 'epoch')
-    self.ledger, self.store = self.experiment.ledger, self.experiment.store
+    self.experiment = experiment = Experiment(settings, start, 'epoch')
+    self.mesh, self.ledger, self.store = experiment.mesh, experiment.ledger, experiment.store
     self.teacher, digest = None, None
     with self.ledger.part('setup'):
       if self.train.teacher_factor:
@@ -69,9 +67,9 @@ class _Training:
 
   def compile(self, student: distill.Student) -> None:
     """Compiles an epoch."""
-    parallel.check_same_on_all(json.dumps(self.store.meta['weights']), "The teacher's weights")
+    parallel.check_same_on_all(str(self.store.meta['weights']), "The teacher's weights")
     with self.ledger.part('compile'):
-      self.check_finite = non_finite.compile_finite_check(student)
+      non_finite.check_state(student, self.run_key)
       one = parallel.REPLICATED
       program = parallel.each_device(
           self._epoch, self.mesh, (one, one, one, parallel.BATCHES, one, one), one, donate=(0,))
@@ -89,13 +87,13 @@ class _Training:
     """Runs all epochs that are not done; writes the network and the summary."""
     build.note_idle_devices(self.settings, self.mesh.size)
     student, done = self.store.resume(student, 'epoch', self.train.epochs)
-    teacher_metrics = self.teacher and self.experiment.cache_teacher_predictions(self.teacher)
+    if self.teacher is not None:
+      self.experiment.cache_teacher_predictions(self.teacher)
     student = self.experiment.loop(student, done, self.train.epochs, self.advance,
                                    lambda state, _: self.experiment.evaluate(state.network))
     files = self.experiment.write_networks('weights', student.network, self.network)
     return self.experiment.write_summary(
-        num_devices=self.mesh.size, files=files, network=self.role, synthetic=False,
-        teacher=teacher_metrics, parameters={
+        files, network=self.role, synthetic=False, parameters={
             'student': student.network.num_params(),
             'teacher': self.teacher and self.teacher.num_params()})
 
@@ -109,14 +107,11 @@ class _Training:
       losses = np.asarray(metrics.pop('losses'))
     self.ledger.count('seen', self.steps * self.train.batch_size)
     non_finite.check_series('student', {'loss': losses}, key)
-    self.check_finite(student, key)
+    non_finite.check_state(student, key)
     return student, {name: float(value) for name, value in metrics.items()}
 
   def _epoch(self, student, images, labels, order, key, teacher, *, axis):
-    """Trains on the images [N, H, W, C] uint8 in the order [steps, B].
-
-    Loss: label_factor CE + teacher_factor T^2 KL(teacher || student).
-    """
+    """Trains on uint8 images [N, H, W, C] in the order [steps, B]."""
     train = self.train
     augment_batch = parallel.by_task(augment.create(**self.settings.augment), 1, axis)
 
@@ -129,6 +124,7 @@ class _Training:
         logits = outputs.logits
         one_hot = jax.nn.one_hot(labels[indices], logits.shape[-1])
         smoothed = optax.smooth_labels(one_hot, train.label_smoothing)
+        # label_factor CE + teacher_factor T^2 KL(teacher || student)
         loss = train.label_factor * optax.softmax_cross_entropy(logits, smoothed).mean()
         if targets is not None:
           loss += train.teacher_factor * divergence.kl(logits, targets, train.temperature).mean()

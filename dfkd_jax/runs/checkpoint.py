@@ -1,7 +1,7 @@
 """Saving and restoring pytrees of arrays: a thin layer over Orbax, and its only user.
 
-A checkpoint is a folder `<directory>/<step>` with two parts: `state` holds the arrays by path
-('student/params/stem/kernel'), `meta` one JSON object (see checkpoint_format.py).
+A checkpoint is a folder `<directory>/<step>` with the arrays by path in `state`, and one JSON
+object in `meta` (see checkpoint_format.py).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from dfkd_jax import parallel
 from dfkd_jax.runs import checkpoint_format
-from dfkd_jax.runs.orbax_errors import DamagedError, storage_errors
+from dfkd_jax.runs.checkpoint_format import DamagedError, storage_errors
 from dfkd_jax.types import PyTree
 
 
@@ -33,25 +33,21 @@ def complete_steps(directory: str | os.PathLike) -> list[int]:
           if checkpoint_format.entry_path(directory, step).is_file()]
 
 
-def read_meta(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
-  """Returns the meta data of a checkpoint (None: the latest that can be read); changes nothing.
+def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the meta data of the latest checkpoint that can be read; changes nothing.
 
-  Raises ValueError if there is no such checkpoint, it is damaged, or it has another format.
+  Raises ValueError if there is none, or it has another format.
   """
   read = lambda step: checkpoint_format.read_entry(directory, step)['meta']
-  if step is not None:
-    return read(step)
   return _read_latest(directory, saved_steps(directory), read)[0]
 
 
 class Checkpoints:
-  """The latest `max_to_keep` checkpoints in one folder, written in the background.
+  """The latest `max_to_keep` checkpoints (None: all) in one folder; a context manager.
 
-  A context manager. Arrays given to `save` may be donated or overwritten once it returns. A save
-  that was cut off leaves a folder with another name, which the next `Checkpoints` removes. All
-  processes must call the same methods in the same order, and see the folder; each writes and reads
-  its part of the arrays. Raises ValueError if the folder cannot be made or written, or differs
-  between processes.
+  They are written in the background: arrays given to `save` may be donated or overwritten once it
+  returns. All processes must see the folder, and call the same methods in the same order; each
+  writes and reads its part of the arrays. Raises ValueError if the folder cannot be written.
   """
 
   def __init__(self, directory: str | os.PathLike, *, max_to_keep: int | None = 2):
@@ -60,20 +56,17 @@ class Checkpoints:
     with parallel.raise_on_all_processes(), storage_errors(f'write to {self.directory}'):
       os.makedirs(self.directory, exist_ok=True)
     parallel.check_shared_folder(self.directory)
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=True)
     with storage_errors(f'open {self.directory}'):
-      self._manager = ocp.CheckpointManager(self.directory, options=options)
+      self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+          max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=True))
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, error_type, error, traceback) -> None:
-    try:
+    # After an error, another one would hide it.
+    with contextlib.suppress(*[ValueError] if error else []):
       self.close()
-    except ValueError:
-      if error is None:  # Otherwise it would hide the first error.
-        raise
 
   def save(self, step: int, state: PyTree, meta: dict) -> None:
     """Starts to write arrays and JSON values as a checkpoint, once the one before is written.
@@ -102,30 +95,27 @@ class Checkpoints:
     self.wait()
     return max(complete_steps(self.directory), default=None)
 
-  def restore(
-      self, template: PyTree, step: int | None = None, *, optional: dict[str, PyTree] | None = None
-  ) -> tuple[PyTree, dict]:
+  def restore(self, template: PyTree, step: int | None = None, *,
+              optional: dict[str, PyTree] | None = None) -> tuple[PyTree, dict]:
     """Returns the state in a checkpoint, with the structure of `template`, and its meta data.
 
-    If the latest checkpoint is damaged, reads the one before, and so on. Renames the damaged
-    ones to 'damaged-<step>'; `damaged` has the reasons.
+    If the latest checkpoint is damaged, renames it to 'damaged-<step>' and reads the one before,
+    and so on. Raises ValueError if there is none that can be read, or it is of another
+    architecture: names the first leaf that is missing, left over, or of another shape or dtype.
 
     Args:
-      template: The structure of the saved state, with arrays or `jax.ShapeDtypeStruct`s. A JAX
-        array is placed as in the template, or on the first device if that has no sharding. A
-        NumPy array stays one.
+      template: Arrays or `jax.ShapeDtypeStruct`s. A JAX array is placed as in the template, or on
+        the first device if that has no sharding. A NumPy array stays one.
       step: None: the latest that can be read.
       optional: Parts that are added to the dict `template` if the checkpoint has them.
-
-    Raises:
-      ValueError: There is no such checkpoint, all are damaged, or it is of another architecture.
-        The first leaf that is missing, left over, or of another shape or dtype is named.
     """
     read = lambda step: self._read(step, template, optional or {})
     if step is not None:
       return read(step)
     worst_status = lambda status: int(parallel.gather_processes(np.int64(status)).max())
     result, self.damaged = _read_latest(self.directory, self.all_steps(), read, worst_status)
+    if not self.damaged:
+      return result
     with parallel.raise_on_all_processes(), storage_errors(
         f'set a damaged checkpoint aside in {self.directory}'):
       for step in self.damaged if parallel.is_first() else ():
@@ -174,9 +164,8 @@ class Checkpoints:
     return storage_errors(f'{action} in {self.directory}', advice=kept)
 
 
-def _read_latest(
-    directory: str | os.PathLike, steps: list[int], read: Callable[[int], Any],
-    worst_status: Callable[[int], int] = int) -> tuple[Any, dict[int, str]]:
+def _read_latest(directory: str | os.PathLike, steps: list[int], read: Callable[[int], Any],
+                 worst_status: Callable[[int], int] = int) -> tuple[Any, dict[int, str]]:
   """Returns `read(step)` of the latest step that can be read, and why later ones cannot.
 
   `worst_status` returns the largest status of all processes: 0 read, 1 damaged, 2 another error.

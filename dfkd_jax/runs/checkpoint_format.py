@@ -1,4 +1,4 @@
-"""Format of a checkpoint: arrays by path, and the JSON object beside them.
+"""Format of a checkpoint: arrays by path, the JSON object beside them, and errors of one line.
 
 The JSON object of format 1:
 
@@ -9,20 +9,27 @@ The JSON object of format 1:
   checksum: CRC-32 of all this
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import re
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from dfkd_jax import parallel
-from dfkd_jax.runs.orbax_errors import DamagedError, storage_errors
 from dfkd_jax.types import PyTree
 
+# Errors that say nothing about the file: it may be whole, and readable later.
+_TRANSIENT = re.compile(
+    r'RESOURCE_EXHAUSTED|[Oo]ut of memory|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED'
+    r'|\b(EIO|ESTALE|EACCES|EPERM|EMFILE|ENFILE|ENOMEM|ETIMEDOUT|EAGAIN)\b|Permission denied'
+    r'|Too many open files|Input/output error|Stale file handle')
 FORMAT = 1
 LARGEST = 2**30  # Bytes of a leaf with a checksum: a second of work. Image buffers are larger.
 
@@ -38,9 +45,8 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
   for keys, leaf in paths_and_leaves:
     path = jax.tree_util.keystr(keys, simple=True, separator='/')
     leaf = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
-    dtype = getattr(leaf, 'dtype', None)
-    if (not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-        or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype.kind in 'OSUMm'):
+    dtype = getattr(leaf, 'dtype', np.dtype(object))
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype.kind in 'OSUMm':
       raise ValueError(f'Leaf {path!r} of the state is of type {type(leaf).__name__} and dtype '
                        f'{dtype}; it must be an array of numbers or booleans.')
     leaves[path] = leaf
@@ -72,11 +78,10 @@ def checksum(leaf: Any) -> int | None:
 
 def make_entry(leaves: dict[str, Any], meta: dict) -> dict[str, Any]:
   """Returns the JSON object of a checkpoint."""
+  specs = [[path, list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()]
   checksums = {path: checksum(leaf) for path, leaf in leaves.items()}
-  entry = {
-      'format': FORMAT,
-      'leaves': [[path, list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()],
-      'checksums': {path: crc for path, crc in checksums.items() if crc is not None}, 'meta': meta}
+  checksums = {path: crc for path, crc in checksums.items() if crc is not None}
+  entry = {'format': FORMAT, 'leaves': specs, 'checksums': checksums, 'meta': meta}
   return entry | {'checksum': zlib.crc32(_canonical(entry))}
 
 
@@ -88,8 +93,7 @@ def entry_path(directory: str | os.PathLike, step: int) -> pathlib.Path:
 def read_entry(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   """Returns the JSON object of a checkpoint.
 
-  Raises DamagedError if it is missing or differs from the saved one, and ValueError if it has
-  another format or cannot be read now.
+  Raises DamagedError if it is missing or has changed, ValueError if it has another format.
   """
   where, path = f'step {step} in {directory}', entry_path(directory, step)
   if not path.is_file():
@@ -112,7 +116,33 @@ def hash_json(value: dict) -> str:
 
 
 def _canonical(value: dict) -> bytes:
+  return json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
+
+
+class DamagedError(ValueError):
+  """A checkpoint cannot be read, or differs from the saved one."""
+
+
+@contextlib.contextmanager
+def storage_errors(
+    action: str, error_type: type[ValueError] = ValueError, advice: str = '') -> Iterator[None]:
+  """Turns any error within into 'Cannot <action>: <reason>. <advice>', a ValueError of one line.
+
+  It is of type `error_type`, unless the error is transient.
+  """
   try:
-    return json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
-  except (TypeError, ValueError) as error:
-    raise ValueError(f'Meta data and configs must be JSON values: {error}.') from error
+    yield
+  except Exception as error:
+    text = f'Cannot {action}: {short_reason(error)}'
+    text = f'{text.rstrip(".")}. {advice}' if advice else text
+    is_transient = (isinstance(error, (MemoryError, PermissionError, TimeoutError))
+                    or _TRANSIENT.search(str(error)))
+    raise (ValueError if is_transient else error_type)(text) from error
+
+
+def short_reason(error: Exception) -> str:
+  """Returns the first line of an error, without the details that TensorStore adds in brackets."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  line = re.split(r" \[\w+(\[\d+\])?='", lines[0] if lines else type(error).__name__, maxsplit=1)[0]
+  # The reason of the system comes last.
+  return line if len(line) <= 300 else f'{line[:80]} ... {line[-200:]}'

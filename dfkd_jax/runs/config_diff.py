@@ -11,7 +11,6 @@ from dfkd_jax.messages import check_choice, short_repr
 from dfkd_jax.runs.checkpoint import saved_steps
 from dfkd_jax.runs.checkpoint_format import hash_json
 
-FORCE = 'force'
 _SOURCES = ('teacher.source', 'judge.source')  # The digests of their weights are compared instead.
 _MAX_SHOWN = 4  # Differences that an error lists.
 
@@ -30,13 +29,10 @@ def config_changes(
 ) -> dict[str, Any]:
   """Returns `differing_fields` of a run and the one in its folder, if `resume` allows them.
 
-  The `stored` record is from `folder.read_stored`, and empty if there is no run in `workdir`. The
-  `current` run is from `run_identity`, perhaps with 'weights'. Fields that are wrong by themselves
-  are skipped. `resume` is None if no field may differ, 'force' if all may, and
-  'force:FIELD,SECTION,...' if these may.
-
-  Raises ValueError if another field differs, `resume` is not as above, or the run in the folder
-  has ended and left no checkpoint.
+  The `stored` record is from `folder.read_stored`; the `current` run is from `run_identity`,
+  perhaps with 'weights'. `is_skipped` is for fields that are wrong by themselves. `resume` is None
+  if no field may differ, 'force' if all may, or 'force:FIELD,SECTION,...'. Raises ValueError if
+  another field differs, or the run in the folder has ended and left no checkpoint.
   """
   fields = {_config_field(name) for name in _fields(stored) | _fields(current)}
   forced = _forced_fields(resume, fields)
@@ -50,7 +46,7 @@ def config_changes(
     field = f':{_config_field(*refused)}' if len(refused) == 1 else ''
     raise ValueError(
         f'{workdir} holds a run with another config: {"; ".join(shown[:_MAX_SHOWN] + more)}. '
-        f'Name another --workdir, or continue with --resume={FORCE}{field}.')
+        f'Name another --workdir, or continue with --resume=force{field}.')
   if changes and not saved_steps(workdir / 'checkpoints'):
     raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to continue from. '
                      'Name another --workdir.')
@@ -62,7 +58,7 @@ def _forced_fields(resume: str | None, fields: set[str]) -> set[str]:
   if resume is None:
     return set()
   kind, colon, names = resume.partition(':')
-  if kind != FORCE or (colon and not names):
+  if kind != 'force' or (colon and not names):
     raise ValueError(f"resume is {resume!r}, must be 'force', or 'force:FIELD,...' for chosen "
                      'fields of the config.')
   sections = {name.rsplit('.', depth)[0] for name in fields for depth in range(name.count('.') + 1)}
@@ -78,9 +74,8 @@ def _forced_fields(resume: str | None, fields: set[str]) -> set[str]:
 def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of 'config', 'jax' and 'weights' in which two runs differ.
 
-  As {name: {'there': value in `stored`, 'here': value in `current`}}, with names such as
-  'distill.rounds', 'jax.enable_x64' or 'weights.teacher'. 'jax' and 'weights' are compared only if
-  both runs have them: older runs have no 'jax'.
+  As {name: {'there': value in `stored`, 'here': value in `current`}}, where a name is such as
+  'distill.rounds', 'jax.enable_x64' or 'weights.teacher'. Older runs have no 'jax' to compare.
   """
   parts = {'config', *(stored.keys() & current.keys())}
   there, here = (_fields({part: record.get(part, {}) for part in parts})

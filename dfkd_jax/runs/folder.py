@@ -16,19 +16,15 @@ from dfkd_jax.runs.checkpoint import read_meta, saved_steps
 
 CHECKPOINTS = 'checkpoints'
 CONTROL = 'control'  # Checkpoints of the noise control, deleted when the run ends.
-_FILES = (
-    'metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
-    'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
+_FILES = ('metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
+          'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
 _UNFINISHED = (  # Left by a process that was killed.
     '*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 _LOCK = '.lock'
 
 
 def check_place(workdir: pathlib.Path) -> None:
-  """Raises ValueError if a file could not be written, or another process runs in the folder.
-
-  Writes nothing.
-  """
+  """Raises ValueError if a run could not write its files here, or if another one runs here."""
   text, nearest = f'workdir is {str(workdir)!r}', paths.expand_path(workdir, 'workdir').absolute()
   while not os.path.lexists(nearest):
     nearest = nearest.parent
@@ -53,8 +49,10 @@ def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
   The record is the summary if the run has ended, otherwise the meta data of its latest checkpoint.
   Raises ValueError if it cannot be read, or the summary lacks an entry.
   """
-  summary, checkpoints = read_summary(workdir), workdir / CHECKPOINTS
-  if summary is None:
+  checkpoints, summary = workdir / CHECKPOINTS, None
+  with contextlib.suppress(OSError, ValueError, RecursionError):
+    summary = json.loads((workdir / SUMMARY).read_text(encoding='utf-8'))
+  if not isinstance(summary, dict) or not isinstance(summary.get('config'), dict):
     return read_meta(checkpoints) if saved_steps(checkpoints) else {}
   try:
     report.check_summary(summary)
@@ -62,16 +60,6 @@ def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f'{workdir / SUMMARY} is no whole summary of a run: {error}. Remove it, '
                      'or name another --workdir.') from None
   return summary
-
-
-def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the summary of a run that has ended; None if there is none, or it is damaged."""
-  try:
-    summary = json.loads((workdir / SUMMARY).read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):
-    return None
-  is_summary = isinstance(summary, dict) and isinstance(summary.get('config'), dict)
-  return summary if is_summary else None
 
 
 def rename_summary(workdir: pathlib.Path, done: int) -> None:
@@ -89,8 +77,7 @@ def rename_summary(workdir: pathlib.Path, done: int) -> None:
 def lock(workdir: pathlib.Path, stored: dict[str, Any] | None = None) -> Iterator[None]:
   """Makes and locks the folder until the block or the process ends; removes unfinished files.
 
-  Raises ValueError if it cannot be written, if another process runs in it, or if one has run
-  since `stored` was read by `read_stored`.
+  Raises ValueError if it cannot be written, or another process runs in it or has changed `stored`.
   """
   with contextlib.ExitStack() as stack:
     with parallel.raise_on_all_processes():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dfkd_jax import evaluate, parallel, paths, report, weights
-from dfkd_jax.config.build import load_split
+from dfkd_jax.config import build
 from dfkd_jax.config.records import NetworkSettings, Settings
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import non_finite
@@ -18,9 +18,6 @@ from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
 from dfkd_jax.types import PRNGKey, PyTree
 
-# (state, round, times it was reseeded) -> (state, numbers to log)
-Advance = Callable[[PyTree, int, int], tuple[PyTree, dict[str, float]]]
-Evaluate = Callable[[PyTree, int], dict[str, float]]  # (state, rounds done) -> metrics
 _SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # by the progress bar
 # Reasons to end early; a later one wins.
 _REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
@@ -46,10 +43,9 @@ def round_key(run_key: PRNGKey, index: int, reseeded: int) -> PRNGKey:
 
 
 class Experiment:
-  """One run. Writes nothing before `open`.
+  """One run, with its folder and its test set. Writes nothing before `open`.
 
-  A round is called `unit`: 'round' or 'epoch'. Raises ValueError if the folder cannot be written or
-  holds a run of another config, or the test set is not there.
+  A round is called `unit`: 'round' or 'epoch'.
   """
 
   def __init__(self, settings: Settings, start: Start, unit: str):
@@ -58,13 +54,15 @@ class Experiment:
     self._command, self._stop_request = start.command, start.stop_request
     self.workdir = paths.expand_path(start.workdir, 'workdir')
     self.ledger = report.Ledger()
+    self.mesh = build.make_mesh(settings)
     with self.ledger.part('setup'):
       self.store = RunState(self.settings, self.workdir, self.ledger, start.resume)
-      self.test = None if settings.dataset.name is None else load_split(
+      self.test = None if settings.dataset.name is None else build.load_split(
           settings.dataset, settings.dataset.test_split, parallel.process_shard())
     # The metric that picks the best round.
     self.selection = 'held_out_agreement' if self.test is None else 'top1'
     self._index = 0  # of the current round
+    self._teacher_metrics: dict[str, float] | None = None
     self._teacher_predictions: np.ndarray | None = None  # on the test images
     self._compiled: set = set()  # modules with a compiled evaluation
 
@@ -76,15 +74,14 @@ class Experiment:
     with self.store.open():
       yield
 
-  def cache_teacher_predictions(self, teacher: Network) -> dict[str, float]:
-    """Keeps the teacher's predictions on the test images for `agreement`; returns its metrics."""
-    metrics, batch_size = self.evaluate(teacher), self.settings.evaluate_batch_size
+  def cache_teacher_predictions(self, teacher: Network) -> None:
+    """Keeps the teacher's metrics, and its predictions on the test images for `agreement`."""
+    self._teacher_metrics, batch_size = self.evaluate(teacher), self.settings.evaluate_batch_size
     predict = lambda images: evaluate.predict(teacher, images, batch_size=batch_size, shared=True)
     with self.ledger.part('compile'):
       predict(self.test.images[:1])
     with self.ledger.part('evaluation'):
       self._teacher_predictions = predict(self.test.images)
-    return metrics
 
   def evaluate(self, network: Network) -> dict[str, float]:
     """Evaluates a network on the test images."""
@@ -98,13 +95,14 @@ class Experiment:
     with self.ledger.part('evaluation'):
       return run(self.test.images, self.test.labels, self._teacher_predictions)
 
-  def loop(self, state: PyTree, done: int, total: int, advance: Advance,
-           evaluate: Evaluate) -> PyTree:
+  def loop(self, state: PyTree, done: int, total: int, advance: Callable,
+           evaluate: Callable) -> PyTree:
     """Runs rounds `done` to `total`: advances, evaluates, writes metrics, saves. Returns the state.
 
-    `advance` runs a round, and `evaluate` returns metrics, among them `selection`. Raises
-    run_signals.Stopped if the run was asked to end early, and is saved. Raises ValueError if a
-    round had non-finite numbers more often than `faults.reseed` allows.
+    `advance(state, round, times it was reseeded)` returns the state and numbers to log, and
+    `evaluate(state, rounds done)` metrics, among them `selection`. Raises run_signals.Stopped if
+    the run was asked to end early, and is saved. Raises ValueError if a round had non-finite
+    numbers more often than `faults.reseed` allows.
     """
     if self.settings.reseed and not done:
       self.store.save(0, state)  # for a first round that fails
@@ -116,8 +114,7 @@ class Experiment:
         state, meta = self.store.restore(state)
         done = meta['done']
 
-  def _run_rounds(self, state: PyTree, done: int, total: int, advance: Advance,
-                  evaluate: Evaluate) -> PyTree:
+  def _run_rounds(self, state, done, total, advance, evaluate):
     with contextlib.ExitStack() as stack:
       with parallel.raise_on_all_processes():
         writer = stack.enter_context(report.MetricsWriter(self.workdir, resume_step=done))
@@ -142,11 +139,7 @@ class Experiment:
     return state
 
   def stop_reason(self, *, minutes: bool = False, images: bool = False) -> str | None:
-    """Returns why to end early, the same on all processes, or None.
-
-    The budgets of time and of images count if `minutes` and `images` are set. Each start does at
-    least one round before it checks the time.
-    """
+    """Returns why to end early, or None. Checks the budgets of `minutes` and `images` if set."""
     settings, reasons = self.settings, {self._stop_request.signal if self._stop_request else None}
     seconds = time.perf_counter() - self._began
     if minutes and settings.minutes is not None and seconds >= 60 * settings.minutes:
@@ -177,10 +170,14 @@ class Experiment:
       with contextlib.suppress(ValueError):
         saved = self.store.checkpoints.latest()
     repeats = times < most  # the report of a repeated round keeps a name of its own
-    path = self.workdir / (f'fault_{index + 1}_{times + 1}.json' if repeats else non_finite.REPORT)
-    non_finite.write_report(path, fault.about | {
+    path = self.workdir / (f'fault_{index + 1}_{times + 1}.json' if repeats else 'fault.json')
+    about = fault.about | {
         self.unit: index + 1, 'reseeded': times, 'seed': self.settings.seed, 'checkpoint': saved,
-        'config_hash': self.store.meta['hash'], 'command': self._command})
+        'config_hash': self.store.meta['hash'], 'command': self._command}
+    with parallel.raise_on_all_processes():
+      if parallel.is_first():
+        with report.reporting_disk_errors(path), report.replace_file(path) as file:
+          file.write(json.dumps(about, indent=2).encode() + b'\n')
     where = f'{self.unit} {index + 1}: {fault}'
     if not repeats:
       kept = 'No checkpoint was written yet' if saved is None else (
@@ -192,12 +189,10 @@ class Experiment:
     self.ledger.count('reseeded')
     report.note(f'In {where}. Repeating it with other keys from {self.unit} {saved} on.')
 
-  def write_networks(
-      self, stem: str, last: Network, settings: NetworkSettings) -> tuple[str, ...]:
+  def write_networks(self, stem: str, last: Network, settings: NetworkSettings) -> tuple[str, ...]:
     """Writes the last network and, if it was kept, the best one; returns the names of the files.
 
-    The files are safetensors, which `teacher.source` takes. Each carries the network's
-    preprocessing, and a probe that shows whether a reader computes the same.
+    Safetensors that `teacher.source` takes, with a probe that shows if a reader computes the same.
     """
     networks = {f'{stem}.safetensors': last, f'{stem}_best.safetensors': self.store.best_network}
     kept = {self.workdir / name: network for name, network in networks.items()
@@ -220,21 +215,16 @@ class Experiment:
             'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(),
             'wall_seconds': self.store.wall_seconds()}
 
-  def write_summary(
-      self, *, num_devices: int, files: tuple[str, ...], **results: Any) -> dict[str, Any]:
-    """Writes summary.json, prints it, and returns it.
-
-    The names of the caller's `files` in the workdir and the further `results` become entries.
-    """
+  def write_summary(self, files: tuple[str, ...], **results: Any) -> dict[str, Any]:
+    """Writes summary.json with the caller's `files` and `results`, prints it, and returns it."""
     self.store.wait()
     meta = self.store.meta
     faults = sorted(path.name for path in self.workdir.glob('fault*.json'))
     summary = results | self._results() | {
-        'note': _NOTES[self.selection], 'seed': self.settings.seed,
-        'config_hash': meta['hash'], 'versions': report.versions(),
+        'note': _NOTES[self.selection], 'seed': self.settings.seed, 'config_hash': meta['hash'],
         **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
-        'device': report.device() | {'count': num_devices}, 'command': self._command,
-        'workdir': str(self.workdir),
+        'versions': report.versions(), 'device': report.device() | {'count': self.mesh.size},
+        'command': self._command, 'workdir': str(self.workdir), 'teacher': self._teacher_metrics,
         'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *faults]}
     with parallel.raise_on_all_processes():  # no process reads it before the first has written it
       report.write_summary(self.workdir, summary)

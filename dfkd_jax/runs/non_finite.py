@@ -1,26 +1,19 @@
-"""Numbers that are not finite: the first one of a round, and a report to reproduce it."""
+"""Numbers that are not finite: finds the first one of a round."""
 
-import json
-import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dfkd_jax import parallel, report
 from dfkd_jax.types import PRNGKey, PyTree
-
-REPORT = 'fault.json'
 
 
 class Fault(ValueError):  # noqa: N818 (a number is wrong, not the program)
   """The first number of a round that is not finite: a term, or an array of the state.
 
-  The `part` is 'synthesis', 'student', or 'state': everything that the round leaves behind. `key`
-  reproduces the call. `step` counts the steps of a call, and `call` the calls of the round, from 0.
-  An array of the state has no value, step or call.
+  The `part` is 'synthesis', 'student', or 'state': everything that the round leaves behind. `step`
+  and `call` count from 0. An array of the state has neither, and no value. `key` is of the call.
   """
 
   def __init__(self, part: str, name: str, key: PRNGKey, value: float | None = None,
@@ -31,8 +24,7 @@ class Fault(ValueError):  # noqa: N818 (a number is wrong, not the program)
     super().__init__(f'{name!r} of the {part} is {"not finite" if value is None else value}{when}')
 
 
-def check_series(
-    part: str, series: Mapping[str, np.ndarray], key: PRNGKey, call: int = 0) -> None:
+def check_series(part: str, series: Mapping[str, np.ndarray], key: PRNGKey, call: int = 0) -> None:
   """Raises Fault at the earliest step [num_steps] at which a series is not finite.
 
   At one step, a term is named before the 'loss', which is the sum of the terms.
@@ -45,31 +37,16 @@ def check_series(
     raise Fault(part, name, key, float(series[name][step]), step, call)
 
 
-def compile_finite_check(state: PyTree) -> Callable[[PyTree, PRNGKey], None]:
-  """Compiles a check for a state's shapes. It raises Fault for the first array not finite.
-
-  Integers and NumPy arrays are not checked.
-  """
-
-  def float_arrays(state):
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+def check_state(state: PyTree, key: PRNGKey) -> None:
+  """Raises Fault for the first array that is not finite. Skips integers and NumPy arrays."""
+  arrays = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)
             if jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, np.ndarray)}
-
-  def check(state, key):
-    is_finite = np.asarray(program(list(float_arrays(state).values())))
-    if not is_finite.all():
-      raise Fault('state', names[int(is_finite.argmin())], key)
-
-  names, leaves = zip(*float_arrays(state).items(), strict=True)
-  all_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
-  program = all_finite.lower(list(leaves)).compile()
-  return check
+  is_finite = np.asarray(_are_finite(list(arrays.values())))
+  if not is_finite.all():
+    raise Fault('state', list(arrays)[int(is_finite.argmin())], key)
 
 
-def write_report(path: pathlib.Path, about: Mapping[str, Any]) -> None:
-  """Writes a report of a fault, on the first process. Errors are raised on all processes."""
-  with parallel.raise_on_all_processes():
-    if parallel.is_first():
-      with report.reporting_disk_errors(path), report.replace_file(path) as file:
-        file.write(json.dumps(about, indent=2).encode() + b'\n')
+@jax.jit
+def _are_finite(arrays):
+  return jnp.stack([jnp.isfinite(array).all() for array in arrays])

@@ -1,7 +1,6 @@
 """The compiled programs of a distillation's rounds, and the state that they carry on."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from dfkd_jax import distill, parallel, synth
+from dfkd_jax import distill, parallel, report, synth
 from dfkd_jax.config.records import Distill
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import buffer_memory, host_replay, replay
@@ -60,9 +59,8 @@ def init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:
   return state if buffer is None else host_replay.with_image_shapes(state, buffer.images, mesh)
 
 
-def place_and_compile(
-    plan: Plan, state: State, teacher: Network, *others: PyTree, buffer: str,
-    memory: int | None) -> tuple[Programs, State]:
+def place_and_compile(plan: Plan, state: State, teacher: Network, *others: PyTree, buffer: str,
+                      memory: int | None) -> tuple[Programs, State]:
   """Chooses where a buffer's images lie, and compiles the programs for that.
 
   The `state` has shapes in place of the buffer's images. Teacher and others stay on the devices,
@@ -72,8 +70,8 @@ def place_and_compile(
   programs, note = buffer_memory.choose_place(
       buffer, memory, (state, teacher, others), state.synthesis,
       functools.partial(compile_programs, plan, state, teacher))
-  if note and parallel.is_first():
-    print(note, file=sys.stderr)
+  if note:
+    report.note(note)
   if programs is None:
     state = state.replace(synthesis=buffer_memory.allocate_on_host(state.synthesis))
     programs = _compile_for_host(plan, state, teacher)
@@ -107,7 +105,6 @@ def _compile_for_host(plan: Plan, state: State, teacher: Network) -> Programs:
 
 
 def _compile_call(plan: Plan, state: State, teacher: Network) -> Any:
-  """Compiles a call of the method."""
 
   def synthesize(synthesis, key, teacher, student, *, axis):
     return plan.make(axis).synthesize(synthesis, key, teacher, student)

@@ -10,10 +10,7 @@ NAMES = ('SIGTERM', 'SIGINT')
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the run is saved and can be resumed)
-  """A run has ended early, and is saved.
-
-  `summary` is the result of `train.run`: 'stopped' (the reason), 'done' and 'total' rounds, ...
-  """
+  """A run has ended early, and is saved; `summary` is the result of `train.run`."""
 
   def __init__(self, summary: dict[str, Any]):
     self.summary = summary
@@ -21,11 +18,7 @@ class Stopped(Exception):  # noqa: N818 (not an error: the run is saved and can 
 
 
 class Interrupted(KeyboardInterrupt):
-  """The signal `name`, one of NAMES, came before there was anything to save."""
-
-  def __init__(self, name: str):
-    self.name = name
-    super().__init__(name)
+  """A signal, one of NAMES, came before there was anything to save; its name is the text."""
 
 
 class StopRequest:
@@ -64,8 +57,7 @@ class StopRequest:
 def signals(listen: bool = True) -> Iterator[StopRequest]:
   """Handles the first SIGTERM or SIGINT within. A second one has its former effect.
 
-  Handles none if `listen` is False, or on another thread than the main one, where Python forbids
-  it.
+  Handles none if `listen` is False, or outside the main thread, where Python forbids it.
   """
   request = StopRequest()
   if listen and threading.current_thread() is threading.main_thread():

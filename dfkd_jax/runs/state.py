@@ -24,13 +24,11 @@ class RunState:
 
   `checkpoints/` holds the state after a round, with the best student so far; `control/` holds the
   state of the noise control, which follows the last round. Every checkpoint has the identity of
-  its run (config, weights, settings of JAX) and the time and counts spent so far. The fields in
-  `resume` may differ from the run in the folder, see `config_diff`.
+  its run (config, weights, settings of JAX) and the time and counts spent so far.
   """
 
-  def __init__(
-      self, settings: RunSettings, workdir: pathlib.Path, ledger: report.Ledger,
-      resume: str | None = None):
+  def __init__(self, settings: RunSettings, workdir: pathlib.Path, ledger: report.Ledger,
+               resume: str | None = None):
     self._began = time.perf_counter()
     self.workdir, self.ledger, self._settings, self._resume = workdir, ledger, settings, resume
     # JSON values that are saved with every checkpoint.
@@ -49,26 +47,24 @@ class RunState:
 
   def check_identity(
       self, settings: Settings, teacher: str | None, **others: str | None) -> InitFrom:
-    """Records the SHA-256 of the weights that this run depends on: teacher, others, `init_from`.
+    """Records the SHA-256 of all weights that this run depends on, None where there are none.
 
-    Returns the sources of `init_from` that are still to be read. Raises ValueError if the folder
-    holds another run, see `config_diff.config_changes`.
+    Returns the sources of `init_from` to read. Raises ValueError if the folder holds another run.
     """
     unread = init_from.unread_sources(settings.init_from, self.stored, settings.control)
     self.meta['weights'] = {'teacher': teacher, **others, **init_from.source_digests(
         settings.init_from, unread, self.stored)}
-    self._changes = config_diff.config_changes(
-        self.stored, self.meta, self.workdir, self._resume)
+    self._changes = config_diff.config_changes(self.stored, self.meta, self.workdir, self._resume)
     return unread
 
   def finished_summary(self) -> dict[str, Any] | None:
     """Returns and prints the summary if this run has ended before."""
-    summary = None if self._changes else run_folder.read_summary(self.workdir)
-    if summary is not None:
-      report.note('This run has finished before. To run it anew, name another workdir than '
-                  f'{self.workdir}.')
-      report.say(report.format_summary(summary))
-    return summary
+    if self._changes or 'student' not in self.stored:
+      return None
+    report.note(
+        f'This run has finished before. To run it anew, name another workdir than {self.workdir}.')
+    report.say(report.format_summary(self.stored))
+    return self.stored
 
   @contextlib.contextmanager
   def open(self) -> Iterator[None]:
@@ -82,8 +78,7 @@ class RunState:
   def resume(self, state: PyTree, unit: str, total: int) -> tuple[PyTree, int]:
     """Returns the saved state and its number of rounds; for a new run `state` and 0.
 
-    Raises ValueError if more than `total` rounds are done, or no checkpoint can be read. A round
-    is called `unit`: 'round' or 'epoch'.
+    Raises ValueError if more than `total` rounds are done, or no checkpoint can be read.
     """
     self.ledger.count('starts')
     # Shapes keep no array alive; NumPy's zeros take no memory until they are written.
@@ -138,9 +133,9 @@ class RunState:
     """Starts to write a checkpoint after `done` rounds, unless there is one."""
     if done != self._saved_round:
       best = {} if self.best_network is None else {'best': self.best_network}
-      self._save(self.checkpoints, done, vars(state) | best, {
-          'best': self.best, 'last': self.last,
-          'reseeded': {str(index): times for index, times in self.reseeded.items()}})
+      reseeded = {str(index): times for index, times in self.reseeded.items()}
+      self._save(self.checkpoints, done, vars(state) | best,
+                 {'best': self.best, 'last': self.last, 'reseeded': reseeded})
       self._saved_round = done
 
   def _save(self, checkpoints: Checkpoints, done: int, parts: PyTree, more: dict[str, Any]) -> None:
@@ -167,8 +162,7 @@ class RunState:
   def resume_control(self, state: PyTree) -> tuple[PyTree, int]:
     """Returns the saved state of the noise control and its number of steps, or `state` and 0.
 
-    Deletes checkpoints of another run's control and those that cannot be read: to start the
-    control anew costs only time.
+    Deletes checkpoints of another run, and unreadable ones: a new start costs only time.
     """
     folder = self.workdir / run_folder.CONTROL
     self._control = self._stack.enter_context(Checkpoints(folder, max_to_keep=1))

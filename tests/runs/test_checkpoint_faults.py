@@ -68,8 +68,8 @@ def test_a_folder_of_someone_else_is_no_checkpoint(saved):
 def test_foreign_and_damaged_meta_data_are_passed_over(saved, content):
   (saved / '8' / 'meta' / 'metadata').write_text(content)
   with Checkpoints(saved) as checkpoints:
-    with pytest.raises(ValueError, match='tep 8 in ') as error:
-      read_meta(saved, 8)
+    with pytest.raises(DamagedError, match='tep 8 in ') as error:
+      checkpoints.restore(TEMPLATE, step=8)
     one_line(error)
     assert read_meta(saved) == {'round': 3}
     assert_same(checkpoints.restore(TEMPLATE)[0], make_state(3))
