@@ -55,20 +55,20 @@ def report(settings: Settings, teacher: Network, student: Network | None,
 def _measure(
     settings: Settings, teacher: Network, student: Network | None) -> tuple[Measurement, Verdict]:
   method, factors = settings.method, settings.method.factors
-  taken = build_method.parameters(method)
+  parameters = build_method.parameters(method)
   if student is None:
     factors = factors._replace(adversarial=0.0, student_batch_norm=0.0)
-    if 'factors' in taken and not any(factors):
+    if 'factors' in parameters and not any(factors):
       raise ValueError('student.name is None, must name a network: all factors above 0 are of '
                        'terms that need one.')
   # Terms that a suggestion needs are measured too; the contrast has parts of its own.
   has_moments = loss_terms.missing_moments(teacher) is None
-  without = () if has_moments else MOMENTS
-  measured = factors._replace(contrast=0.0, **dict.fromkeys(without, 0.0))
-  needed = ('one_hot', 'total_variation', *(MOMENTS if has_moments else ()))
-  measured = measured._replace(**{name: getattr(measured, name) or 1.0 for name in needed})
+  zero_terms = ('contrast', *(() if has_moments else MOMENTS))
+  needed_terms = ('one_hot', 'total_variation', *(MOMENTS if has_moments else ()))
+  measured = factors._replace(**dict.fromkeys(zero_terms, 0.0))
+  measured = measured._replace(**{name: getattr(measured, name) or 1.0 for name in needed_terms})
   generator, latent_shape = None, (settings.preflight.batch_size,)
-  if 'generator' in taken:
+  if 'generator' in parameters:
     generator = build_method.generator(method.generator)
     latent_shape = build_method.latent_shape(method, *latent_shape)
   measurement = loss_terms.measure(
@@ -97,4 +97,4 @@ def lines(measurement: Measurement, verdict: Verdict) -> list[str]:
     largest = sorted(measurement.layers.items(), key=lambda item: -item[1])[:3]
     shares = ', '.join(f'{path} {float(value) / total:.0%}' for path, value in largest)
     text.append(f'batch_norm by layer  {shares}, of {len(measurement.layers)} layers')
-  return text + [f'note: {note}' for note in verdict.notes]
+  return text + [f'note: {line}' for line in verdict.notes]

@@ -19,25 +19,10 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
   """Writes images.png, with images in turn from every class, and the teacher's labels.
 
   With a judge, returns the fractions of at least 1,000 images on which the teacher's class is the
-  judge's top-1, or in its top-5. Labels in the buffer would not do: they describe augmented views.
+  judge's top-1, or in its top-5.
   """
-
-  def sample_slots(synthesis, key, *, axis):
-    return plan.make(axis).sample(synthesis, key).slots
-
-  def sample(synthesis, key, images, teacher, *, axis):
-    batch = plan.make(axis).sample(replay.with_batch(synthesis, images), key)
-    return batch.images, experiment.task.predicted(teacher(batch.images).logits)
-
-  one, split = parallel.REPLICATED, parallel.SPREAD
-  spread = parallel.specs(host_replay.device_view(synthesis))
-  program = host_replay.with_host_sample(
-      parallel.each_device(sample_slots, plan.mesh, (spread, one), split),
-      parallel.each_device(sample, plan.mesh, (spread, one, split, one), split))
   number = max(4 * grid.columns * grid.rows, 0 if judge is None else JUDGED)
-  batches = [parallel.gather(program(synthesis, jax.random.fold_in(key, index), teacher))
-             for index in range(1 + number // plan.distill.batch_size)]
-  images, labels = map(np.concatenate, zip(*batches, strict=True))
+  images, labels = _draw(experiment, plan, synthesis, teacher, key, number)
   turn = np.zeros(len(labels), int)  # 0 for the first image of a class, 1 for the second, ...
   for label in np.unique(labels):
     turn[labels == label] = np.arange((labels == label).sum())
@@ -51,3 +36,23 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
   metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task,
                               batch_size=experiment.settings.evaluate_batch_size)
   return {'judge_top1': metrics['top1'], 'judge_top5': metrics['top5'], 'count': metrics['count']}
+
+
+def _draw(experiment, plan, synthesis, teacher, key, number):
+  """Draws images, labelled by the teacher: labels in the buffer describe augmented views."""
+
+  def sample_slots(synthesis, key, *, axis):
+    return plan.make(axis).sample(synthesis, key).slots
+
+  def sample(synthesis, key, images, teacher, *, axis):
+    batch = plan.make(axis).sample(replay.with_batch(synthesis, images), key)
+    return batch.images, experiment.task.predicted(teacher(batch.images).logits)
+
+  one, split = parallel.REPLICATED, parallel.SPREAD
+  spread = parallel.specs(host_replay.device_view(synthesis))
+  program = host_replay.with_host_sample(
+      parallel.each_device(sample_slots, plan.mesh, (spread, one), split),
+      parallel.each_device(sample, plan.mesh, (spread, one, split, one), split))
+  batches = [parallel.gather(program(synthesis, jax.random.fold_in(key, index), teacher))
+             for index in range(1 + number // plan.distill.batch_size)]
+  return map(np.concatenate, zip(*batches, strict=True))

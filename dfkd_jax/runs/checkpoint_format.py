@@ -56,7 +56,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
 
 
 def check_architecture(where: str, saved: dict[str, tuple], leaves: dict[str, Any]) -> None:
-  """Raises ValueError unless all leaves have the saved (shape, dtype); names the first."""
+  """Raises ValueError that names the first leaf of another (shape, dtype) than the saved one."""
   expected = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in leaves.items()}
   paths = [path for path in expected | saved if expected.get(path) != saved.get(path)]
   if not paths:

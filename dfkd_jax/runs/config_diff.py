@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from dfkd_jax.config.fields import FREE
 from dfkd_jax.messages import check_choice, short_repr
@@ -103,9 +104,7 @@ def _config_field(name: str) -> str:
 
 def _flatten_config(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of a JSON config by dotted name, without those that are FREE."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-      config, is_leaf=lambda tree: not isinstance(tree, dict))
-  fields = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+  fields = traverse_util.flatten_dict(config, sep='.')
   return {name: value for name, value in fields.items() if name not in FREE}
 
 

@@ -25,11 +25,9 @@ class Fault(ValueError):  # noqa: N818 (a number is wrong, not the program)
 
 
 def check_series(part: str, series: Mapping[str, np.ndarray], key: PRNGKey, call: int = 0) -> None:
-  """Raises Fault at the earliest step [num_steps] at which a series is not finite.
-
-  At one step, a term is named before the 'loss', which is the sum of the terms.
-  """
+  """Raises Fault at the earliest step [num_steps] at which a series is not finite."""
   bad = {name: ~np.isfinite(np.asarray(values, np.float64)) for name, values in series.items()}
+  # At one step, a term comes before the 'loss', which is the sum of the terms.
   faults = [(int(is_bad.argmax()), name == 'loss', name)
             for name, is_bad in bad.items() if is_bad.any()]
   if faults:
