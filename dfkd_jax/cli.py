@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
                           resume=options.resume, signals=stop_request)
     return _STATUS.get(summary.get('stopped'), 0)
   except KeyboardInterrupt as error:
-    name = getattr(error, 'name', 'SIGINT')  # of run_signals.Interrupted
+    name = str(error) if isinstance(error, run_signals.Interrupted) else 'SIGINT'
     print(f'Stopped by {name}. The same command goes on from the last checkpoint, if there is one.',
           file=sys.stderr)
     return _STATUS[name]

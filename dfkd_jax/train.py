@@ -100,7 +100,6 @@ def _check_folder(settings: Settings, start: Start, problems: Problems) -> None:
   def read_folder():
     workdir = paths.expand_path(start.workdir, 'workdir')
     run_folder.check_place(workdir)
-    run_folder.check_not_running(workdir)
     return workdir, run_folder.read_stored(workdir)
 
   workdir, stored = problems.run(read_folder, field='workdir') or (None, {})

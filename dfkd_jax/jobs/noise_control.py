@@ -9,32 +9,20 @@ from dfkd_jax.runs.loop import Experiment
 from dfkd_jax.types import PRNGKey
 
 
-def run(
-    experiment: Experiment, plan: programs.Plan, student: Network, teacher: Network,
-    image_shape: tuple[int, int, int], key: PRNGKey) -> dict[str, float]:
-  """Trains the control for as many steps as the student, and evaluates it on the test images.
+def run(experiment: Experiment, plan: programs.Plan, student: Network, teacher: Network,
+        image_shape: tuple[int, int, int], key: PRNGKey) -> dict[str, float]:
+  """Trains the first `student` for as many steps as the run's, and evaluates it on test images.
 
-  Saves it as often as the run, in a folder of its own, and resumes from there.
-
-  Args:
-    experiment: The run, entered.
-    plan: How the run's student was trained.
-    student: The student as it began.
-    teacher: The teacher on the devices.
-    image_shape: [H, W, C] of the noise.
-    key: Key of the noise.
-
-  Raises:
-    run_signals.Stopped: The run was asked to end early, and is saved.
+  Saves it as often as the run, in a folder of its own, and resumes from there. The noise has the
+  shape [H, W, C]. Raises run_signals.Stopped if the run was asked to end early, and is saved.
   """
   rounds = plan.distill
   plan = plan._replace(make=lambda axis: synth.create(
       'noise', image_shape=image_shape, sample_batch_size=rounds.batch_size // plan.mesh.size,
       num_tasks=plan.num_tasks, axis=axis))
   with experiment.ledger.part('compile'):
-    state = programs.State(
-        programs.init(plan.make, plan.mesh, key, teacher),
-        parallel.place(plan.mesh, distill.init(student, plan.tx)))
+    state = programs.State(programs.init(plan.make, plan.mesh, key, teacher),
+                           parallel.place(plan.mesh, distill.init(student, plan.tx)))
     program = programs.compile_steps(plan, state, teacher)
   total = rounds.learning_rounds * rounds.calls_per_round
   save_every = experiment.settings.save_every * rounds.calls_per_round

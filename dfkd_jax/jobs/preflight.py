@@ -1,42 +1,30 @@
 """Measures the teacher and the terms of the loss before a run spends anything on it.
 
-Published factors do not transfer between networks. The moments term of two good networks may differ
-by four orders of magnitude, since it sums un-squared norms over layers of any scale. Then either it
-drowns the requested classes, or they drown it. So each term's gradient by the images is measured
-where the run begins, on images of a fresh generator.
+Published factors do not transfer between networks: the moments term of two good networks may differ
+by four orders of magnitude, since it sums un-squared norms over layers of any scale. Then it drowns
+the requested classes, or they drown it. So each term's gradient by the images is measured where the
+run begins, on images of a fresh generator.
 """
 
-import sys
 from typing import Any
 
 import jax
 
-from dfkd_jax import parallel, weights
+from dfkd_jax import weights
 from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import Settings
-from dfkd_jax.evaluate.loss_terms import (
-    MOMENTS,
-    LogitStats,
-    Measurement,
-    Verdict,
-    measure,
-    missing_moments,
-    suggest_factors,
-)
+from dfkd_jax.evaluate import loss_terms
+from dfkd_jax.evaluate.loss_terms import MOMENTS, Measurement, Verdict
 from dfkd_jax.models.network import Network
+from dfkd_jax.report import note
 
 _KEY = 1 << 30  # folded into the seed's key, which the run splits
 
 
 def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
-  """Runs the job 'check': measures the teacher, prints the findings, and writes nothing.
+  """Runs the job 'check': measures the teacher of the settings, or a network in its place.
 
-  Args:
-    settings: The resolved config.
-    teacher: A network that replaces the teacher of the settings.
-
-  Raises:
-    ValueError: The teacher cannot be read, or offers nothing to invert.
+  Prints the findings, and writes nothing. Raises ValueError if there is nothing to invert.
   """
   source = settings.teacher.source if teacher is None else None
   key = jax.random.split(jax.random.key(settings.run.seed), 5)[0]  # the run's own
@@ -45,64 +33,59 @@ def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
   return report(settings, teacher, student, build.make_card(teacher, source))
 
 
-def report(
-    settings: Settings, teacher: Network, student: Network | None, card: weights.Card
-) -> dict[str, Any]:
-  """Measures, prints the findings, and returns them as JSON; `factors` are those to go on with.
+def report(settings: Settings, teacher: Network, student: Network | None,
+           card: weights.Card) -> dict[str, Any]:
+  """Measures, prints the findings, and returns them as JSON, with the `factors` to go on with.
 
-  Args:
-    settings: The resolved config.
-    teacher: The teacher with its weights.
-    student: The student as it begins; None: terms that need it are left out.
-    card: Description of the teacher.
-
-  Raises:
-    ValueError: The teacher offers nothing to invert.
+  Leaves out terms that lack a student. Raises ValueError if there is nothing to invert.
   """
-  measurement, verdict = measure_teacher(settings, teacher, student)
-  if parallel.is_first():
-    print('\n'.join(card.lines() + lines(measurement, verdict)), file=sys.stderr)
-  return {'card': card._asdict(), **as_json(measurement, verdict)}
+  measurement, verdict = _measure(settings, teacher, student)
+  note('\n'.join(card.lines() + lines(measurement, verdict)))
+  records = {'noise': measurement.noise._asdict(), 'generated': measurement.generated._asdict(),
+             'values': measurement.values, 'gradient_norms': measurement.gradient_norms,
+             'layers': measurement.layers, 'factors': verdict.factors._asdict()}
+  numbers = {part: {name: float(value) for name, value in record.items()}
+             for part, record in records.items()}
+  return {'card': card._asdict(), **numbers, 'notes': list(verdict.notes),
+          'suggested': verdict.suggested}
 
 
-def measure_teacher(
-    settings: Settings, teacher: Network, student: Network | None
-) -> tuple[Measurement, Verdict]:
-  """Measures with the numbers of a config; see `report`."""
+def _measure(
+    settings: Settings, teacher: Network, student: Network | None) -> tuple[Measurement, Verdict]:
   method, factors = settings.method, settings.method.factors
-  taken = build_method.parameters(method)
+  parameters = build_method.parameters(method)
   if student is None:
     factors = factors._replace(adversarial=0.0, student_batch_norm=0.0)
-    if 'factors' in taken and not any(factors):
+    if 'factors' in parameters and not any(factors):
       raise ValueError('student.name is None, must name a network: all factors above 0 are of '
                        'terms that need one.')
   # Terms that a suggestion needs are measured too; the contrast has parts of its own.
-  measured = factors._replace(contrast=0.0)
-  measured_too = ['one_hot', 'total_variation']
-  if missing_moments(teacher) is None:
-    measured_too += MOMENTS
-  else:
-    measured = measured._replace(**dict.fromkeys(MOMENTS, 0.0))
-  measured = measured._replace(**{name: getattr(measured, name) or 1.0 for name in measured_too})
+  has_moments = loss_terms.missing_moments(teacher) is None
+  zero_terms = ('contrast', *(() if has_moments else MOMENTS))
+  needed_terms = ('one_hot', 'total_variation', *(MOMENTS if has_moments else ()))
+  measured = factors._replace(**dict.fromkeys(zero_terms, 0.0))
+  measured = measured._replace(**{name: getattr(measured, name) or 1.0 for name in needed_terms})
   generator, latent_shape = None, (settings.preflight.batch_size,)
-  if 'generator' in taken:
+  if 'generator' in parameters:
     generator = build_method.generator(method.generator)
     latent_shape = build_method.latent_shape(method, *latent_shape)
-  measurement = measure(
+  measurement = loss_terms.measure(
       jax.random.fold_in(jax.random.key(settings.run.seed), _KEY), teacher, student,
       generator=generator, latent_shape=latent_shape, image_shape=settings.dataset.image_shape,
       task=settings.task, factors=measured)
-  return measurement, suggest_factors(
+  return measurement, loss_terms.suggest_factors(
       measurement, teacher, factors, momentum=method.numbers.get('moments_momentum', 0.0),
       fallback=settings.preflight.fallback)
 
 
 def lines(measurement: Measurement, verdict: Verdict) -> list[str]:
   """Formats the teacher's predictions and the gradient of each term."""
-  text = [_format_logits('uniform noise', measurement.noise),
-          _format_logits('generated images', measurement.generated),
-          f'{"term, at the start":20}{"value":>12}{"factor":>12}{"gradient":>12}'
-          f'{"gradient x factor":>19}']
+  images = {'uniform noise': measurement.noise, 'generated images': measurement.generated}
+  text = [f'{name:20} logits vary by {stats.spread:.3g} between images and {stats.range:.3g} '
+          f'between classes, confidence {stats.confidence:.2f}, {int(stats.classes)} classes seen'
+          for name, stats in images.items()]
+  text.append(f'{"term, at the start":20}{"value":>12}{"factor":>12}{"gradient":>12}'
+              f'{"gradient x factor":>19}')
   for name, value in sorted(measurement.values.items()):
     factor = float(getattr(verdict.factors, name))
     norm = float(measurement.gradient_norms[name])
@@ -112,20 +95,4 @@ def lines(measurement: Measurement, verdict: Verdict) -> list[str]:
     largest = sorted(measurement.layers.items(), key=lambda item: -item[1])[:3]
     shares = ', '.join(f'{path} {float(value) / total:.0%}' for path, value in largest)
     text.append(f'batch_norm by layer  {shares}, of {len(measurement.layers)} layers')
-  return text + [f'note: {note}' for note in verdict.notes]
-
-
-def _format_logits(images: str, stats: LogitStats) -> str:
-  return (f'{images:20} logits vary by {stats.spread:.3g} between images and {stats.range:.3g} '
-          f'between classes, confidence {stats.confidence:.2f}, {int(stats.classes)} classes seen')
-
-
-def as_json(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
-  """Returns the same findings as JSON."""
-  numbers = lambda record: {name: float(value) for name, value in record.items()}
-  return {
-      'noise': numbers(measurement.noise._asdict()),
-      'generated': numbers(measurement.generated._asdict()), 'values': numbers(measurement.values),
-      'gradient_norms': numbers(measurement.gradient_norms), 'layers': numbers(measurement.layers),
-      'notes': list(verdict.notes), 'suggested': verdict.suggested,
-      'factors': numbers(verdict.factors._asdict())}
+  return text + [f'note: {line}' for line in verdict.notes]

@@ -1,13 +1,12 @@
 """Saving and restoring pytrees of arrays: a thin layer over Orbax, and its only user.
 
-A checkpoint is a folder `<directory>/<step>` with two parts: `state` holds the arrays by path
-('student/params/stem/kernel'), `meta` one JSON object (see checkpoint_format.py).
+A checkpoint is a folder `<directory>/<step>` with the arrays by path in `state`, and one JSON
+object in `meta` (see checkpoint_format.py).
 """
 
 import contextlib
 import itertools
 import os
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from dfkd_jax import parallel
 from dfkd_jax.runs import checkpoint_format
-from dfkd_jax.runs.orbax_errors import DamagedError, storage_errors
+from dfkd_jax.runs.checkpoint_format import DamagedError, storage_errors
 from dfkd_jax.types import PyTree
 
 
@@ -28,87 +27,60 @@ def saved_steps(directory: str | os.PathLike) -> list[int]:
   return sorted(int(name) for name in os.listdir(directory) if name.isdecimal())
 
 
-def read_meta(directory: str | os.PathLike, step: int | None = None) -> dict[str, Any]:
-  """Returns the meta data of a checkpoint, and changes nothing. Each process reads by itself.
+def complete_steps(directory: str | os.PathLike) -> list[int]:
+  """Returns the steps with a complete checkpoint in ascending order."""
+  return [step for step in saved_steps(directory)
+          if checkpoint_format.entry_path(directory, step).is_file()]
 
-  Args:
-    directory: The folder of the `Checkpoints`.
-    step: None: the latest that can be read.
 
-  Raises:
-    ValueError: There is no such checkpoint, it is damaged, or it has another format.
+def read_meta(directory: str | os.PathLike) -> dict[str, Any]:
+  """Returns the meta data of the latest checkpoint that can be read; changes nothing.
+
+  Raises ValueError if there is none, or it has another format.
   """
   read = lambda step: checkpoint_format.read_entry(directory, step)['meta']
-  if step is not None:
-    return read(step)
   return _read_latest(directory, saved_steps(directory), read)[0]
 
 
 class Checkpoints:
-  """The checkpoints in one folder, written in the background; a context manager.
+  """The latest `max_to_keep` checkpoints (None: all) in one folder; a context manager.
 
-  Arrays given to `save` may be donated or overwritten once it returns. A save that was cut off
-  leaves a folder with another name, which the next `Checkpoints` removes.
-
-  All processes must call the same methods in the same order; each writes and reads its part of
-  the arrays.
-
-  Attributes:
-    damaged: Steps that the last `restore` passed over, with the reason.
-
-  Args:
-    directory: Made if missing; all processes must see it.
-    max_to_keep: Number of checkpoints to keep, the latest ones; None keeps all.
-
-  Raises:
-    ValueError: `directory` cannot be written, or differs between processes.
+  They are written in the background: arrays given to `save` may be donated or overwritten once it
+  returns. All processes must see the folder, and call the same methods in the same order; each
+  writes and reads its part of the arrays. Raises ValueError if the folder cannot be written.
   """
 
   def __init__(self, directory: str | os.PathLike, *, max_to_keep: int | None = 2):
     self.directory = os.path.abspath(directory)
-    self.damaged: dict[int, str] = {}
-    if max_to_keep is not None and max_to_keep < 1:
-      raise ValueError(f'max_to_keep is {max_to_keep}; it must be at least 1, or None to keep all.')
+    self.damaged: dict[int, str] = {}  # steps that the last `restore` passed over: reasons
     with parallel.raise_on_all_processes(), storage_errors(f'write to {self.directory}'):
       os.makedirs(self.directory, exist_ok=True)
-      with tempfile.TemporaryFile(dir=self.directory):
-        pass
     parallel.check_shared_folder(self.directory)
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=True)
     with storage_errors(f'open {self.directory}'):
-      self._manager = ocp.CheckpointManager(self.directory, options=options)
+      self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+          max_to_keep=max_to_keep, create=False, cleanup_tmp_directories=True))
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, error_type, error, traceback) -> None:
-    try:
+    # After an error, another one would hide it.
+    with contextlib.suppress(*[ValueError] if error else []):
       self.close()
-    except ValueError:
-      if error is None:  # Otherwise it would hide the first error.
-        raise
 
   def save(self, step: int, state: PyTree, meta: dict) -> None:
-    """Starts to write a checkpoint, once the one before is written.
+    """Starts to write arrays and JSON values as a checkpoint, once the one before is written.
 
-    Args:
-      step: Above every saved step.
-      state: JAX or NumPy arrays in any pytree. NumPy scalars become arrays.
-      meta: JSON values.
-
-    Raises:
-      ValueError: `step` is not above the latest, a leaf is not an array, `meta` is not JSON, or
-        the disk refuses this checkpoint or refused the one before.
+    Raises ValueError if `step` is not above all saved ones, a leaf is not an array, `meta` is not
+    JSON, or the disk refuses this checkpoint or refused the one before.
     """
     leaves, _ = checkpoint_format.flatten(state)
     entry = checkpoint_format.make_entry(leaves, meta)
-    arrays = {path: leaf for path, leaf in leaves.items() if leaf.size}  # Orbax refuses empty ones.
     self.wait()
     with self._save_errors(f'save step {step}'):
       os.listdir(self.directory)  # If the folder is gone, Orbax would wait for five minutes.
       is_saved = self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(entry)))
+          state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(entry)))
     if not is_saved:
       raise ValueError(f'Step {step} is not saved: {self.directory} has step '
                        f'{self._manager.latest_step()} already.')
@@ -118,48 +90,41 @@ class Checkpoints:
     self.wait()
     return sorted(self._manager.all_steps())
 
-  def steps(self) -> list[int]:
-    """Returns the steps with a complete checkpoint in ascending order."""
-    return [step for step in self.all_steps()
-            if checkpoint_format.is_complete(self.directory, step)]
-
   def latest(self) -> int | None:
     """Returns the latest step with a complete checkpoint; None if there is none."""
-    return max(self.steps(), default=None)
+    self.wait()
+    return max(complete_steps(self.directory), default=None)
 
-  def restore(
-      self, template: PyTree, step: int | None = None, *, optional: dict[str, PyTree] | None = None
-  ) -> tuple[PyTree, dict]:
-    """Reads a checkpoint into the structure of `template`.
+  def restore(self, template: PyTree, step: int | None = None, *,
+              optional: dict[str, PyTree] | None = None) -> tuple[PyTree, dict]:
+    """Returns the state in a checkpoint, with the structure of `template`, and its meta data.
 
-    If the latest checkpoint is damaged, reads the one before, and so on. Renames the damaged
-    ones to 'damaged-<step>'; `damaged` has the reasons.
+    If the latest checkpoint is damaged, renames it to 'damaged-<step>' and reads the one before,
+    and so on. Raises ValueError if there is none that can be read, or it is of another
+    architecture: names the first leaf that is missing, left over, or of another shape or dtype.
 
     Args:
-      template: The structure of the saved state, with arrays or `jax.ShapeDtypeStruct`s. A JAX
-        array is placed as in the template, or on the first device if that has no sharding. A
-        NumPy array stays one.
+      template: Arrays or `jax.ShapeDtypeStruct`s. A JAX array is placed as in the template, or on
+        the first device if that has no sharding. A NumPy array stays one.
       step: None: the latest that can be read.
       optional: Parts that are added to the dict `template` if the checkpoint has them.
-
-    Returns:
-      State and meta data.
-
-    Raises:
-      ValueError: There is no such checkpoint, all are damaged, or it is of another architecture.
-        The first leaf that is missing, left over, or of another shape or dtype is named.
     """
     read = lambda step: self._read(step, template, optional or {})
     if step is not None:
-      if step not in (steps := self.steps()):
-        raise ValueError(
-            f'There is no checkpoint of step {step} in {self.directory}, only of {steps}.')
       return read(step)
-    result, self.damaged = _read_latest(
-        self.directory, self.all_steps(), read,
-        lambda status: int(parallel.gather_processes(np.int64(status)).max()))
-    if self.damaged:
-      self._rename_damaged()
+    worst_status = lambda status: int(parallel.gather_processes(np.int64(status)).max())
+    result, self.damaged = _read_latest(self.directory, self.all_steps(), read, worst_status)
+    if not self.damaged:
+      return result
+    with parallel.raise_on_all_processes(), storage_errors(
+        f'set a damaged checkpoint aside in {self.directory}'):
+      for step in self.damaged if parallel.is_first() else ():
+        source = os.path.join(self.directory, str(step))
+        suffixes = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
+        targets = (os.path.join(self.directory, f'damaged-{step}{suffix}') for suffix in suffixes)
+        if os.path.isdir(source):
+          os.rename(source, next(path for path in targets if not os.path.exists(path)))
+    self._manager.reload()
     return result
 
   def wait(self) -> None:
@@ -180,51 +145,31 @@ class Checkpoints:
     if optional:
       template = template | {name: part for name, part in optional.items() if name in parts}
     leaves, structure = checkpoint_format.flatten(template)
-    checkpoint_format.check_architecture(where, saved, checkpoint_format.leaf_specs(leaves))
-    targets = {path: checkpoint_format.restore_target(leaf) for path, leaf in leaves.items()}
-    full = {path: target for path, target in targets.items() if leaves[path].size}
+    checkpoint_format.check_architecture(where, saved, leaves)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    targets = {path: leaf if isinstance(leaf, np.ndarray) else jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding or first) for path, leaf in leaves.items()}
     with storage_errors(f'read {where}', DamagedError):
       arrays = self._manager.restore(
-          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(full)))['state']
-    arrays = {path: arrays[path] if path in full else checkpoint_format.empty_array(target)
-              for path, target in targets.items()}
-    checkpoint_format.check_arrays(where, arrays, saved, entry.get('checksums', {}))
-    return jax.tree.unflatten(structure, list(arrays.values())), entry['meta']
-
-  def _rename_damaged(self) -> None:
-    """Renames damaged steps, so that they can be saved again and looked into."""
-    with parallel.raise_on_all_processes(), storage_errors(
-        f'set a damaged checkpoint aside in {self.directory}'):
-      for step in self.damaged if parallel.is_first() else ():
-        source = os.path.join(self.directory, str(step))
-        suffixes = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
-        targets = (os.path.join(self.directory, f'damaged-{step}{suffix}') for suffix in suffixes)
-        if os.path.isdir(source):
-          os.rename(source, next(path for path in targets if not os.path.exists(path)))
-    self._manager.reload()
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(targets)))['state']
+    for path, saved_checksum in entry.get('checksums', {}).items():
+      if checkpoint_format.checksum(arrays[path]) not in (None, saved_checksum):
+        raise DamagedError(f'Cannot read {where}: {path!r} has other bytes than were saved.')
+    return jax.tree.unflatten(structure, [arrays[path] for path in leaves]), entry['meta']
 
   def _save_errors(self, action: str) -> contextlib.AbstractContextManager[None]:
-    return storage_errors(f'{action} in {self.directory}', advice=self._kept_checkpoint)
-
-  def _kept_checkpoint(self) -> str:
-    steps = [step for step in saved_steps(self.directory)
-             if checkpoint_format.is_complete(self.directory, step)]
-    if not steps:
-      return 'There is no checkpoint yet.'
-    return f'The checkpoint of step {steps[-1]} is kept.'
+    latest = max(complete_steps(self.directory), default=None)
+    kept = (f'The checkpoint of step {latest} is kept.' if latest is not None
+            else 'There is no checkpoint yet.')
+    return storage_errors(f'{action} in {self.directory}', advice=kept)
 
 
-def _read_latest(
-    directory: str | os.PathLike, steps: list[int], read: Callable[[int], Any],
-    worst_status: Callable[[int], int] = int) -> tuple[Any, dict[int, str]]:
+def _read_latest(directory: str | os.PathLike, steps: list[int], read: Callable[[int], Any],
+                 worst_status: Callable[[int], int] = int) -> tuple[Any, dict[int, str]]:
   """Returns `read(step)` of the latest step that can be read, and why later ones cannot.
 
-  Args:
-    directory: The folder, for errors.
-    steps: The steps in ascending order.
-    read: Raises DamagedError if a step is damaged.
-    worst_status: The largest status of all processes: 0 read, 1 damaged, 2 another error. All
-      processes then take the same step, and none waits for one that has failed.
+  `worst_status` returns the largest status of all processes: 0 read, 1 damaged, 2 another error.
+  All processes then take the same step, and none waits for one that has failed.
   """
   damaged = {}
   for step in reversed(steps):

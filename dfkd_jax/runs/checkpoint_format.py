@@ -1,4 +1,4 @@
-"""Format of a checkpoint: arrays by path, and the JSON object beside them.
+"""Format of a checkpoint: arrays by path, the JSON object beside them, and errors of one line.
 
 The JSON object of format 1:
 
@@ -9,20 +9,27 @@ The JSON object of format 1:
   checksum: CRC-32 of all this
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import re
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from dfkd_jax import parallel
-from dfkd_jax.runs.orbax_errors import DamagedError, storage_errors
 from dfkd_jax.types import PyTree
 
+# Errors that say nothing about the file: it may be whole, and readable later.
+_TRANSIENT = re.compile(
+    r'RESOURCE_EXHAUSTED|[Oo]ut of memory|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED'
+    r'|\b(EIO|ESTALE|EACCES|EPERM|EMFILE|ENFILE|ENOMEM|ETIMEDOUT|EAGAIN)\b|Permission denied'
+    r'|Too many open files|Input/output error|Stale file handle')
 FORMAT = 1
 LARGEST = 2**30  # Bytes of a leaf with a checksum: a second of work. Image buffers are larger.
 
@@ -30,114 +37,76 @@ LARGEST = 2**30  # Bytes of a leaf with a checksum: a second of work. Image buff
 def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
   """Returns the leaves by path, such as 'student/params/stem/kernel', and the tree's structure.
 
-  Raises ValueError if there are no arrays, or a leaf is not an array of numbers or booleans.
+  NumPy scalars become arrays, since Orbax cannot read scalars back. Raises ValueError if there are
+  no arrays, or a leaf is not an array of numbers or booleans.
   """
   paths_and_leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  leaves = {jax.tree_util.keystr(keys, simple=True, separator='/'): leaf
-            for keys, leaf in paths_and_leaves}
-  leaves = {path: _check_leaf(path, leaf) for path, leaf in leaves.items()}
-  if len(leaves) < len(paths_and_leaves) or not any(leaf.size for leaf in leaves.values()):
+  leaves = {}
+  for keys, leaf in paths_and_leaves:
+    path = jax.tree_util.keystr(keys, simple=True, separator='/')
+    leaf = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    dtype = getattr(leaf, 'dtype', np.dtype(object))
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype.kind in 'OSUMm':
+      raise ValueError(f'Leaf {path!r} of the state is of type {type(leaf).__name__} and dtype '
+                       f'{dtype}; it must be an array of numbers or booleans.')
+    leaves[path] = leaf
+  if not leaves or len(leaves) < len(paths_and_leaves):
     raise ValueError('The state has no arrays, or two leaves of it have the same path.')
   return leaves, structure
 
 
-def _check_leaf(path: str, leaf: Any) -> Any:
-  """Returns the leaf; a NumPy scalar as an array, since Orbax cannot read scalars back."""
-  if isinstance(leaf, np.generic):
-    leaf = np.asarray(leaf)
-  dtype = getattr(leaf, 'dtype', None)
-  if (not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-      or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or dtype.kind in 'OSUMm'):
-    raise ValueError(f'Leaf {path!r} of the state is of type {type(leaf).__name__} and dtype '
-                     f'{dtype}; it must be an array of numbers or booleans.')
-  return leaf
-
-
-def leaf_specs(leaves: dict[str, Any]) -> dict[str, tuple]:
-  """Returns (shape, dtype) of every leaf."""
-  return {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in leaves.items()}
-
-
-def check_architecture(where: str, saved: dict[str, tuple], expected: dict[str, tuple]) -> None:
-  """Raises ValueError unless all leaves have the same (shape, dtype); names the first other one."""
+def check_architecture(where: str, saved: dict[str, tuple], leaves: dict[str, Any]) -> None:
+  """Raises ValueError that names the first leaf of another (shape, dtype) than the saved one."""
+  expected = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in leaves.items()}
   paths = [path for path in expected | saved if expected.get(path) != saved.get(path)]
   if not paths:
     return
-  there, here = (
-      f'{specs[paths[0]][1]}{list(specs[paths[0]][0])}' if paths[0] in specs else 'missing'
-      for specs in (saved, expected))
+  there, here = (f'{specs[paths[0]][1]}{list(specs[paths[0]][0])}' if paths[0] in specs
+                 else 'missing' for specs in (saved, expected))
   more = f' (and {len(paths) - 1} more)' if len(paths) > 1 else ''
   raise ValueError(f'Checkpoint of another architecture, {where}: '
                    f'{paths[0]!r} is {there} there, {here} here{more}.')
 
 
-def check_arrays(
-    where: str, arrays: dict[str, Any], saved: dict[str, tuple], checksums: dict[str, int]) -> None:
-  """Raises DamagedError for other bytes than were saved, ValueError for a narrowed dtype."""
-  for path, array in arrays.items():
-    dtype = saved[path][1]
-    if array.dtype.name != dtype:
-      raise ValueError(f'{path!r} is {dtype}, which JAX keeps only where jax_enable_x64 is set.')
-    if path in checksums and checksum(array) not in (None, checksums[path]):
-      raise DamagedError(f'Cannot read {where}: {path!r} has other bytes than were saved.')
-
-
 def checksum(leaf: Any) -> int | None:
-  """Returns the CRC-32 of an array; None if it is empty, too large, or partly elsewhere."""
+  """Returns the CRC-32 of an array; None if it is too large, or partly elsewhere."""
   leaf = parallel.local_copy(leaf)
-  if not 0 < leaf.nbytes <= LARGEST or not getattr(leaf, 'is_fully_addressable', True):
+  if leaf.nbytes > LARGEST or not getattr(leaf, 'is_fully_addressable', True):
     return None
   return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
 
 
-def restore_target(leaf: Any) -> Any:
-  """Returns the target that Orbax reads a leaf into, with a sharding unless it is NumPy."""
-  if isinstance(leaf, np.ndarray):
-    return leaf
-  sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def empty_array(target: Any) -> Any:
-  """Returns an array without elements; Orbax does not save these."""
-  if isinstance(target, np.ndarray):
-    return target
-  return jax.device_put(np.zeros(target.shape, target.dtype), target.sharding)
-
-
 def make_entry(leaves: dict[str, Any], meta: dict) -> dict[str, Any]:
   """Returns the JSON object of a checkpoint."""
+  specs = [[path, list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()]
   checksums = {path: checksum(leaf) for path, leaf in leaves.items()}
-  entry = {
-      'format': FORMAT,
-      'leaves': [[path, list(shape), dtype] for path, (shape, dtype) in leaf_specs(leaves).items()],
-      'checksums': {path: crc for path, crc in checksums.items() if crc is not None}, 'meta': meta}
+  checksums = {path: crc for path, crc in checksums.items() if crc is not None}
+  entry = {'format': FORMAT, 'leaves': specs, 'checksums': checksums, 'meta': meta}
   return entry | {'checksum': zlib.crc32(_canonical(entry))}
 
 
-def is_complete(directory: str | os.PathLike, step: int) -> bool:
-  """Returns whether a checkpoint has its JSON object."""
-  return _entry_path(directory, step).is_file()
+def entry_path(directory: str | os.PathLike, step: int) -> pathlib.Path:
+  """Returns the file of the JSON object; a checkpoint without it is incomplete."""
+  return pathlib.Path(directory, str(step), 'meta', 'metadata')
 
 
 def read_entry(directory: str | os.PathLike, step: int) -> dict[str, Any]:
   """Returns the JSON object of a checkpoint.
 
-  Raises:
-    DamagedError: It is missing, or differs from the saved one.
-    ValueError: It has another format, or cannot be read now.
+  Raises DamagedError if it is missing or has changed, ValueError if it has another format.
   """
-  if not is_complete(directory, step):
-    raise DamagedError(f'Cannot read step {step} in {directory}: it is incomplete.')
-  with storage_errors(f'read step {step} in {directory}', DamagedError):
-    entry = json.loads(_entry_path(directory, step).read_text(encoding='utf-8'))
+  where, path = f'step {step} in {directory}', entry_path(directory, step)
+  if not path.is_file():
+    raise DamagedError(f'Cannot read {where}: it is incomplete.')
+  with storage_errors(f'read {where}', DamagedError):
+    entry = json.loads(path.read_text(encoding='utf-8'))
   if not isinstance(entry, dict) or not {'format', 'leaves', 'meta'} <= entry.keys():
-    raise DamagedError(f'Cannot read step {step} in {directory}: it has no meta data of a run.')
+    raise DamagedError(f'Cannot read {where}: it has no meta data of a run.')
   if entry['format'] != FORMAT:
     raise ValueError(
         f'Step {step} in {directory} has format {entry["format"]}; this version reads {FORMAT}.')
   if entry.pop('checksum', None) not in (None, zlib.crc32(_canonical(entry))):
-    raise DamagedError(f'Cannot read step {step} in {directory}: its meta data has changed.')
+    raise DamagedError(f'Cannot read {where}: its meta data has changed.')
   return entry
 
 
@@ -146,12 +115,34 @@ def hash_json(value: dict) -> str:
   return hashlib.sha256(_canonical(value)).hexdigest()[:16]
 
 
-def _entry_path(directory: str | os.PathLike, step: int) -> pathlib.Path:
-  return pathlib.Path(directory, str(step), 'meta', 'metadata')
-
-
 def _canonical(value: dict) -> bytes:
+  return json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
+
+
+class DamagedError(ValueError):
+  """A checkpoint cannot be read, or differs from the saved one."""
+
+
+@contextlib.contextmanager
+def storage_errors(
+    action: str, error_type: type[ValueError] = ValueError, advice: str = '') -> Iterator[None]:
+  """Turns any error within into 'Cannot <action>: <reason>. <advice>', a ValueError of one line.
+
+  It is of type `error_type`, unless the error is transient.
+  """
   try:
-    return json.dumps(value, sort_keys=True, separators=(',', ':')).encode()
-  except (TypeError, ValueError) as error:
-    raise ValueError(f'Meta data and configs must be JSON values: {error}.') from error
+    yield
+  except Exception as error:
+    text = f'Cannot {action}: {short_reason(error)}'
+    text = f'{text.rstrip(".")}. {advice}' if advice else text
+    is_transient = (isinstance(error, (MemoryError, PermissionError, TimeoutError))
+                    or _TRANSIENT.search(str(error)))
+    raise (ValueError if is_transient else error_type)(text) from error
+
+
+def short_reason(error: Exception) -> str:
+  """Returns the first line of an error, without the details that TensorStore adds in brackets."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  line = re.split(r" \[\w+(\[\d+\])?='", lines[0] if lines else type(error).__name__, maxsplit=1)[0]
+  # The reason of the system comes last.
+  return line if len(line) <= 300 else f'{line[:80]} ... {line[-200:]}'

@@ -5,50 +5,41 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from dfkd_jax.config.fields import FREE
 from dfkd_jax.messages import check_choice, short_repr
 from dfkd_jax.runs.checkpoint import saved_steps
 from dfkd_jax.runs.checkpoint_format import hash_json
 
-FORCE = 'force'
 _SOURCES = ('teacher.source', 'judge.source')  # The digests of their weights are compared instead.
 _MAX_SHOWN = 4  # Differences that an error lists.
 
 
 def run_identity(config: dict[str, Any]) -> dict[str, Any]:
   """Returns {'config': JSON config, 'jax': settings of JAX that change a run's numbers}."""
-  settings = {'default_prng_impl': jax.config.jax_default_prng_impl,
-              'enable_x64': jax.config.jax_enable_x64}
   precision = None if config.get('precision') else jax.config.jax_default_matmul_precision
-  return {'config': config, 'jax': settings | {'default_matmul_precision': precision}}
+  return {'config': config, 'jax': {
+      'default_prng_impl': jax.config.jax_default_prng_impl,
+      'enable_x64': jax.config.jax_enable_x64, 'default_matmul_precision': precision}}
 
 
 def config_changes(
     stored: dict[str, Any], current: dict[str, Any], workdir: pathlib.Path,
     resume: str | None = None, is_skipped: Callable[[str], bool] = lambda field: False,
 ) -> dict[str, Any]:
-  """Returns the differences between a run and the one in its folder, if `resume` allows them.
+  """Returns `differing_fields` of a run and the one in its folder, if `resume` allows them.
 
-  Args:
-    stored: The record of the run in the folder, from `folder.read_stored`; empty if there is none.
-    current: The identity of the new run, from `run_identity`, perhaps with 'weights'.
-    workdir: The folder.
-    resume: The fields that may differ. None: no field; 'force': all; 'force:FIELD,SECTION,...':
-      these.
-    is_skipped: Whether to ignore a field, because it is wrong by itself.
-
-  Returns:
-    As `differing_fields`.
-
-  Raises:
-    ValueError: Another field differs, `resume` is not as above, or the run in the folder has
-      ended and left no checkpoint.
+  The `stored` record is from `folder.read_stored`; the `current` run is from `run_identity`,
+  perhaps with 'weights'. `is_skipped` is for fields that are wrong by themselves. `resume` is None
+  if no field may differ, 'force' if all may, or 'force:FIELD,SECTION,...'. Raises ValueError if
+  another field differs, or the run in the folder has ended and left no checkpoint.
   """
-  _check_resume(resume, {_config_field(name) for name in _fields(stored) | _fields(current)})
+  fields = {_config_field(name) for name in _fields(stored) | _fields(current)}
+  forced = _forced_fields(resume, fields)
   changes = differing_fields(stored, current) if stored else {}
   refused = {name: change for name, change in changes.items()
-             if not is_forced(resume, name) and not is_skipped(name)}
+             if _config_field(name) not in forced and not is_skipped(name)}
   if refused:
     shown = [f'{name} is {short_repr(change["there"], 40)} there, {short_repr(change["here"], 40)} '
              'here' for name, change in refused.items()]
@@ -56,39 +47,53 @@ def config_changes(
     field = f':{_config_field(*refused)}' if len(refused) == 1 else ''
     raise ValueError(
         f'{workdir} holds a run with another config: {"; ".join(shown[:_MAX_SHOWN] + more)}. '
-        f'Name another --workdir, or continue with --resume={FORCE}{field}.')
+        f'Name another --workdir, or continue with --resume=force{field}.')
   if changes and not saved_steps(workdir / 'checkpoints'):
     raise ValueError(f'{workdir} holds a run that has ended, and no checkpoint to continue from. '
                      'Name another --workdir.')
   return changes
 
 
+def _forced_fields(resume: str | None, fields: set[str]) -> set[str]:
+  """Returns the `fields` that may differ; raises ValueError if `resume` names another field."""
+  if resume is None:
+    return set()
+  kind, colon, names = resume.partition(':')
+  if kind != 'force' or (colon and not names):
+    raise ValueError(f"resume is {resume!r}, must be 'force', or 'force:FIELD,...' for chosen "
+                     'fields of the config.')
+  sections = {name.rsplit('.', depth)[0] for name in fields for depth in range(name.count('.') + 1)}
+  names = names.split(',') if colon else []
+  for name in names:
+    if name in FREE:
+      raise ValueError(f'resume is {resume!r}, but {name} may change without it.')
+    check_choice(name, sorted(sections), 'field')
+  return {field for field in fields
+          if not colon or any(f'{field}.'.startswith(f'{name}.') for name in names)}
+
+
 def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of 'config', 'jax' and 'weights' in which two runs differ.
 
-  'jax' and 'weights' are compared only if both runs have them: older runs have no 'jax'.
-
-  Returns:
-    {name: {'there': value in `stored`, 'here': value in `current`}}, such as 'distill.rounds',
-    'jax.enable_x64' or 'weights.teacher'.
+  As {name: {'there': value in `stored`, 'here': value in `current`}}, where a name is such as
+  'distill.rounds', 'jax.enable_x64' or 'weights.teacher'. Older runs have no 'jax' to compare.
   """
   parts = {'config', *(stored.keys() & current.keys())}
   there, here = (_fields({part: record.get(part, {}) for part in parts})
                  for record in (stored, current))
+
+  def compared(name, value):  # Of a source only its '#ENTRY', since the file may move.
+    return value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
+
   return {name: {'there': there.get(name), 'here': here.get(name)}
           for name in sorted(there.keys() | here.keys())
-          if _compared(name, there.get(name)) != _compared(name, here.get(name))}
+          if compared(name, there.get(name)) != compared(name, here.get(name))}
 
 
 def _fields(record: dict[str, Any]) -> dict[str, Any]:
-  return flatten_config(record.get('config', {})) | {
+  return _flatten_config(record.get('config', {})) | {
       f'{part}.{name}': value for part in ('jax', 'weights')
       for name, value in record.get(part, {}).items()}
-
-
-def _compared(name: str, value: Any) -> Any:
-  """Returns the value to compare: of a source only its '#ENTRY', since the file may move."""
-  return value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
 
 
 def _config_field(name: str) -> str:
@@ -97,33 +102,12 @@ def _config_field(name: str) -> str:
   return weights if weights == name or '.' in weights else f'{weights}.source'
 
 
-def is_forced(resume: str | None, field: str) -> bool:
-  """Returns whether `resume` allows a field to differ."""
-  kind, _, names = (resume or '').partition(':')
-  return kind == FORCE and (not names or any(
-      f'{_config_field(field)}.'.startswith(f'{name}.') for name in names.split(',')))
-
-
-def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
+def _flatten_config(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of a JSON config by dotted name, without those that are FREE."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-      config, is_leaf=lambda tree: not isinstance(tree, dict))
-  fields = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}
+  fields = traverse_util.flatten_dict(config, sep='.')
   return {name: value for name, value in fields.items() if name not in FREE}
 
 
 def fingerprint(config: dict[str, Any]) -> str:
   """Returns a hash of a JSON config that FREE fields do not change."""
-  return hash_json(flatten_config(config))
-
-
-def _check_resume(resume: str | None, fields: set[str]) -> None:
-  kind, colon, names = (FORCE if resume is None else resume).partition(':')
-  if kind != FORCE or (colon and not names):
-    raise ValueError(f"resume is {resume!r}, must be 'force', or 'force:FIELD,...' for chosen "
-                     'fields of the config.')
-  sections = {name.rsplit('.', depth)[0] for name in fields for depth in range(name.count('.') + 1)}
-  for name in names.split(',') if colon else ():
-    if name in FREE:
-      raise ValueError(f'resume is {resume!r}, but {name} may change without it.')
-    check_choice(name, sorted(sections), 'field')
+  return hash_json(_flatten_config(config))

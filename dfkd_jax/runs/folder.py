@@ -16,16 +16,15 @@ from dfkd_jax.runs.checkpoint import read_meta, saved_steps
 
 CHECKPOINTS = 'checkpoints'
 CONTROL = 'control'  # Checkpoints of the noise control, deleted when the run ends.
-_FILES = (
-    'metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
-    'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
+_FILES = ('metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
+          'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
 _UNFINISHED = (  # Left by a process that was killed.
     '*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 _LOCK = '.lock'
 
 
 def check_place(workdir: pathlib.Path) -> None:
-  """Raises ValueError if the folder or a file in it could not be written. Writes nothing."""
+  """Raises ValueError if a run could not write its files here, or if another one runs here."""
   text, nearest = f'workdir is {str(workdir)!r}', paths.expand_path(workdir, 'workdir').absolute()
   while not os.path.lexists(nearest):
     nearest = nearest.parent
@@ -34,41 +33,33 @@ def check_place(workdir: pathlib.Path) -> None:
     raise ValueError(f'{text}, must be a folder: {nearest} is a {kind}.')
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise ValueError(f'{text}, must be writable: {nearest} is not.')
-  for name in _FILES:  # Otherwise a run would fail at its end.
-    if (workdir / name).is_dir() or paths.special_kind(workdir / name):
-      raise ValueError(f'{text}, must be the folder of a run: {name} in it is not a file.')
-  for name in (CHECKPOINTS, CONTROL):
-    if os.path.lexists(workdir / name) and not (workdir / name).is_dir():
-      raise ValueError(f'{text}, must be the folder of a run: {name} in it is not a folder.')
+  for path in [workdir / name for name in (*_FILES, CHECKPOINTS, CONTROL)]:
+    kind = 'folder' if path.name in (CHECKPOINTS, CONTROL) else 'file'
+    is_kind = path.is_dir() if kind == 'folder' else path.is_file()
+    if path.exists() and not is_kind:  # Otherwise a run would fail at its end.
+      raise ValueError(f'{text}, must be the folder of a run: {path.name} in it is not a {kind}.')
+  if parallel.is_first() and (workdir / _LOCK).is_file():
+    with _acquire(workdir):
+      pass
 
 
 def read_stored(workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the record of the run in a folder; empty if there is none.
 
   The record is the summary if the run has ended, otherwise the meta data of its latest checkpoint.
-
-  Raises:
-    ValueError: The record cannot be read, or the summary lacks an entry.
+  Raises ValueError if it cannot be read, or the summary lacks an entry.
   """
-  if (summary := read_summary(workdir)) is not None:
-    try:
-      report.check_summary(summary)
-    except ValueError as error:
-      raise ValueError(f'{workdir / SUMMARY} is no whole summary of a run: {error}. Remove it, '
-                       'or name another --workdir.') from None
-    return summary
-  checkpoints = workdir / CHECKPOINTS
-  return read_meta(checkpoints) if saved_steps(checkpoints) else {}
-
-
-def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the summary of a run that has ended; None if there is none, or it is damaged."""
-  try:
+  checkpoints, summary = workdir / CHECKPOINTS, None
+  with contextlib.suppress(OSError, ValueError, RecursionError):
     summary = json.loads((workdir / SUMMARY).read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):
-    return None
-  is_summary = isinstance(summary, dict) and isinstance(summary.get('config'), dict)
-  return summary if is_summary else None
+  if not isinstance(summary, dict) or not isinstance(summary.get('config'), dict):
+    return read_meta(checkpoints) if saved_steps(checkpoints) else {}
+  try:
+    report.check_summary(summary)
+  except ValueError as error:
+    raise ValueError(f'{workdir / SUMMARY} is no whole summary of a run: {error}. Remove it, '
+                     'or name another --workdir.') from None
+  return summary
 
 
 def rename_summary(workdir: pathlib.Path, done: int) -> None:
@@ -86,15 +77,14 @@ def rename_summary(workdir: pathlib.Path, done: int) -> None:
 def lock(workdir: pathlib.Path, stored: dict[str, Any] | None = None) -> Iterator[None]:
   """Makes and locks the folder until the block or the process ends; removes unfinished files.
 
-  Raises ValueError if it cannot be written, if another process runs in it, or if one has run
-  since `stored` was read by `read_stored`.
+  Raises ValueError if it cannot be written, or another process runs in it or has changed `stored`.
   """
   with contextlib.ExitStack() as stack:
     with parallel.raise_on_all_processes():
       if parallel.is_first():
         with report.reporting_disk_errors(workdir):
           workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_lock(workdir))
+        stack.enter_context(_acquire(workdir))
         if stored is not None and read_stored(workdir) != stored:
           raise ValueError(f'Another process has run in {workdir} since this one began. '
                            'Start again to continue from there.')
@@ -104,23 +94,13 @@ def lock(workdir: pathlib.Path, stored: dict[str, Any] | None = None) -> Iterato
     yield
 
 
-def check_not_running(workdir: pathlib.Path) -> None:
-  """Raises ValueError if another process runs in the folder. Makes no file."""
-  if parallel.is_first() and (workdir / _LOCK).is_file():
-    with _lock(workdir):
-      pass
-
-
-@contextlib.contextmanager
-def _lock(workdir: pathlib.Path) -> Iterator[None]:
+def _acquire(workdir: pathlib.Path) -> contextlib.AbstractContextManager:
   try:
-    lock = filelock.FileLock(workdir / _LOCK, timeout=0).acquire()
+    return filelock.FileLock(workdir / _LOCK, timeout=0).acquire()
   except filelock.Timeout:
     raise ValueError(f'Another process is running in {workdir}. '
                      'Name another --workdir, or wait for it.') from None
   except PermissionError as error:
     raise ValueError(f'Cannot write {workdir / _LOCK}: {error.strerror}.') from error
   except (OSError, NotImplementedError):  # The file system has no locks.
-    lock = contextlib.nullcontext()
-  with lock:
-    yield
+    return contextlib.nullcontext()

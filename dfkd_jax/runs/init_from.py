@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 
 from dfkd_jax import parallel, paths, weights
 from dfkd_jax.config import build
-from dfkd_jax.config.records import InitFrom
+from dfkd_jax.config.records import InitFrom, NetworkSettings
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs.folder import CHECKPOINTS
 from dfkd_jax.synth import Synthesizer
-from dfkd_jax.types import PyTree
+from dfkd_jax.types import PRNGKey, PyTree
 
-# Where the methods keep their generator in the part 'synthesis' of a checkpoint, as paths of
-# format 1, and the collection of variables that lies there.
+# Where methods keep their generator in the part 'synthesis' of a checkpoint of format 1, and the
+# collection of variables that lies there.
 _GENERATOR_PATHS = {
     'meta_params': 'params',  # FastDFKD, SSD-KD, NAYER
     'inversion/meta_params': 'params',  # CMI
@@ -29,73 +29,64 @@ _GENERATOR_PATHS = {
 def unread_sources(sources: InitFrom, stored: Mapping[str, Any], with_control: bool) -> InitFrom:
   """Returns the sources that a run must read, without the ones that it has read before.
 
-  A resumed run has those in its checkpoints, and the files may be gone.
-
-  Args:
-    sources: From the config.
-    stored: The record of the run in the folder, from `folder.read_stored`.
-    with_control: Whether the run has a noise control, which needs the first student again.
+  A resumed run has those in its checkpoints, and the files may be gone. A run with a noise control
+  needs the first student again.
   """
-  before = stored.get('config', {}).get('init_from')
-  before = before if isinstance(before, dict) else {}
-  is_read = lambda name, source: (
-      before.get(name) == source and f'init_from.{name}' in stored.get('weights', {})
-      and not (name == 'student' and with_control))
-  return InitFrom(**{name: None if is_read(name, source) else source
-                     for name, source in sources._asdict().items()})
+  before = stored.get('config', {}).get('init_from', {})
+  for name, source in sources._asdict().items():
+    is_read = before.get(name) == source and f'init_from.{name}' in stored.get('weights', {})
+    if is_read and not (name == 'student' and with_control):
+      sources = sources._replace(**{name: None})
+  return sources
 
 
 def source_digests(
     sources: InitFrom, unread: InitFrom, stored: Mapping[str, Any]) -> dict[str, str]:
   """Returns the SHA-256 of the weights of every source, as {'init_from.student': ...}.
 
-  Reads the `unread` sources, and takes the others from the `stored` record. Raises ValueError if
-  a source cannot be read.
+  Those that are not `unread` are in the `stored` record. Raises ValueError if one cannot be read.
   """
-  digests = {}
-  for name, source in sources._asdict().items():
-    if getattr(unread, name) is not None:
-      digests[f'init_from.{name}'] = _digest(name, source)
-    elif source is not None:
-      digests[f'init_from.{name}'] = stored['weights'][f'init_from.{name}']
-  return digests
+  return {f'init_from.{name}': stored['weights'][f'init_from.{name}']
+          if getattr(unread, name) is None else _digest(name, source)
+          for name, source in sources._asdict().items() if source is not None}
 
 
 def _digest(name: str, source: str) -> str:
   path = source_path(name, source)
   try:
-    if _latest_checkpoint(source) is None:
+    if not path.is_relative_to(paths.expand_path(source, 'init_from') / CHECKPOINTS):
       return weights.digest_files(path)
-    arrays = _read_generator(path) if name == 'generator' else weights.read(path)
+    arrays = (weights.read_subtree(path, 'synthesis', _variable_name) if name == 'generator'
+              else weights.read(path))
   except (OSError, ValueError) as error:
     raise ValueError(f'init_from.{name} is {source!r}: {error}') from None
   return weights.digest_arrays(dict(sorted(arrays.items())))
 
 
 def source_path(name: str, source: str) -> pathlib.Path:
-  """Returns the file or checkpoint of a 'student' or 'generator'.
+  """Returns the latest checkpoint if a source is the folder of a run, or a 'student' in a file.
 
-  Raises ValueError if there is none, or if a generator's source is not the folder of a run.
+  Raises ValueError if there is none.
   """
-  checkpoint = _latest_checkpoint(source)
+  folder = paths.expand_path(source, 'init_from') / CHECKPOINTS
+  checkpoint = weights.find_checkpoint(folder) if folder.is_dir() else None
   if checkpoint is None and name == 'generator':
     raise ValueError(
         f'init_from.generator is {source!r}, must be the folder of a run with a checkpoint.')
   return checkpoint or build.weights_path(source, f'init_from.{name}')
 
 
-def load_student(
-    network: Network, source: str | None, image_shape: tuple[int, int, int]) -> Network:
-  """Returns the network with the variables of a source; unchanged if that is None.
+def load_student(settings: NetworkSettings, key: PRNGKey, source: str | None) -> Network:
+  """Makes a network with random variables, or with the variables of a source.
 
   Raises ValueError if the source cannot be read, or does not fit the network.
   """
+  network = build.fresh_network(settings, key)
   if source is None:
     return network
   path = source_path('student', source)
-  shape = (*(network.resize or image_shape[:2]), image_shape[2])
   try:
-    variables = weights.load(path, network.module, shape)
+    variables = weights.load(path, network.module, settings.input_shape)
   except (OSError, ValueError) as error:
     raise ValueError(f'init_from.student is {source!r}: {error}') from None
   batch_stats = variables.get('batch_stats', network.batch_stats)
@@ -106,22 +97,17 @@ def load_generator(
     synthesizer: Synthesizer, state: PyTree, source: str | None, mesh: Mesh) -> PyTree:
   """Returns a method's state with the generator of a source; unchanged if that is None.
 
-  Args:
-    synthesizer: The method.
-    state: Its state, on the devices of `mesh`.
-    source: The folder of a run, of this method or another.
-    mesh: The devices.
-
-  Raises:
-    ValueError: The run or this method has no generator that lasts, or the shapes differ.
+  The source is the folder of a run, of this method or another. Raises ValueError if the run or this
+  method has no generator that lasts, or shapes differ.
   """
   if source is None:
     return state
   text, variables = f'init_from.generator is {source!r}', synthesizer.generator(state)
   if variables is None:
     raise ValueError(f'{text}, must be None: this method has no generator that lasts.')
+  path = source_path('generator', source)
   try:
-    arrays = _read_generator(source_path('generator', source))
+    arrays = weights.read_subtree(path, 'synthesis', _variable_name)  # without images
   except ValueError as error:
     raise ValueError(f'{text}, a run without a generator that lasts: {error}') from None
   arrays = {_variable_name(path): array for path, array in arrays.items()}
@@ -139,19 +125,9 @@ def load_generator(
   return synthesizer.with_generator(state, parallel.place(mesh, variables))
 
 
-def _read_generator(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads the arrays of a generator, and not the images beside them."""
-  return weights.read_subtree(checkpoint, 'synthesis', _variable_name)
-
-
 def _variable_name(path: str) -> str | None:
   """Maps 'inversion/meta_params/linear/kernel' to 'params/linear/kernel', other arrays to None."""
-  return next((f'{collection}/{path.removeprefix(f"{prefix}/")}'
-               for prefix, collection in _GENERATOR_PATHS.items() if path.startswith(f'{prefix}/')),
-              None)
-
-
-def _latest_checkpoint(source: str) -> pathlib.Path | None:
-  """Returns the latest checkpoint if `source` is the folder of a run."""
-  folder = paths.expand_path(source, 'init_from') / CHECKPOINTS
-  return weights.find_checkpoint(folder) if folder.is_dir() else None
+  for prefix, collection in _GENERATOR_PATHS.items():
+    if path.startswith(f'{prefix}/'):
+      return path.replace(prefix, collection, 1)
+  return None

@@ -1,24 +1,23 @@
 """One run in one folder: its test set, its ledger, its state, and the loop over rounds."""
 
 import contextlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from dfkd_jax import evaluate, parallel, paths, report
-from dfkd_jax.config.build import load_split
-from dfkd_jax.config.records import Settings
+from dfkd_jax import evaluate, parallel, paths, report, weights
+from dfkd_jax.config import build
+from dfkd_jax.config.records import NetworkSettings, Settings
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import non_finite
 from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
-from dfkd_jax.types import PyTree
+from dfkd_jax.types import PRNGKey, PyTree
 
-# (state, round, times it was reseeded) -> (state, numbers to log)
-Advance = Callable[[PyTree, int, int], tuple[PyTree, dict[str, float]]]
-Evaluate = Callable[[PyTree, int], dict[str, float]]  # (state, rounds done) -> metrics
 _SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # by the progress bar
 # Reasons to end early; a later one wins.
 _REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
@@ -37,18 +36,14 @@ class Start(NamedTuple):
   stop_request: run_signals.StopRequest | None = None  # says whether to end early
 
 
+def round_key(run_key: PRNGKey, index: int, reseeded: int) -> PRNGKey:
+  """Returns the key of a round or call; each repetition has another."""
+  key = jax.random.fold_in(run_key, index)
+  return jax.random.fold_in(key, reseeded) if reseeded else key
+
+
 class Experiment:
-  """One run; a context manager that writes nothing before it is entered.
-
-  Args:
-    settings: The resolved config.
-    start: Folder, command and stop request.
-    unit: Name of a round, 'round' or 'epoch'.
-
-  Raises:
-    ValueError: The folder cannot be written or holds a run of another config, or the test set is
-      not there.
-  """
+  """One run, whose `unit` is a round or an epoch. Writes nothing before `open`."""
 
   def __init__(self, settings: Settings, start: Start, unit: str):
     self._began = time.perf_counter()
@@ -56,41 +51,34 @@ class Experiment:
     self._command, self._stop_request = start.command, start.stop_request
     self.workdir = paths.expand_path(start.workdir, 'workdir')
     self.ledger = report.Ledger()
+    self.mesh = build.make_mesh(settings)
     with self.ledger.part('setup'):
       self.store = RunState(self.settings, self.workdir, self.ledger, start.resume)
-      self.test = None if settings.dataset.name is None else load_split(
+      self.test = None if settings.dataset.name is None else build.load_split(
           settings.dataset, settings.dataset.test_split, parallel.process_shard())
+    # The metric that picks the best round.
+    self.selection = 'held_out_agreement' if self.test is None else 'top1'
     self._index = 0  # of the current round
+    self._teacher_metrics: dict[str, float] | None = None
     self._teacher_predictions: np.ndarray | None = None  # on the test images
     self._compiled: set = set()  # modules with a compiled evaluation
 
-  @property
-  def selection(self) -> str:
-    """The metric that picks the best round."""
-    return 'held_out_agreement' if self.test is None else 'top1'
-
-  def class_name(self, label: int) -> str:
-    """Returns the name of a class, or its number if no data set names it."""
-    return str(label) if self.test is None else self.test.class_names[label]
-
-  def __enter__(self) -> 'Experiment':
+  @contextlib.contextmanager
+  def open(self) -> Iterator[None]:
+    """Opens the folder of the run; signals are deferred from now on, to save its state."""
     if self._stop_request is not None:
-      self._stop_request.defer()  # from now on there is something to save
-    self.store.__enter__()
-    return self
+      self._stop_request.defer()
+    with self.store.open():
+      yield
 
-  def __exit__(self, *error) -> None:
-    self.store.__exit__(*error)
-
-  def cache_teacher_predictions(self, teacher: Network) -> dict[str, float]:
-    """Keeps the teacher's predictions on the test images for `agreement`; returns its metrics."""
-    metrics, batch_size = self.evaluate(teacher), self.settings.evaluate_batch_size
+  def cache_teacher_predictions(self, teacher: Network) -> None:
+    """Keeps the teacher's metrics, and its predictions on the test images for `agreement`."""
+    self._teacher_metrics, batch_size = self.evaluate(teacher), self.settings.evaluate_batch_size
     predict = lambda images: evaluate.predict(teacher, images, batch_size=batch_size, shared=True)
     with self.ledger.part('compile'):
       predict(self.test.images[:1])
     with self.ledger.part('evaluation'):
       self._teacher_predictions = predict(self.test.images)
-    return metrics
 
   def evaluate(self, network: Network) -> dict[str, float]:
     """Evaluates a network on the test images."""
@@ -104,23 +92,14 @@ class Experiment:
     with self.ledger.part('evaluation'):
       return run(self.test.images, self.test.labels, self._teacher_predictions)
 
-  def loop(self, state: PyTree, done: int, total: int, advance: Advance,
-           evaluate: Evaluate) -> PyTree:
-    """Runs rounds `done` to `total`: advances, evaluates, writes metrics, saves.
+  def loop(self, state: PyTree, done: int, total: int, advance: Callable,
+           evaluate: Callable) -> PyTree:
+    """Runs rounds `done` to `total`: advances, evaluates, writes metrics, saves. Returns the state.
 
-    Args:
-      state: State after `done` rounds.
-      done: Rounds so far.
-      total: Rounds of the whole run.
-      advance: Runs a round.
-      evaluate: Returns metrics, among them `selection`.
-
-    Returns:
-      The state at the end.
-
-    Raises:
-      run_signals.Stopped: The run was asked to end early, and is saved.
-      ValueError: A round had non-finite numbers more often than `faults.reseed` allows.
+    `advance(state, round, times it was reseeded)` returns the state and numbers to log, and
+    `evaluate(state, rounds done)` metrics, among them `selection`. Raises run_signals.Stopped if
+    the run was asked to end early, and is saved. Raises ValueError if a round had non-finite
+    numbers more often than `faults.reseed` allows.
     """
     if self.settings.reseed and not done:
       self.store.save(0, state)  # for a first round that fails
@@ -128,10 +107,11 @@ class Experiment:
       try:
         return self._run_rounds(state, done, total, advance, evaluate)
       except non_finite.Fault as fault:
-        state, done = self._restart_round(fault, state)
+        self._report_fault(fault)
+        state, meta = self.store.restore(state)
+        done = meta['done']
 
-  def _run_rounds(self, state: PyTree, done: int, total: int, advance: Advance,
-                  evaluate: Evaluate) -> PyTree:
+  def _run_rounds(self, state, done, total, advance, evaluate):
     with contextlib.ExitStack() as stack:
       with parallel.raise_on_all_processes():
         writer = stack.enter_context(report.MetricsWriter(self.workdir, resume_step=done))
@@ -143,9 +123,9 @@ class Experiment:
         if done % self.settings.evaluate_every == 0 or done == total:
           self.store.record_metrics(evaluate(state, done), done, state, self.selection)
           numbers |= {name: value for name, value in self.store.last.items() if name != 'round'}
+        seconds = {f'seconds_{part}': value for part, value in self.ledger.seconds().items()}
         with parallel.raise_on_all_processes():
-          writer.write(done, **numbers,
-                       **{f'seconds_{k}': v for k, v in self.ledger.seconds().items()})
+          writer.write(done, **numbers, **seconds)
         progress.update(**{name: numbers[name] for name in _SHOWN if name in numbers})
         reason = self.stop_reason(minutes=done < total, images=done < total)
         if reason or done == total or done % self.settings.save_every == 0:
@@ -156,12 +136,7 @@ class Experiment:
     return state
 
   def stop_reason(self, *, minutes: bool = False, images: bool = False) -> str | None:
-    """Returns why to end early, the same on all processes, or None.
-
-    Args:
-      minutes: Whether the time budget counts. Each start does at least one round.
-      images: Whether the budget of images counts.
-    """
+    """Returns why to end early, or None. Checks the budgets of `minutes` and `images` if set."""
     settings, reasons = self.settings, {self._stop_request.signal if self._stop_request else None}
     seconds = time.perf_counter() - self._began
     if minutes and settings.minutes is not None and seconds >= 60 * settings.minutes:
@@ -181,27 +156,26 @@ class Experiment:
     then = f'a larger config.{reason}' if reason == 'budget.images' else 'the same command'
     report.note(f'Stopped by {reason} after {self.unit} {done} of {total}{more}, {place}; '
                 f'{then} goes on.')
-    raise run_signals.Stopped({
-        'stopped': reason, 'done': done, 'total': total, **self._results(),
-        'workdir': str(self.workdir)})
+    raise run_signals.Stopped({'stopped': reason, 'done': done, 'total': total, **self._results(),
+                               'workdir': str(self.workdir)})
 
-  def _restart_round(self, fault: non_finite.Fault, state: PyTree) -> tuple[PyTree, int]:
-    """Returns the state to go on from after a failed round, and its number of rounds.
-
-    Raises:
-      ValueError: The round has failed too often.
-    """
-    index = self._index
+  def _report_fault(self, fault: non_finite.Fault) -> None:
+    """Writes a report of the round; raises ValueError if the round has failed too often."""
+    index, saved = self._index, None
     times, most = self.store.reseeded.get(index, 0), self.settings.reseed
-    where, saved = f'{self.unit} {index + 1}: {fault}', None
     for _ in range(2):  # the first call may raise for a checkpoint that could not be written
       with contextlib.suppress(ValueError):
-        saved = self.store.latest()
+        saved = self.store.checkpoints.latest()
     repeats = times < most  # the report of a repeated round keeps a name of its own
-    path = self.workdir / (f'fault_{index + 1}_{times + 1}.json' if repeats else non_finite.REPORT)
-    non_finite.write_report(path, fault.about | {
+    path = self.workdir / (f'fault_{index + 1}_{times + 1}.json' if repeats else 'fault.json')
+    about = fault.about | {
         self.unit: index + 1, 'reseeded': times, 'seed': self.settings.seed, 'checkpoint': saved,
-        'config_hash': self.store.meta['hash'], 'command': self._command})
+        'config_hash': self.store.meta['hash'], 'command': self._command}
+    with parallel.raise_on_all_processes():
+      if parallel.is_first():
+        with report.reporting_disk_errors(path), report.replace_file(path) as file:
+          file.write(json.dumps(about, indent=2).encode() + b'\n')
+    where = f'{self.unit} {index + 1}: {fault}'
     if not repeats:
       kept = 'No checkpoint was written yet' if saved is None else (
           f'The checkpoint of {self.unit} {saved} is kept')
@@ -211,7 +185,26 @@ class Experiment:
     self.store.reseeded[index] = times + 1
     self.ledger.count('reseeded')
     report.note(f'In {where}. Repeating it with other keys from {self.unit} {saved} on.')
-    return self.store.restore_latest(state)
+
+  def write_networks(self, stem: str, last: Network, settings: NetworkSettings) -> tuple[str, ...]:
+    """Writes the last network and, if it was kept, the best one; returns the names of the files.
+
+    Safetensors that `teacher.source` takes, with a probe that shows if a reader computes the same.
+    """
+    networks = {f'{stem}.safetensors': last, f'{stem}_best.safetensors': self.store.best_network}
+    kept = {self.workdir / name: network for name, network in networks.items()
+            if network is not None}
+    with parallel.raise_on_all_processes():
+      for path, network in kept.items() if parallel.is_first() else ():
+        network = jax.device_get(parallel.local_copy(network))
+        about = {'model': settings.name, 'mean': network.mean, 'std': network.std,
+                 'bgr': network.bgr, 'resize': network.resize}
+        data = weights.to_safetensors(
+            {'params': network.params, 'batch_stats': network.batch_stats},
+            {'network': json.dumps(about)}, probe=weights.make_probe(network, settings.image_shape))
+        with report.reporting_disk_errors(path), report.replace_file(path) as file:
+          file.write(data)
+    return tuple(path.name for path in kept)
 
   def _results(self) -> dict[str, Any]:
     """Returns metrics, times and counts so far."""
@@ -219,24 +212,16 @@ class Experiment:
             'seconds': self.ledger.seconds(), 'counts': self.ledger.counts(),
             'wall_seconds': self.store.wall_seconds()}
 
-  def write_summary(self, *, num_devices: int, files: tuple[str, ...],
-                    **results: Any) -> dict[str, Any]:
-    """Writes summary.json, prints it, and returns it.
-
-    Args:
-      num_devices: Devices that were used.
-      files: Names of the caller's files in the workdir.
-      **results: Further entries for `report.format_summary`.
-    """
+  def write_summary(self, files: tuple[str, ...], **results: Any) -> dict[str, Any]:
+    """Writes summary.json with the caller's `files` and `results`, prints it, and returns it."""
     self.store.wait()
     meta = self.store.meta
     faults = sorted(path.name for path in self.workdir.glob('fault*.json'))
     summary = results | self._results() | {
-        'note': _NOTES[self.selection], 'seed': self.settings.seed,
-        'config_hash': meta['hash'], 'versions': report.versions(),
+        'note': _NOTES[self.selection], 'seed': self.settings.seed, 'config_hash': meta['hash'],
         **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
-        'device': report.device() | {'count': num_devices}, 'command': self._command,
-        'workdir': str(self.workdir),
+        'versions': report.versions(), 'device': report.device() | {'count': self.mesh.size},
+        'command': self._command, 'workdir': str(self.workdir), 'teacher': self._teacher_metrics,
         'files': ['summary.json', 'metrics.jsonl', *files, 'checkpoints/', *faults]}
     with parallel.raise_on_all_processes():  # no process reads it before the first has written it
       report.write_summary(self.workdir, summary)

@@ -1,7 +1,6 @@
 """The compiled programs of a distillation's rounds, and the state that they carry on."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from dfkd_jax import distill, parallel, synth
+from dfkd_jax import distill, parallel, report, synth
 from dfkd_jax.config.records import Distill
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import buffer_memory, host_replay, replay
@@ -50,41 +49,29 @@ class Plan(NamedTuple):
 def init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:
   """Initialises the method on the mesh; a buffer's images are shapes only."""
 
-  def init_method(key, teacher, *, axis):
-    return make(axis).init(key, teacher)
-
   def init_without_images(key, teacher, *, axis):
-    return host_replay.strip_images(init_method(key, teacher, axis=axis))
+    return host_replay.strip_images(make(axis).init(key, teacher))
 
-  one = parallel.REPLICATED
-  shapes = jax.eval_shape(functools.partial(init_method, axis=None), key, teacher)
+  shapes, one = jax.eval_shape(make(None).init, key, teacher), parallel.REPLICATED
   specs = parallel.specs(host_replay.strip_images(shapes))
   state = parallel.each_device(init_without_images, mesh, (one, one), specs)(key, teacher)
   buffer = replay.find_buffer(shapes)
   return state if buffer is None else host_replay.with_image_shapes(state, buffer.images, mesh)
 
 
-def place_and_compile(
-    plan: Plan, state: State, teacher: Network, *others: PyTree, buffer: str,
-    memory: int | None) -> tuple[Programs, State]:
+def place_and_compile(plan: Plan, state: State, teacher: Network, *others: PyTree, buffer: str,
+                      memory: int | None) -> tuple[Programs, State]:
   """Chooses where a buffer's images lie, and compiles the programs for that.
 
-  Args:
-    plan: What to compile.
-    state: State with shapes in place of the buffer's images.
-    teacher: On the devices.
-    *others: Other arrays that stay on the devices.
-    buffer: 'device', 'host' or 'auto'.
-    memory: Bytes of a device; None: unlimited.
-
-  Returns:
-    The programs, and the state with images in host memory or still to be allocated on devices.
+  The `state` has shapes in place of the buffer's images. Teacher and others stay on the devices,
+  which have `memory` bytes each (None: unlimited). The `buffer` is 'device', 'host' or 'auto'.
+  Returns the programs, and the state with images on the host or still to be allocated on devices.
   """
   programs, note = buffer_memory.choose_place(
       buffer, memory, (state, teacher, others), state.synthesis,
       functools.partial(compile_programs, plan, state, teacher))
-  if note and parallel.is_first():
-    print(note, file=sys.stderr)
+  if note:
+    report.note(note)
   if programs is None:
     state = state.replace(synthesis=buffer_memory.allocate_on_host(state.synthesis))
     programs = _compile_for_host(plan, state, teacher)
@@ -107,16 +94,14 @@ def _compile_for_host(plan: Plan, state: State, teacher: Network) -> Programs:
 
   places = parallel.specs(state.synthesis), parallel.REPLICATED
   indices = parallel.each_device(sample_indices, plan.mesh, places, parallel.BATCHES)
+  indices = indices.lower(state.synthesis, jax.random.key(0)).compile()
   batch = (plan.distill.batch_size, *images.shape[2:])
   chunk = host_replay.steps_per_chunk(num_steps, int(np.prod(batch)) // plan.mesh.size)
-  batches = replay.HostBatches(
-      jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((chunk, *batch), jnp.uint8))
+  steps = compile_steps(plan, state, teacher, replay.HostBatches(
+      jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((chunk, *batch), jnp.uint8)))
   return Programs(
       host_replay.with_host_writes(_compile_call(plan, state, teacher)),
-      host_replay.with_host_batches(
-          indices.lower(state.synthesis, jax.random.key(0)).compile(),
-          compile_steps(plan, state, teacher, batches), plan.mesh, num_steps, chunk),
-      waits=True)
+      host_replay.with_host_batches(indices, steps, plan.mesh, num_steps, chunk), waits=True)
 
 
 def _compile_call(plan: Plan, state: State, teacher: Network) -> Any:
@@ -125,8 +110,8 @@ def _compile_call(plan: Plan, state: State, teacher: Network) -> Any:
     return plan.make(axis).synthesize(synthesis, key, teacher, student)
 
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
-  results = spread
-  if (buffer := replay.find_buffer(state.synthesis)) is not None and buffer.images is None:
+  buffer, results = replay.find_buffer(state.synthesis), spread
+  if buffer is not None and buffer.images is None:
     results = replay.replace_buffer(spread, added=parallel.SPREAD)
   program = parallel.each_device(
       synthesize, plan.mesh, (spread, one, one, one), (results, one), donate=(0,))
@@ -139,12 +124,12 @@ def compile_steps(
   """Compiles the student's steps after one call; `batches` are images that the host hands in."""
 
   def student_steps(student, synthesis, key, teacher, part=None, *, axis):
+    rounds = plan.distill
     return distill.distill(
         student, synthesis, key, teacher, synthesizer=plan.make(axis), tx=plan.tx,
-        num_steps=plan.distill.steps_per_call, temperature=plan.distill.temperature,
-        divergence=plan.distill.divergence, augment=plan.augment,
-        attention_factor=plan.distill.attention_factor, num_tasks=plan.num_tasks, axis=axis,
-        part=part)
+        num_steps=rounds.steps_per_call, temperature=rounds.temperature,
+        divergence=rounds.divergence, augment=plan.augment, num_tasks=plan.num_tasks,
+        attention_factor=rounds.attention_factor, axis=axis, part=part)
 
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
   inputs = (state.student, state.synthesis, jax.random.key(0), teacher)

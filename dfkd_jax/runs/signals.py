@@ -10,11 +10,7 @@ NAMES = ('SIGTERM', 'SIGINT')
 
 
 class Stopped(Exception):  # noqa: N818 (not an error: the run is saved and can be resumed)
-  """A run has ended early, and is saved.
-
-  Args:
-    summary: The result of `train.run`: 'stopped' (the reason), 'done' and 'total' rounds, ...
-  """
+  """A run has ended early, and is saved; `summary` is the result of `train.run`."""
 
   def __init__(self, summary: dict[str, Any]):
     self.summary = summary
@@ -22,20 +18,13 @@ class Stopped(Exception):  # noqa: N818 (not an error: the run is saved and can 
 
 
 class Interrupted(KeyboardInterrupt):
-  """The signal `name`, one of NAMES, came before there was anything to save."""
-
-  def __init__(self, name: str):
-    self.name = name
-    super().__init__(name)
+  """A signal, one of NAMES, came before there was anything to save; its name is the text."""
 
 
 class StopRequest:
-  """The first signal that came.
+  """The first signal that came; `signal` is its name, one of NAMES, or None if none came.
 
   A signal raises `Interrupted`. After `defer` it is only recorded: the run ends after its round.
-
-  Attributes:
-    signal: The name of the signal, one of NAMES; None if none came.
   """
 
   def __init__(self):
@@ -51,12 +40,6 @@ class StopRequest:
     """Installs the handlers again, after a library such as JAX has installed its own."""
     for name in self._handlers:
       signal.signal(getattr(signal, name), self._handle)
-
-  def _start(self) -> None:
-    handlers = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
-    # Shells start background jobs with signals ignored. These stay ignored.
-    self._handlers = {name: old for name, old in handlers.items() if old != signal.SIG_IGN}
-    self.install_handlers()
 
   def _end(self) -> None:
     for name, old in self._handlers.items():
@@ -74,12 +57,14 @@ class StopRequest:
 def signals(listen: bool = True) -> Iterator[StopRequest]:
   """Handles the first SIGTERM or SIGINT within. A second one has its former effect.
 
-  Args:
-    listen: Whether to handle signals. Python allows it on the main thread only.
+  Handles none if `listen` is False, or outside the main thread, where Python forbids it.
   """
   request = StopRequest()
   if listen and threading.current_thread() is threading.main_thread():
-    request._start()
+    handlers = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    # Shells start background jobs with signals ignored. These stay ignored.
+    request._handlers = {name: old for name, old in handlers.items() if old != signal.SIG_IGN}
+    request.install_handlers()
   try:
     yield request
   finally:

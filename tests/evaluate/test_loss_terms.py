@@ -144,9 +144,6 @@ def test_the_lines_say_each_term_and_the_largest_layers(of_toy):
   for name in ('one_hot', 'batch_norm', 'relative_batch_norm', 'adversarial', 'total_variation'):
     assert f'{float(of_toy.values[name]):12.4g}' in text
   assert 'of 2 layers' in text
-  assert preflight.as_json(of_toy,
-                           verdict)['gradient_norms']['one_hot'] == float(
-                               of_toy.gradient_norms['one_hot'])
 
 
 def check(tmp_path, **changes):

@@ -124,15 +124,6 @@ def test_a_control_that_cannot_be_read_is_begun_anew(tmp_path, capsys):
   assert summary['control'] == toy_runs.whole(control=True)[0]['control']
 
 
-def test_a_control_of_another_run_that_cannot_be_removed_stops_the_run(tmp_path):
-  cut_off_in_the_control(tmp_path / 'run')
-  (tmp_path / 'run' / 'control').rename(tmp_path / 'elsewhere')
-  (tmp_path / 'run' / 'control').symlink_to(tmp_path / 'elsewhere')
-  with pytest.raises(ValueError, match=r'^Cannot remove .*control, which this run cannot use'):
-    train.run(toy_runs.config(control=True, distill__temperature=3.0), tmp_path / 'run',
-        resume='force')
-
-
 def test_a_control_goes_on_though_the_teacher_lies_elsewhere(tmp_path):
   cut_off_in_the_control(tmp_path / 'run')
   moved = shutil.copy(toy_runs.teacher_file(), tmp_path / 'moved.safetensors')
