@@ -51,25 +51,18 @@ def quarter_crop(key: PRNGKey, images: Array) -> Array:
 class Contrast:
   """The contrast, its head and its memory bank.
 
-  Attributes:
-    contrast_temperature: T of the contrast, published as 0.2 or 0.1.
-    bank_size: Rows of the memory banks on this device: features of earlier images, 2 D numbers
-      each, with D 2,704 for all of WRN-40-2. Each task's bank must exceed its batch.
-    num_negatives: Rows of its bank that a task's inner step draws.
-    projection_size: Of the head's output.
-    feature_layers: Paths of the batch norms whose pooled inputs are the features; None: all.
-    head_lr: Learning rate of the head; its optimizer state lasts. None: `generator_lr`.
-    local_view: (key, images) -> images.
-    sample_rows: (key, live rows, rows of the bank, number) -> (slots, whether each is live).
+  The features of an image are the pooled inputs of batch norms, D 2,704 for all of WRN-40-2. A row
+  of the bank has 2 D numbers. Each task's bank must exceed its batch.
   """
 
-  contrast_temperature: float = 0.2
-  bank_size: int = 40_960
-  num_negatives: int = 4_096
-  projection_size: int = 256
-  feature_layers: tuple[str, ...] | None = None
-  head_lr: float | None = None
+  contrast_temperature: float = 0.2  # published as 0.2 or 0.1
+  bank_size: int = 40_960  # rows of the memory banks on this device
+  num_negatives: int = 4_096  # rows of its bank that a task's inner step draws
+  projection_size: int = 256  # of the head's output
+  feature_layers: tuple[str, ...] | None = None  # paths of the batch norms; None: all
+  head_lr: float | None = None  # of the head, whose optimizer state lasts; None: `generator_lr`
   local_view: Callable[[PRNGKey, Array], Array] | None = quarter_crop
+  # (key, live rows, rows of the bank, number) -> (slots, whether each is live)
   sample_rows: Callable[[PRNGKey, Array, int, int], tuple[Array, Array]] = random_rows
 
   def rows(self, layout: Layout, is_used: bool) -> int:
@@ -102,11 +95,9 @@ class Contrast:
     Args:
       key: PRNG key.
       head: Parameters of the head.
-      bank: [N, 2, D], features of earlier images.
-      size: [] int32, its live rows.
+      bank: [N, 2, D], features of earlier images; its first `size` [] rows are live.
       teacher: Gives the features.
-      images: [B, H, W, C], the source of the local views.
-      outputs: The teacher's, for the global views.
+      images: [B, H, W, C], the source of the local views; `outputs` are of the global ones.
 
     Returns:
       The contrast [B], and the features of both views [B, 2, D].

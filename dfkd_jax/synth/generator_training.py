@@ -29,26 +29,19 @@ SAMPLE_BY = ('running', 'batch')
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorTraining:
-  """How the generator is trained and sampled.
+  """How the generator is trained, by Adam whose state lasts, and sampled.
 
-  Attributes:
-    num_steps: Steps of the generator in a call.
-    generator_lr: Learning rate of Adam, a number or a schedule by its steps; its state lasts.
-    adam_b1: Decay of Adam's first moment.
-    adam_b2: Decay of Adam's second moment.
-    adversarial: Calls so far -> factor of the adversarial term, such as `schedules.ramp(...)`;
-      None: the factor in `factors`, throughout.
-    balance_temperature: T of the balance term, above 0.
-    sample_by: Moments that normalise the student's images: 'running' or 'batch'.
+  `adversarial` maps the calls so far to the factor of the adversarial term, such as
+  `schedules.ramp(...)`; None: the factor in `factors`, throughout.
   """
 
-  num_steps: int = 1
+  num_steps: int = 1  # of the generator in a call
   generator_lr: optax.ScalarOrSchedule = 1e-3
   adam_b1: float = 0.5
   adam_b2: float = 0.999
   adversarial: optax.Schedule | None = None
   balance_temperature: float = 1.0
-  sample_by: str = 'running'
+  sample_by: str = 'running'  # moments that normalise the student's images: 'running' or 'batch'
 
   def __post_init__(self):
     check_option('sample_by', self.sample_by, SAMPLE_BY)

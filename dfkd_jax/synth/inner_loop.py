@@ -70,7 +70,7 @@ def minimize(
     opt_state: Of `tx`, for `variables`.
     tx: The optimizer.
     num_steps: At least 1.
-    keep: 'best' (strictly lowest loss that is not NaN; the first step if all are) or 'last'.
+    keep: 'best' (lowest loss that is not NaN; the first step if all are) or 'last'.
     project: Maps the variables back into their domain after each update.
   """
   check(num_steps, keep)
@@ -103,23 +103,14 @@ def minimize(
 
 @dataclasses.dataclass(frozen=True)
 class InnerLoop:
-  """The inner loop of a generator: Adam on a copy of it, and on one latent an image.
-
-  Attributes:
-    num_steps: Inner steps.
-    generator_lr: Learning rate of the copy. Its optimizer state is fresh in every call.
-    latent_lr: Learning rate of the latents; None: `generator_lr`.
-    adam_b1: Decay of Adam's first moment, in the inner and the outer loop.
-    adam_b2: Decay of Adam's second moment, in the inner and the outer loop.
-    keep: Images of the 'best' inner step, or of the 'last'.
-  """
+  """The inner loop of a generator: Adam on a copy of it, and on one latent an image."""
 
   num_steps: int = 5
-  generator_lr: float = 3e-3
-  latent_lr: float | None = 1e-2
-  adam_b1: float = 0.5
-  adam_b2: float = 0.999
-  keep: str = 'best'
+  generator_lr: float = 3e-3  # of the copy, whose optimizer state is fresh in every call
+  latent_lr: float | None = 1e-2  # None: `generator_lr`
+  adam_b1: float = 0.5  # decay of Adam's first moment, in the inner and the outer loop
+  adam_b2: float = 0.999  # decay of the second one
+  keep: str = 'best'  # images of the 'best' inner step, or of the 'last'
 
   def __post_init__(self):
     check(self.num_steps, self.keep)

@@ -15,19 +15,14 @@ from dfkd_jax.types import Array, PRNGKey, PyTree
 class Latents:
   """Shape and life of the latents.
 
-  Attributes:
-    latent_dim: Z, or the shape of one latent, such as (h, w, Z).
-    carry_latents: Whether a call starts from the latents of the call before.
-    restart_every: With `carry_latents`, calls between fresh latents and a fresh outer Adam;
-      None: never.
-    sample_latents: (key, shape) -> latents, or anything that `decode` takes; the inner steps move
-      it at the rate `latent_lr`.
-    decode: (sampled latents, labels [B]) -> latents of the generator.
+  With `carry_latents` a call starts from the latents of the call before. Every `restart_every`
+  calls these and the outer Adam start afresh. `sample_latents` may return anything that `decode`
+  turns into latents of the generator; the inner steps move it.
   """
 
-  latent_dim: int | tuple[int, ...] = 256
+  latent_dim: int | tuple[int, ...] = 256  # Z, or the shape of one latent, such as (h, w, Z)
   carry_latents: bool = False
-  restart_every: int | None = None
+  restart_every: int | None = None  # None: never
   sample_latents: Callable[[PRNGKey, tuple[int, ...]], PyTree] = jax.random.normal
   decode: Callable[[PyTree, Array], Array] = lambda latents, labels: latents
 

@@ -17,20 +17,15 @@ TASK_MAPS = ('auto', 'vmap', 'map')
 class Layout:
   """Sizes of one call, and its tasks: inversions that start alike and are averaged afterwards.
 
-  Attributes:
-    batch_size: B, images of one task in one call.
-    sample_batch_size: Images for one step of the student, on this device.
-    num_tasks: M, tasks on this device in one call; 1 is the published algorithm.
-    task_map: 'vmap', 'map' (one task after the other), or 'auto': `map` on CPU, where the
-      convolutions of a vmapped generator become slow grouped ones, and `vmap` elsewhere.
-    axis: Name of the mapped axis of devices, or None on one device.
+  `task_map` is 'vmap', 'map' (one task after the other), or 'auto': `map` on CPU, where the
+  convolutions of a vmapped generator become slow grouped ones, and `vmap` elsewhere.
   """
 
-  batch_size: int = 256
-  sample_batch_size: int = 256
-  num_tasks: int = 1
+  batch_size: int = 256  # B, images of one task in one call
+  sample_batch_size: int = 256  # images for one step of the student, on this device
+  num_tasks: int = 1  # M, on this device in one call; 1 is the published algorithm
   task_map: str = 'auto'
-  axis: str | None = None
+  axis: str | None = None  # name of the mapped axis of devices; None on one device
 
   def __post_init__(self):
     check_option('task_map', self.task_map, TASK_MAPS)
@@ -52,14 +47,9 @@ class Layout:
     return jax.vmap(sample)(self.keys(key))
 
   def map(self, function: Callable[[PyTree], PyTree], inputs: PyTree) -> PyTree:
-    """Maps `function` over the tasks.
+    """Maps `function` over the tasks, from leaves [M, ...] to leaves [M, ...].
 
-    Args:
-      function: From the inputs of one task to its results.
-      inputs: Leaves [M, ...].
-
-    Returns:
-      Results with leaves [M, ...]. A single task needs neither a loop nor grouped convolutions.
+    A single task needs neither a loop nor grouped convolutions.
     """
     if jax.tree.leaves(inputs)[0].shape[0] == 1:
       results = function(jax.tree.map(lambda leaf: leaf[0], inputs))

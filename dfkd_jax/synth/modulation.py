@@ -19,16 +19,13 @@ from dfkd_jax.types import Array
 class Modulation:
   """Multiplier phi of each image's (or pixel's) one_hot term.
 
-  Attributes:
-    diversity: Whether phi has the factor 1 - h[c] / |B|, with h the buffer's histogram and c the
-      class that is counted.
-    difficulty: Whether phi has the factor (1 - p)^gamma, with p the probability of the target.
-    gamma: Exponent of the difficulty, unknown from the paper; 2 is the focal loss's.
+  The diversity is 1 - h[c] / |B|, with h the buffer's histogram and c the counted class. The
+  difficulty is (1 - p)^gamma, with p the probability of the target.
   """
 
-  diversity: bool = True
-  difficulty: bool = True
-  gamma: float = 2.0
+  diversity: bool = True  # whether phi has this factor
+  difficulty: bool = True  # whether phi has this factor
+  gamma: float = 2.0  # unknown from the paper; 2 is the focal loss's
 
   def __post_init__(self):
     if not self.gamma >= 0:

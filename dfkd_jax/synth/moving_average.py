@@ -22,25 +22,17 @@ from dfkd_jax.types import Array, Batch, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class MovingAverage:
-  """A moving average of the generator: ema <- ema_decay * ema + (1 - ema_decay) * params.
+  """A moving average of the generator: ema <- ema_decay * ema + (1 - ema_decay) * params."""
 
-  Attributes:
-    ema_decay: In [0, 1); None: there is no average.
-    ema_share: Fraction of the student's images that the average renders.
-  """
-
-  ema_decay: float | None = None
-  ema_share: float = 0.5
+  ema_decay: float | None = None  # in [0, 1); None: there is no average
+  ema_share: float = 0.5  # fraction of the student's images that the average renders
 
   def num_images(self, layout: Layout, is_new_every_call: bool = False) -> int:
     """Returns how many images of a task's share in one student step the average renders.
 
-    Args:
-      layout: Of the student's batch.
-      is_new_every_call: Whether each call has a generator of its own, which has no average.
-
     Raises:
-      FieldError: The decay is not in [0, 1), or the share leaves no image to one of the two.
+      FieldError: The decay is not in [0, 1), the share leaves no image to one of the two, or each
+        call has a generator of its own, which has no average.
     """
     if self.ema_decay is None:
       return 0

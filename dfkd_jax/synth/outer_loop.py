@@ -29,23 +29,16 @@ META = ('fomaml', 'reptile', 'sequential', 'reinit')
 class OuterLoop:
   """The outer loop.
 
-  Attributes:
-    meta: 'fomaml'; 'reptile'; 'sequential' (the generator after the inner steps is kept, without
-      an outer optimizer); or 'reinit' (as 'sequential', with a generator that is drawn anew).
-    meta_lr: Learning rate of the outer Adam; None: `generator_lr * num_steps`, as published.
-    reptile_scale: Factor of Reptile's gradient. Under Adam it matters through epsilon only.
-    redraw_every: With 'reinit', calls for which a generator lasts; None: one.
-    redraw_std: With 'reinit', deviation of `generators.redraw`; None: the generator's own
-      initialisers.
-    reset_after: Calls before the generator's first layers are drawn anew, once; None: never.
+  'sequential' keeps the generator after the inner steps, without an outer optimizer. 'reinit' does
+  the same with a generator that is drawn anew, every `redraw_every` calls.
   """
 
-  meta: str = 'fomaml'
-  meta_lr: float | None = None
-  reptile_scale: float = 67.0
-  redraw_every: int | None = None
-  redraw_std: float | None = 0.02
-  reset_after: int | None = None
+  meta: str = 'fomaml'  # 'fomaml', 'reptile', 'sequential' or 'reinit'
+  meta_lr: float | None = None  # None: `generator_lr * num_steps`, as published
+  reptile_scale: float = 67.0  # of the gradient; under Adam it matters through epsilon only
+  redraw_every: int | None = None  # None: in every call
+  redraw_std: float | None = 0.02  # of `generators.redraw`; None: the generator's initialisers
+  reset_after: int | None = None  # calls before the first layers are redrawn, once; None: never
 
   def __post_init__(self):
     check_option('meta', self.meta, META)

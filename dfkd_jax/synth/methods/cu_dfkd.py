@@ -37,21 +37,12 @@ PER = ('sample', 'batch')
 
 @dataclasses.dataclass(frozen=True)
 class Curriculum:
-  """The student's curriculum.
+  """The student's curriculum: `losses.curriculum.self_paced_weights` with a growing threshold."""
 
-  Attributes:
-    curriculum_kind: 'log', 'soft' or 'hard', see `losses.curriculum.self_paced_weights`; None:
-      every sample weighs 1.
-    threshold_start: lambda at the student's first step, above 0.
-    threshold_growth: Added to lambda in each step of the student: 1e-4 for CIFAR-10, 2e-5
-      otherwise.
-    per: 'sample' (the paper's), or 'batch' for one weight by the mean loss of a batch.
-  """
-
-  curriculum_kind: str | None = 'log'
-  threshold_start: float = 2.0
-  threshold_growth: float = 1e-4
-  per: str = 'sample'
+  curriculum_kind: str | None = 'log'  # 'log', 'soft' or 'hard'; None: every sample weighs 1
+  threshold_start: float = 2.0  # lambda at the student's first step
+  threshold_growth: float = 1e-4  # in each step of the student, for CIFAR-10; 2e-5 otherwise
+  per: str = 'sample'  # as in the paper, or 'batch': one weight by the mean loss of a batch
 
   def __post_init__(self):
     check_option('curriculum_kind', self.curriculum_kind, (None, *KINDS))

@@ -43,25 +43,17 @@ from dfkd_jax.types import Array, PRNGKey
 class Reading:
   """Choices that the paper's abstract leaves open; unverified.
 
-  Attributes:
-    counted: Class that the diversity counts: 'seen' by the teacher, or 'asked' for.
-    label_source: Targets are 'random' classes, as in FastDFKD, or the teacher's 'argmax'. None:
-      'random' where the task has classes to ask for.
-    stop_modulation: Whether the modulation is a constant. By default the gradient flows through
-      the difficulty, as in the focal loss.
-    new_priority: Of an image until it is drawn: the stripe's 'max', that times its 'modulation',
-      or 'one' on the scale of the student's loss.
-    normalise_weights: 'none', or 'max' to divide a batch's weights by their largest, as in the
-      second reference.
-    normalised_diversity: Whether to take our variant of `losses.curriculum.diversity`.
+  Targets are 'random' classes, as in FastDFKD, or the teacher's 'argmax'; None: 'random' where the
+  task has classes to ask for. An image that was not drawn yet has the stripe's 'max' priority,
+  that times its 'modulation', or 'one' on the scale of the student's loss.
   """
 
-  counted: str = 'seen'
-  label_source: str | None = None
-  stop_modulation: bool = False
+  counted: str = 'seen'  # class that the diversity counts: 'seen' by the teacher, or 'asked' for
+  label_source: str | None = None  # of the targets
+  stop_modulation: bool = False  # otherwise a gradient flows through it, as in the focal loss
   new_priority: str = 'max'
-  normalise_weights: str = 'none'
-  normalised_diversity: bool = False
+  normalise_weights: str = 'none'  # or 'max': divided by the batch's largest (2nd reference)
+  normalised_diversity: bool = False  # whether to take our variant of `losses.curriculum.diversity`
 
   def __post_init__(self):
     check_option('counted', self.counted, ('seen', 'asked'))
