@@ -48,21 +48,13 @@ class State(struct.PyTreeNode):
 
 
 def cmi(
-    *,
-    generator: nn.Module,
-    image_shape: tuple[int, int, int],
-    task: Task,
+    *, generator: nn.Module, image_shape: tuple[int, int, int], task: Task,
     factors: Factors = Factors(batch_norm=1.0, one_hot=1.0, adversarial=0.5, contrast=0.8),
-    contrast: Contrast = Contrast(),
-    latents: Latents = Latents(),
+    contrast: Contrast = Contrast(), latents: Latents = Latents(),
     inner: InnerLoop = InnerLoop(num_steps=200, generator_lr=1e-3, latent_lr=1e-3),
-    outer: OuterLoop = OuterLoop(meta='reinit'),
-    layout: Layout = Layout(),
-    average: MovingAverage = MovingAverage(),
-    capacity: int = 51_200,
-    moments_momentum: float = 0.0,
-    adversarial_after: int = 0,
-    adversary: Adversary = Adversary(),
+    outer: OuterLoop = OuterLoop(meta='reinit'), layout: Layout = Layout(),
+    average: MovingAverage = MovingAverage(), capacity: int = 51_200, moments_momentum: float = 0.0,
+    adversarial_after: int = 0, adversary: Adversary = Adversary(),
     augment: Callable[[PRNGKey, Array], Array] = augmentations.crop_and_flip,
 ) -> Synthesizer:
   """Makes the CMI synthesizer, by default like the published CIFAR script.

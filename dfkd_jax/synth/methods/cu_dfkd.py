@@ -63,19 +63,13 @@ class State(struct.PyTreeNode):
 
 
 def cu_dfkd(
-    *,
-    generator: nn.Module,
-    image_shape: tuple[int, int, int],
-    task: Task,
+    *, generator: nn.Module, image_shape: tuple[int, int, int], task: Task,
     factors: Factors = Factors(batch_norm=1.0, one_hot=1.0, balance=20.0, adversarial=1.0),
-    adversary: Adversary = Adversary('kl', 3.0, True),
-    curriculum: Curriculum = Curriculum(),
-    latents: Latents = Latents(512),
+    adversary: Adversary = Adversary('kl', 3.0, True), curriculum: Curriculum = Curriculum(),
+    latents: Latents = Latents(512), layout: Layout = Layout(),
     training: GeneratorTraining = GeneratorTraining(
         adam_b1=0.9, adam_b2=0.99, balance_temperature=20.0),
-    layout: Layout = Layout(),
-    average: MovingAverage = MovingAverage(),
-    init_std: float | None = None,
+    average: MovingAverage = MovingAverage(), init_std: float | None = None,
 ) -> Synthesizer:
   """Makes the CuDFKD synthesizer, by default like the published CIFAR-10 script.
 

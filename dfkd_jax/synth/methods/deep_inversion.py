@@ -37,20 +37,11 @@ class State(struct.PyTreeNode):
 
 
 def deep_inversion(
-    *,
-    image_shape: tuple[int, int, int],
-    task: Task,
-    factors: Factors = Factors(
-        batch_norm=10.0, one_hot=1.0, adversarial=1.0, total_variation=1e-3),
-    adversary: Adversary = Adversary('js', 3.0, False),
-    adversarial_after: int = 0,
-    num_steps: int = 1000,
-    learning_rate: float = 0.1,
-    adam_b1: float = 0.5,
-    adam_b2: float = 0.99,
-    keep: str = 'best',
-    capacity: int = 51_200,
-    layout: Layout = Layout(),
+    *, image_shape: tuple[int, int, int], task: Task,
+    factors: Factors = Factors(batch_norm=10.0, one_hot=1.0, adversarial=1.0, total_variation=1e-3),
+    adversary: Adversary = Adversary('js', 3.0, False), adversarial_after: int = 0,
+    num_steps: int = 1000, learning_rate: float = 0.1, adam_b1: float = 0.5, adam_b2: float = 0.99,
+    keep: str = 'best', capacity: int = 51_200, layout: Layout = Layout(),
     augment: Callable[[PRNGKey, Array], Array] = augmentations.roll_and_flip,
     sample_pixels: Callable[[PRNGKey, tuple[int, ...]], Array] = jax.random.normal,
 ) -> Synthesizer:

@@ -32,20 +32,10 @@ State = inversion.State
 
 
 def fast_dfkd(
-    *,
-    generator: nn.Module,
-    image_shape: tuple[int, int, int],
-    task: Task,
-    factors: Factors,
-    latents: Latents = Latents(),
-    inner: InnerLoop = InnerLoop(),
-    outer: OuterLoop = OuterLoop(),
-    layout: Layout = Layout(),
-    average: MovingAverage = MovingAverage(),
-    capacity: int = 56_320,
-    moments_momentum: float = 0.9,
-    adversarial_after: int = 19,
-    adversary: Adversary = Adversary(),
+    *, generator: nn.Module, image_shape: tuple[int, int, int], task: Task, factors: Factors,
+    latents: Latents = Latents(), inner: InnerLoop = InnerLoop(), outer: OuterLoop = OuterLoop(),
+    layout: Layout = Layout(), average: MovingAverage = MovingAverage(), capacity: int = 56_320,
+    moments_momentum: float = 0.9, adversarial_after: int = 19, adversary: Adversary = Adversary(),
     augment: Callable[[PRNGKey, Array], Array] = augmentations.crop_and_flip,
 ) -> Synthesizer:
   """Makes the FastDFKD synthesizer; defaults are Fast-5 of the published CIFAR script.

@@ -49,21 +49,12 @@ State = inversion.State
 
 
 def nayer(
-    *,
-    generator: nn.Module,
-    image_shape: tuple[int, int, int],
-    task: tasks.Task,
-    factors: Factors,
-    embeddings: Array | None = None,
-    latent_dim: int | tuple[int, ...] = 1_000,
+    *, generator: nn.Module, image_shape: tuple[int, int, int], task: tasks.Task, factors: Factors,
+    embeddings: Array | None = None, latent_dim: int | tuple[int, ...] = 1_000,
     inner: InnerLoop = InnerLoop(num_steps=40, generator_lr=4e-3, latent_lr=None),
     outer: OuterLoop = OuterLoop(meta='reinit', redraw_every=20, redraw_std=None),
-    layout: Layout = Layout(),
-    average: MovingAverage = MovingAverage(),
-    capacity: int = 160_000,
-    moments_momentum: float = 0.9,
-    adversarial_after: int = 200,
-    adversary: Adversary = Adversary(),
+    layout: Layout = Layout(), average: MovingAverage = MovingAverage(), capacity: int = 160_000,
+    moments_momentum: float = 0.9, adversarial_after: int = 200, adversary: Adversary = Adversary(),
     augment: Callable[[PRNGKey, Array], Array] = augmentations.crop_and_flip,
 ) -> Synthesizer:
   """Makes the NAYER synthesizer; defaults are the published ones for CIFAR-100.

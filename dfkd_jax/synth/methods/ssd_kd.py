@@ -66,23 +66,12 @@ State = inversion.State
 
 
 def ssd_kd(
-    *,
-    generator: nn.Module,
-    image_shape: tuple[int, int, int],
-    task: Task,
-    factors: Factors,
-    modulation: Modulation = Modulation(),
-    priorities: Priorities = Priorities(),
-    reading: Reading = Reading(),
-    latents: Latents = Latents(),
-    inner: InnerLoop = InnerLoop(),
-    outer: OuterLoop = OuterLoop(),
-    layout: Layout = Layout(),
-    average: MovingAverage = MovingAverage(),
-    capacity: int = 5_000,
-    moments_momentum: float = 0.9,
-    adversarial_after: int = 19,
-    adversary: Adversary = Adversary(),
+    *, generator: nn.Module, image_shape: tuple[int, int, int], task: Task, factors: Factors,
+    modulation: Modulation = Modulation(), priorities: Priorities = Priorities(),
+    reading: Reading = Reading(), latents: Latents = Latents(), inner: InnerLoop = InnerLoop(),
+    outer: OuterLoop = OuterLoop(), layout: Layout = Layout(),
+    average: MovingAverage = MovingAverage(), capacity: int = 5_000, moments_momentum: float = 0.9,
+    adversarial_after: int = 19, adversary: Adversary = Adversary(),
     augment: Callable[[PRNGKey, Array], Array] = augmentations.crop_and_flip,
 ) -> Synthesizer:
   """Makes the SSD-KD synthesizer; numbers that the paper's abstract lacks are FastDFKD's.
