@@ -92,10 +92,9 @@ class _Training:
     student = self.experiment.loop(student, done, self.train.epochs, self.advance,
                                    lambda state, _: self.experiment.evaluate(state.network))
     files = self.experiment.write_networks('weights', student.network, self.network)
-    return self.experiment.write_summary(
-        files, network=self.role, synthetic=False, parameters={
-            'student': student.network.num_params(),
-            'teacher': self.teacher and self.teacher.num_params()})
+    sizes = {'student': student.network.num_params(),
+             'teacher': self.teacher and self.teacher.num_params()}
+    return self.experiment.write_summary(files, network=self.role, synthetic=False, parameters=sizes)
 
   def advance(self, student: distill.Student, index: int, reseeded: int):
     """Runs an epoch; returns the student and the numbers to log."""
