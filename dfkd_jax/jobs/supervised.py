@@ -94,7 +94,8 @@ class _Training:
     files = self.experiment.write_networks('weights', student.network, self.network)
     sizes = {'student': student.network.num_params(),
              'teacher': self.teacher and self.teacher.num_params()}
-    return self.experiment.write_summary(files, network=self.role, synthetic=False, parameters=sizes)
+    return self.experiment.write_summary(
+        files, network=self.role, synthetic=False, parameters=sizes)
 
   def advance(self, student: distill.Student, index: int, reseeded: int):
     """Runs an epoch; returns the student and the numbers to log."""
