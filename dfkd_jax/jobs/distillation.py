@@ -94,8 +94,8 @@ class _Distillation:
       self.programs, state = programs.place_and_compile(
           self.plan, state, self.teacher, self.judge, buffer=self.settings.buffer,
           memory=parallel.memory_limit(self.settings.device_memory_gb))
-      non_finite.check_state(
-          (state.student, host_replay.strip_images(state.synthesis)), self.run_key)
+      self.check_state = non_finite.compile_check(
+          (state.student, host_replay.strip_images(state.synthesis)))
       self.measure = None
       if self.experiment.test is None or self.judge is not None:
         self.measure = synthetic_images.compile_metrics(
@@ -122,7 +122,7 @@ class _Distillation:
       if learnt_now is not None:
         non_finite.check_series('student', {'loss': learnt_now['losses']}, key, call)
         learnt.append(learnt_now)
-      non_finite.check_state((state.student, host_replay.strip_images(state.synthesis)), key)
+      self.check_state((state.student, host_replay.strip_images(state.synthesis)), key)
     numbers = {f'synthesis_{name}': float(values[-1]) for name, values in synthesised.items()}
     if learnt:
       mean = lambda name: float(np.mean([metrics[name] for metrics in learnt]))

@@ -13,8 +13,7 @@ def run(experiment: Experiment, plan: programs.Plan, student: Network, teacher: 
         image_shape: tuple[int, int, int], key: PRNGKey) -> dict[str, float]:
   """Trains the first `student` for as many steps as the run's, and evaluates it on test images.
 
-  Saves it as often as the run, in a folder of its own, and resumes from there. The noise has the
-  shape [H, W, C]. Raises run_signals.Stopped if the run was asked to end early, and is saved.
+  Saves it as often as the run, and resumes from there. Raises run_signals.Stopped to end early.
   """
   rounds = plan.distill
   plan = plan._replace(make=lambda axis: synth.create(

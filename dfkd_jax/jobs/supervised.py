@@ -69,7 +69,7 @@ class _Training:
     """Compiles an epoch."""
     parallel.check_same_on_all(str(self.store.meta['weights']), "The teacher's weights")
     with self.ledger.part('compile'):
-      non_finite.check_state(student, self.run_key)
+      self.check_state = non_finite.compile_check(student)
       one = parallel.REPLICATED
       program = parallel.each_device(
           self._epoch, self.mesh, (one, one, one, parallel.BATCHES, one, one), one, donate=(0,))
@@ -92,10 +92,10 @@ class _Training:
     student = self.experiment.loop(student, done, self.train.epochs, self.advance,
                                    lambda state, _: self.experiment.evaluate(state.network))
     files = self.experiment.write_networks('weights', student.network, self.network)
+    sizes = {'student': student.network.num_params(),
+             'teacher': self.teacher and self.teacher.num_params()}
     return self.experiment.write_summary(
-        files, network=self.role, synthetic=False, parameters={
-            'student': student.network.num_params(),
-            'teacher': self.teacher and self.teacher.num_params()})
+        files, network=self.role, synthetic=False, parameters=sizes)
 
   def advance(self, student: distill.Student, index: int, reseeded: int):
     """Runs an epoch; returns the student and the numbers to log."""
@@ -107,7 +107,7 @@ class _Training:
       losses = np.asarray(metrics.pop('losses'))
     self.ledger.count('seen', self.steps * self.train.batch_size)
     non_finite.check_series('student', {'loss': losses}, key)
-    non_finite.check_state(student, key)
+    self.check_state(student, key)
     return student, {name: float(value) for name, value in metrics.items()}
 
   def _epoch(self, student, images, labels, order, key, teacher, *, axis):

@@ -126,9 +126,9 @@ class DamagedError(ValueError):
 @contextlib.contextmanager
 def storage_errors(
     action: str, error_type: type[ValueError] = ValueError, advice: str = '') -> Iterator[None]:
-  """Turns any error within into 'Cannot <action>: <reason>. <advice>', a ValueError of one line.
+  """Turns any error within into 'Cannot <action>: <reason>. <advice>' in one line.
 
-  It is of type `error_type`, unless the error is transient.
+  Raises `error_type`, or a plain ValueError if the error is transient.
   """
   try:
     yield

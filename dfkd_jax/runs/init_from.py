@@ -64,10 +64,7 @@ def _digest(name: str, source: str) -> str:
 
 
 def source_path(name: str, source: str) -> pathlib.Path:
-  """Returns the latest checkpoint if a source is the folder of a run, or a 'student' in a file.
-
-  Raises ValueError if there is none.
-  """
+  """Returns the latest checkpoint of a run's folder, or a student's file; ValueError if none."""
   folder = paths.expand_path(source, 'init_from') / CHECKPOINTS
   checkpoint = weights.find_checkpoint(folder) if folder.is_dir() else None
   if checkpoint is None and name == 'generator':

@@ -1,6 +1,6 @@
 """Numbers that are not finite: finds the first one of a round."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,21 @@ def check_series(part: str, series: Mapping[str, np.ndarray], key: PRNGKey, call
     raise Fault(part, name, key, float(series[name][step]), step, call)
 
 
-def check_state(state: PyTree, key: PRNGKey) -> None:
-  """Raises Fault for the first array that is not finite. Skips integers and NumPy arrays."""
-  arrays = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-            if jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, np.ndarray)}
-  is_finite = np.asarray(_are_finite(list(arrays.values())))
-  if not is_finite.all():
-    raise Fault('state', list(arrays)[int(is_finite.argmin())], key)
+def compile_check(state: PyTree) -> Callable[[PyTree, PRNGKey], None]:
+  """Compiles a check of states with these shapes, which raises Fault for an array not finite."""
+  is_checked = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+  names = [jax.tree_util.keystr(path, simple=True, separator='/')
+           for path, leaf in jax.tree_util.tree_leaves_with_path(state) if is_checked(leaf)]
 
+  def are_finite(state):
+    return jnp.stack(
+        [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state) if is_checked(leaf)])
 
-@jax.jit
-def _are_finite(arrays):
-  return jnp.stack([jnp.isfinite(array).all() for array in arrays])
+  program = jax.jit(are_finite).lower(state).compile()
+
+  def check(state, key):
+    is_finite = np.asarray(program(state))
+    if not is_finite.all():
+      raise Fault('state', names[int(is_finite.argmin())], key)
+
+  return check

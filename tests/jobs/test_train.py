@@ -117,6 +117,7 @@ def test_each_program_is_compiled_once(whole):
   names = [name.removeprefix('jit(').removesuffix(')') for during in compiled for name in during]
   assert names.count('synthesize') == 1
   assert names.count('student_steps') == 2  # The control has its own.
+  assert names.count('are_finite') == 1
   assert [during for during in compiled[2:-1] if during] == []  # Nothing after the first round.
 
 
