@@ -11,8 +11,9 @@ import numpy as np
 from flax import linen as nn
 
 from dfkd_jax.messages import RefusedError, explain_read_errors, one_line, safe_names
+from dfkd_jax.paths import expand_path
 from dfkd_jax.types import PyTree
-from dfkd_jax.weights.formats import archives, keras, npz, orbax, pytorch, safetensors, tfjs
+from dfkd_jax.weights.formats import archives, keras, orbax, pytorch, safetensors, tfjs
 from dfkd_jax.weights.name_schemes import translate_names
 from dfkd_jax.weights.torch_layout import to_variables
 
@@ -93,6 +94,24 @@ def load(
     raise ValueError(f'{path} does not fit: {one_line(error)}') from None
 
 
+def read_embeddings(path: str | os.PathLike) -> np.ndarray:
+  """Reads embeddings of classes, float32, from a .npy file or a file of weights with one array."""
+  path = expand_path(path, 'embeddings')
+  try:
+    if path.suffix == '.npy':
+      with path.open('rb') as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    else:
+      array, *others = read(path).values()
+      if others:
+        raise RefusedError(f'has {1 + len(others)} arrays')
+    return array.astype(np.float32, casting='same_kind')
+  except Exception as error:  # A damaged file may raise anything.
+    detail = one_line(error) or type(error).__name__
+    raise ValueError(
+        f'embeddings are {str(path)!r}, must be one array of numbers: {detail}') from error
+
+
 def split_entry(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None]:
   """Splits 'file.pth#ema' into file and entry, unless a file has this name."""
   name, _, entry = os.fspath(path).rpartition('#')
@@ -138,7 +157,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
   archives.check_sizes(archive.infolist())
   names = archive.namelist()
   if names and all(name.endswith('.npy') for name in names):
-    return npz.read_npz(archive)
+    return archives.read_npz(archive)
   if 'model.weights.h5' in names:
     return keras.read_h5(archive.read('model.weights.h5'))
   return pytorch.read_zip(archive)

@@ -13,7 +13,7 @@ import numpy as np
 
 from dfkd_jax import messages, paths
 from dfkd_jax.data.prepare.writer import Split
-from dfkd_jax.weights.formats import archives, npz
+from dfkd_jax.weights.formats import archives
 
 _IDX_HEADERS = {b'\0\0\x08' + bytes([ndim]): ndim for ndim in range(1, 5)}  # Of unsigned bytes.
 _IDX_NAMES = {'train': 'train', 'test': 't10k'}
@@ -116,7 +116,7 @@ def _read_npz(name: str, source: pathlib.Path, keys: Mapping[str, tuple[str, str
           f'it has no {missing[0]!r} for {name!r}, only {messages.safe_names(members)}')
     names += {'class_names'} & set(members)
     archives.check_sizes(members[key] for key in names)
-    arrays = {key: npz.read_member(archive, members[key], 'fiubUS') for key in names}
+    arrays = {key: archives.read_member(archive, members[key], 'fiubUS') for key in names}
   splits = {split: Split(*(arrays[key] for key in pair)) for split, pair in keys.items()}
   classes = arrays.get('class_names')
   return splits, None if classes is None else classes.astype(str).ravel().tolist()
