@@ -51,9 +51,8 @@ def crop_and_flip(key: PRNGKey, images: Array, pad: int = 4) -> Array:
   return flip(flip_key, crop(crop_key, images, pad))
 
 
-def resized_crop(
-    key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
+def resized_crop(key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
+                 ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """Resizes a box of random area and shape from each image to full size.
 
   GoogLeNet's crop (arXiv:1409.4842) as in torchvision: the first of ten boxes that fits in the
@@ -73,9 +72,8 @@ def resized_crop(
   return resize_boxes(images, corners, sizes, align_corners=align_corners)
 
 
-def resized_crop_and_flip(
-    key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
+def resized_crop_and_flip(key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
+                          ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """`resized_crop`, then `flip`: for ImageNet-sized images, and CMI's local view."""
   crop_key, flip_key = jax.random.split(key)
   return flip(flip_key, resized_crop(crop_key, images, scale, ratio, align_corners))

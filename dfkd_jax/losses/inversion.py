@@ -16,9 +16,8 @@ def one_hot(logits: Array, labels: Array) -> Array:
   return divergences.cross_entropy(logits, labels)
 
 
-def adversarial(
-    student_logits: Array, teacher_logits: Array, *, masked: bool = True, divergence: str = 'kl',
-    temperature: float | Array = 1.0) -> Array:
+def adversarial(student_logits: Array, teacher_logits: Array, *, masked: bool = True,
+                divergence: str = 'kl', temperature: float | Array = 1.0) -> Array:
   """Minus the divergence of student and teacher: seeks images on which they differ.
 
   The mask of CMI (arXiv:2105.08584) counts only images on which both still choose the same class,
@@ -77,9 +76,8 @@ def l2(images: Array) -> Array:
   return optax.safe_norm(images.ravel(), 0.0)
 
 
-def contrast(
-    local: Array, global_: Array, bank_local: Array, bank_global: Array,
-    temperature: float | Array, valid: Array) -> Array:
+def contrast(local: Array, global_: Array, bank_local: Array, bank_global: Array,
+             temperature: float | Array, valid: Array) -> Array:
   """Cross-entropy by which each image's local view finds its own global view among all images: [].
 
   Contrastive model inversion (CMI, arXiv:2105.08584). Row i of the similarities is the local view
@@ -145,9 +143,8 @@ def relative_batch_norm(moments: dict[str, Moments], running: dict[str, Moments]
       for path, (mean, var) in sorted(running.items()))
 
 
-def mix(
-    batch: dict[str, Moments], past: dict[str, Moments], momentum: float | Array
-) -> dict[str, Moments]:
+def mix(batch: dict[str, Moments], past: dict[str, Moments],
+        momentum: float | Array) -> dict[str, Moments]:
   """Running average of moments: (1 - momentum) * batch + momentum * past, by path of the layer.
 
   FastDFKD (arXiv:2112.06253) matches these to the teacher's, and keeps the same mixture as the

@@ -46,11 +46,9 @@ class UpsampledConv(nn.Module):
     return upsampled_conv(x.astype(dtype), kernel)
 
 
-def conv_norm(
-    module: nn.Module, x: Array, width: int, size: int, strides: int = 1, *, train: bool,
-    names: tuple[str, str], use_bias: bool = False, padding: str | None = None,
-    kernel_init: nn.initializers.Initializer = he_fan_out, **options: Any,
-) -> Array:
+def conv_norm(module: nn.Module, x: Array, width: int, size: int, strides: int = 1, *, train: bool,
+              names: tuple[str, str], use_bias: bool = False, padding: str | None = None,
+              kernel_init: nn.initializers.Initializer = he_fan_out, **options: Any) -> Array:
   """Applies a convolution and its batch norm to maps: [B, H, W, I] to [B, H', W', width].
 
   Both are submodules of `module`, called `names`, with its dtype, epsilon and momentum. The padding

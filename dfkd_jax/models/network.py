@@ -43,9 +43,8 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     """Evaluates images [B, H, W, C] in [0, 1]; batch norms use their running moments."""
     return self.forward(images)[0]
 
-  def forward(
-      self, images: Array, *, train: bool = False, axis: str | None = None,
-  ) -> tuple[Outputs, PyTree]:
+  def forward(self, images: Array, *, train: bool = False,
+              axis: str | None = None) -> tuple[Outputs, PyTree]:
     """Returns the outputs for images [B, H, W, C] in [0, 1], and the running moments.
 
     With `train`, batch norms normalize by the moments of this batch, which is spread over the
@@ -106,20 +105,17 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def create(
-    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any,
-) -> Network:
+def create(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int],
+           **preprocessing: Any) -> Network:
   """Makes a network with fresh variables for images [H, W, C]; see `bind` for `preprocessing`."""
   shape = (*(preprocessing.get('resize') or image_shape[:2]), image_shape[2])
   init = jax.jit(lambda key: module.init(key, jnp.zeros((1, *shape)), **_mode(module, False)))
   return bind(module, init(key), **preprocessing)
 
 
-def bind(
-    module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, ...] = (0.0,),
-    std: tuple[float, ...] = (1.0,), bgr: bool = False, resize: tuple[int, int] | None = None,
-    logits: int | str | None = None,
-) -> Network:
+def bind(module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, ...] = (0.0,),
+         std: tuple[float, ...] = (1.0,), bgr: bool = False, resize: tuple[int, int] | None = None,
+         logits: int | str | None = None) -> Network:
   """Makes a network from a module and its fresh or trained variables.
 
   `variables` are {'params': ..., 'batch_stats': ...}; the latter may be missing. See `Network`.

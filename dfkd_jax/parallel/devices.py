@@ -58,9 +58,8 @@ def task_keys(key: PRNGKey, num_tasks: int, axis: str | None) -> Array:
   return jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(num_tasks))
 
 
-def by_task(
-    function: Callable[[PRNGKey, Array], Array], num_tasks: int, axis: str | None,
-) -> Callable[[PRNGKey, Array], Array]:
+def by_task(function: Callable[[PRNGKey, Array], Array], num_tasks: int,
+            axis: str | None) -> Callable[[PRNGKey, Array], Array]:
   """Applies `function(key, images)` to each task's share of images [M * B, ...] and its own key."""
 
   def apply(key, images):
@@ -148,10 +147,8 @@ def gather(tree: PyTree) -> PyTree:
   return jax.device_get(tree)
 
 
-def each_device(
-    function: Callable[..., PyTree], mesh: Mesh, arguments: tuple[PyTree, ...], results: PyTree,
-    donate: tuple[int, ...] = (),
-) -> Callable[..., PyTree]:
+def each_device(function: Callable[..., PyTree], mesh: Mesh, arguments: tuple[PyTree, ...],
+                results: PyTree, donate: tuple[int, ...] = ()) -> Callable[..., PyTree]:
   """Compiles a per-device function, which takes `axis=` (None on one device), over a mesh.
 
   `arguments` are trees of PartitionSpecs (see `specs`), one for each argument; `results` is one.

@@ -21,10 +21,8 @@ _SHUTDOWN = 60  # Seconds that a process waits for the others at its end.
 _MARGIN = 86_400  # Seconds by which JAX's own timeout is longer, since it aborts the process.
 
 
-def initialize(
-    coordinator: str | None = None, num_processes: int | None = None,
-    process_id: int | None = None, timeout: int = 300,
-) -> None:
+def initialize(coordinator: str | None = None, num_processes: int | None = None,
+               process_id: int | None = None, timeout: int = 300) -> None:
   """Joins the other processes of this run, if any. Call it before JAX looks for devices.
 
   Without arguments, it joins others only if a cluster reports that it started more than one

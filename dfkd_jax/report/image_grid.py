@@ -15,9 +15,8 @@ INK, PAPER, FRAME = (48, 48, 48), (255, 255, 255), (200, 200, 200)
 FONT_SIZES = (15, 14, 13, 12, 11, 10)
 
 
-def image_grid(
-    path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10,
-    scale: int | None = None) -> None:
+def image_grid(path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10,
+               scale: int | None = None) -> None:
   """Writes a PNG of images in rows, with labels underneath, on the first process only.
 
   Raises ValueError if an argument is wrong, or if the file cannot be written.

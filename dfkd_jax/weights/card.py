@@ -42,9 +42,8 @@ class Card(NamedTuple):
         f'images      {order}mean ({mean}), std ({std}){resized}']
 
 
-def describe(
-    network: Network, source: str | os.PathLike[str] | None,
-    path: str | os.PathLike[str] | None = None) -> Card:
+def describe(network: Network, source: str | os.PathLike[str] | None,
+             path: str | os.PathLike[str] | None = None) -> Card:
   """Makes the card of a network, with weights from a source, or from no file if that is None.
 
   `path` says where they lie if `source` is no path.

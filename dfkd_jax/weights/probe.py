@@ -26,9 +26,8 @@ class Probe(NamedTuple):
   tolerance: float  # Largest allowed absolute difference of a logit.
 
 
-def make_probe(
-    network: Network, image_shape: tuple[int, ...], *, seed: int = 0, tolerance: float = 0.02
-) -> Probe:
+def make_probe(network: Network, image_shape: tuple[int, ...], *, seed: int = 0,
+               tolerance: float = 0.02) -> Probe:
   """Computes the probe of a network, with a tolerance in standard deviations of the logits."""
   logits = _select(np.asarray(_forward(network, probe_images(seed, image_shape))))
   rounded = tuple(tuple(float(f'{value:.7g}') for value in row) for row in logits)
@@ -52,9 +51,8 @@ def read_probe(path: str | os.PathLike[str]) -> Probe | None:
         f'The probe in the metadata of {path} is damaged: {safe_name(text)!r}.') from error
 
 
-def check_network(
-    network: Network, image_shape: tuple[int, ...], expected: Probe | None = None, *,
-    moments: bool = True) -> dict[str, Any]:
+def check_network(network: Network, image_shape: tuple[int, ...], expected: Probe | None = None, *,
+                  moments: bool = True) -> dict[str, Any]:
   """Checks that weights are sound, as far as that is possible without data.
 
   Args:

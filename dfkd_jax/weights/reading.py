@@ -70,9 +70,8 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
     return _find_state_dict(_read_file(data, path.parent), entry)
 
 
-def load(
-    path: str | os.PathLike[str], module: nn.Module, image_shape: tuple[int, ...]
-) -> dict[str, PyTree]:
+def load(path: str | os.PathLike[str], module: nn.Module,
+         image_shape: tuple[int, ...]) -> dict[str, PyTree]:
   """Loads the variables of a module from published weights, or from a file of `save_safetensors`.
 
   Args:

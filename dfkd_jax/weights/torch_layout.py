@@ -22,9 +22,8 @@ _TORCH_LEAVES = {
 _CLASSIFIERS = ('fc', 'linear', 'classifier')  # Names of the last layer in different code bases.
 
 
-def to_variables(
-    state_dict: Mapping[str, np.ndarray], module: nn.Module, image_shape: tuple[int, ...]
-) -> dict[str, PyTree]:
+def to_variables(state_dict: Mapping[str, np.ndarray], module: nn.Module,
+                 image_shape: tuple[int, ...]) -> dict[str, PyTree]:
   """Converts arrays in PyTorch's names and layout to the variables of a module.
 
   Transposes convolutions from OIHW to HWIO and dense layers from (out, in) to (in, out). Casts to
@@ -81,9 +80,8 @@ def to_torch_layout(array: np.ndarray, leaf: str) -> np.ndarray:
   return np.moveaxis(array, (-1, -2), (0, 1)) if leaf == 'kernel' and array.ndim > 1 else array
 
 
-def _match_names(
-    state_dict: Mapping[str, np.ndarray], paths: Mapping[str, tuple[str, ...]]
-) -> dict[str, tuple[str, np.ndarray]]:
+def _match_names(state_dict: Mapping[str, np.ndarray],
+                 paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, np.ndarray]]:
   """Names in the file, and arrays in Flax's layout, by the keys of `paths`."""
   keys = {}
   for name in state_dict:
@@ -105,9 +103,8 @@ def _match_names(
   return arrays
 
 
-def _cast(
-    name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct, num_classes: int | None
-) -> jax.Array:
+def _cast(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct,
+          num_classes: int | None) -> jax.Array:
   """Checks an array and casts it. An error names both numbers of classes if only these differ."""
   start, shape = f'Parameter {safe_name(name)}', expected.shape
   if array.shape != shape:

@@ -30,8 +30,7 @@ def read_npz(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
           for info in archive.infolist()}
 
 
-def read_member(
-    archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str = 'fiub') -> np.ndarray:
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str = 'fiub') -> np.ndarray:
   """Reads one array of a checked archive, read-only, of an allowed `dtype.kind`."""
   name, layout = safe_name(info.filename.removesuffix('.npy')), np.lib.format
   with archive.open(info) as file:

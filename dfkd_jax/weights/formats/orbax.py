@@ -48,9 +48,8 @@ def read(tree: pathlib.Path, entry: str | None = None) -> dict[str, np.ndarray]:
   return _read(tree, name_variables)
 
 
-def read_subtree(
-    tree: pathlib.Path, prefix: str, is_wanted: Callable[[str], Any] = lambda path: True
-) -> dict[str, np.ndarray]:
+def read_subtree(tree: pathlib.Path, prefix: str,
+                 is_wanted: Callable[[str], Any] = lambda path: True) -> dict[str, np.ndarray]:
   """Reads the arrays below `prefix` that are wanted, by the rest of their paths.
 
   A prefix of '' reads the whole tree.
@@ -69,8 +68,7 @@ def read_subtree(
 
 
 def _read(
-    tree: pathlib.Path, choose: Callable[[Iterable[str]], dict[str, str]]
-) -> dict[str, np.ndarray]:
+    tree: pathlib.Path, choose: Callable[[Iterable[str]], dict[str, str]]) -> dict[str, np.ndarray]:
   """Reads some leaves. `choose` maps the paths of all leaves to names for those to read."""
   import orbax.checkpoint as ocp  # Slow to import: only this format needs it.
 

@@ -25,9 +25,8 @@ _DTYPES = {name: np.dtype(dtype) for name, dtype in {
     'Bool': np.bool_}.items()}
 
 
-def _rebuild_tensor(
-    storage: tuple[np.dtype, Any], offset: int, shape: Sequence[int], strides: Sequence[int],
-    *_: Any) -> np.ndarray:
+def _rebuild_tensor(storage: tuple[np.dtype, Any], offset: int, shape: Sequence[int],
+                    strides: Sequence[int], *_: Any) -> np.ndarray:
   """Makes a read-only view of a buffer. NumPy raises an error if it reaches beyond the end."""
   dtype, buffer = storage
   strides = [stride * dtype.itemsize for stride in strides]

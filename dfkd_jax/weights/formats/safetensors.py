@@ -47,9 +47,8 @@ def save_safetensors(path: str | os.PathLike[str], *arguments: Any, **options: A
   pathlib.Path(path).write_bytes(to_safetensors(*arguments, **options))
 
 
-def to_safetensors(
-    variables: Mapping[str, PyTree], metadata: Mapping[str, str] | None = None, dtype: Any = None,
-    probe: Any = None) -> bytes:
+def to_safetensors(variables: Mapping[str, PyTree], metadata: Mapping[str, str] | None = None,
+                   dtype: Any = None, probe: Any = None) -> bytes:
   """Makes a file of variables in Flax's layout, named 'params.conv1.kernel' and so on.
 
   Args:
