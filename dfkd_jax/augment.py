@@ -14,7 +14,6 @@ from jax import lax
 from dfkd_jax.messages import check_choice
 from dfkd_jax.types import Array, PRNGKey
 
-_ATTEMPTS = 10  # boxes drawn per resized crop, as in torchvision
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
@@ -61,7 +60,7 @@ def resized_crop(key: PRNGKey, images: Array, scale: tuple[float, float] = _SCAL
   """
   area_key, ratio_key, place_key = jax.random.split(key, 3)
   count, limits = images.shape[0], jnp.asarray(images.shape[1:3], jnp.float32)
-  draw = functools.partial(jax.random.uniform, shape=(_ATTEMPTS, count), dtype=jnp.float32)
+  draw = functools.partial(jax.random.uniform, shape=(10, count), dtype=jnp.float32)
   areas = draw(area_key, minval=scale[0], maxval=scale[1]) * limits.prod()
   ratios = jnp.exp(draw(ratio_key, minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1])))
   sizes = jnp.round(jnp.sqrt(jnp.stack([areas / ratios, areas * ratios], axis=-1)))

@@ -24,13 +24,10 @@ class Task(NamedTuple):
   num_classes: int  # K
   # (key, batch_size, histogram [K] | None) -> [B] int32, classes to request.
   sample_labels: Callable[..., Array]
-  # (logits, requested [B] | None) -> int32 targets of the one_hot term.
-  labels_from: Callable[..., Array]
-  # (logits) -> [B] int32, one class per image, for the replay buffer.
-  predicted: Callable[[Array], Array]
-  # (logits, labels) -> sums over this batch, to be added up over batches.
-  metrics: Callable[[Array, Array], Metrics]
-  # (sums) -> metrics to report. Higher is better, except for the loss.
+  labels_from: Callable[..., Array]  # (logits, requested [B] | None) -> int32 one_hot targets
+  predicted: Callable[[Array], Array]  # (logits) -> [B] int32, a class per image, for the buffer
+  metrics: Callable[[Array, Array], Metrics]  # (logits, labels) -> sums over this batch
+  # (sums, added up over batches) -> metrics to report. Higher is better, except for the loss.
   summarize: Callable[[Metrics], dict[str, float]]
   asks: bool = True  # whether a class can be requested; if not, `sample_labels` is not used
 
@@ -129,8 +126,8 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
     both = np.diagonal(confusion)
     either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
     occurs = either > 0
-    return {'mean_iou': float(np.mean(both[occurs] / either[occurs])),
-            'pixel_accuracy': float(both.sum()) / count,
+    mean_iou = float(np.mean(both[occurs] / either[occurs]))
+    return {'mean_iou': mean_iou, 'pixel_accuracy': float(both.sum()) / count,
             'cross_entropy': float(sums['cross_entropy']) / count}
 
   return Task(num_classes, sample_labels, labels_from, predicted, metrics, summarize, asks=False)

@@ -65,9 +65,8 @@ def total_variation(images: Array) -> Array:
   [B, H, W, C] -> [B], with H and W at least 2. DeepInversion's prior (arXiv:1912.08795) in its l1
   form. The mean over a batch is the published value.
   """
-  differences = (
-      images[:, :, 1:] - images[:, :, :-1], images[:, 1:] - images[:, :-1],
-      images[:, 1:, 1:] - images[:, :-1, :-1], images[:, 1:, :-1] - images[:, :-1, 1:])
+  differences = (images[:, :, 1:] - images[:, :, :-1], images[:, 1:] - images[:, :-1],
+                 images[:, 1:, 1:] - images[:, :-1, :-1], images[:, 1:, :-1] - images[:, :-1, 1:])
   return sum(jnp.mean(jnp.abs(difference), axis=(1, 2, 3)) for difference in differences)
 
 

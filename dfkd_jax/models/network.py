@@ -65,11 +65,10 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     sown = new.get('intermediates', {})
     captures = layers.captures_by_path(sown)
     stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
-    outputs = Outputs(
-        logits=results, features=sown['features'][0] if 'features' in sown else None,
-        maps=tuple(sown[stage][0] for stage in stages if stage in sown),
-        moments={path: capture.moments for path, capture in captures.items()},
-        pooled={path: capture.pooled for path, capture in captures.items()})
+    outputs = Outputs(logits=results, features=sown['features'][0] if 'features' in sown else None,
+                      maps=tuple(sown[stage][0] for stage in stages if stage in sown),
+                      moments={path: capture.moments for path, capture in captures.items()},
+                      pooled={path: capture.pooled for path, capture in captures.items()})
     return outputs, new.get('batch_stats', self.batch_stats)
 
   def preprocess(self, images: Array) -> Array:
@@ -123,10 +122,9 @@ def bind(module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, 
   if others := sorted(set(variables) - {'params', 'batch_stats', 'intermediates'}):
     raise ValueError(
         f'variables has the collections {others}; a module may have params and batch_stats only.')
-  return Network(
-      params=variables['params'], batch_stats=variables.get('batch_stats', {}), module=module,
-      mean=tuple(mean), std=tuple(std), bgr=bgr, resize=None if resize is None else tuple(resize),
-      logits=logits)
+  return Network(params=variables['params'], batch_stats=variables.get('batch_stats', {}),
+                 module=module, mean=tuple(mean), std=tuple(std), bgr=bgr,
+                 resize=None if resize is None else tuple(resize), logits=logits)
 
 
 def _mode(module: nn.Module, train: bool) -> dict[str, bool]:

@@ -10,7 +10,6 @@ from dfkd_jax.report.metrics import METRICS, MetricsWriter
 from dfkd_jax.report.progress import Progress, note, say
 from dfkd_jax.report.summary import PRIVACY, Summary, check_summary, format_summary, write_summary
 
-__all__ = [
-    'COUNTS', 'METRICS', 'PARTS', 'PRIVACY', 'Ledger', 'MetricsWriter', 'Progress', 'Summary',
-    'check_summary', 'device', 'format_summary', 'image_grid', 'note', 'replace_file',
-    'reporting_disk_errors', 'say', 'versions', 'write_summary']
+__all__ = ['COUNTS', 'METRICS', 'PARTS', 'PRIVACY', 'Ledger', 'MetricsWriter', 'Progress',
+           'Summary', 'check_summary', 'device', 'format_summary', 'image_grid', 'note',
+           'replace_file', 'reporting_disk_errors', 'say', 'versions', 'write_summary']

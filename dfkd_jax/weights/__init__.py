@@ -9,8 +9,7 @@ from dfkd_jax.weights.probe import Probe, check_network, make_probe, read_probe
 from dfkd_jax.weights.reading import load, read, read_embeddings
 from dfkd_jax.weights.torch_layout import from_variables, to_variables
 
-__all__ = [
-    'Card', 'Probe', 'check_hub_source', 'check_network', 'describe', 'digest_arrays',
-    'digest_files', 'find_checkpoint', 'from_variables', 'load', 'make_probe', 'read',
-    'read_embeddings', 'read_metadata', 'read_probe', 'read_subtree', 'resolve',
-    'save_safetensors', 'to_safetensors', 'to_variables', 'translate_names']
+__all__ = ['Card', 'Probe', 'check_hub_source', 'check_network', 'describe', 'digest_arrays',
+           'digest_files', 'find_checkpoint', 'from_variables', 'load', 'make_probe', 'read',
+           'read_embeddings', 'read_metadata', 'read_probe', 'read_subtree', 'resolve',
+           'save_safetensors', 'to_safetensors', 'to_variables', 'translate_names']

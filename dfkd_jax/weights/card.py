@@ -35,11 +35,10 @@ class Card(NamedTuple):
     mean, std = (', '.join(f'{x:.4g}' for x in numbers) for numbers in (self.mean, self.std))
     order, classes = 'BGR, ' if self.bgr else '', self.num_classes or 'unknown'
     resized = f', resized to {self.resize}' if self.resize else ''
-    return [
-        f'weights     {self.source} (SHA-256 {self.sha256[:16]})',
-        f'network     {self.num_params:,} parameters in {self.dtype}, {classes} classes',
-        f'batch norm  {self.batch_norms} layers with {self.channels:,} channels',
-        f'images      {order}mean ({mean}), std ({std}){resized}']
+    return [f'weights     {self.source} (SHA-256 {self.sha256[:16]})',
+            f'network     {self.num_params:,} parameters in {self.dtype}, {classes} classes',
+            f'batch norm  {self.batch_norms} layers with {self.channels:,} channels',
+            f'images      {order}mean ({mean}), std ({std}){resized}']
 
 
 def describe(network: Network, source: str | os.PathLike[str] | None,
@@ -71,9 +70,8 @@ def digest_files(path: pathlib.Path) -> str:
   model.json with its shards, one file of the hub, or all files of Orbax. A model.json has the
   digest of its folder.
 
-  Raises:
-    OSError: There is no such file.
-    ValueError: A folder holds no weights, or a model.json is damaged or lacks a shard.
+  Raises OSError if there is no such file. Raises ValueError if a folder holds no weights, or a
+  model.json is damaged or lacks a shard.
   """
   path.stat()  # Raises OSError if there is none.
   with explain_read_errors(path):

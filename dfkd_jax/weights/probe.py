@@ -55,17 +55,13 @@ def check_network(network: Network, image_shape: tuple[int, ...], expected: Prob
                   moments: bool = True) -> dict[str, Any]:
   """Checks that weights are sound, as far as that is possible without data.
 
+  Returns plain data. `probe_difference` is the largest difference to the probe, or None. Raises
+  ValueError if values, variances, moments or logits are not sound, or the probe differs.
+
   Args:
-    network: A network with its weights and preprocessing.
     image_shape: [H, W, C] of the data set.
     expected: From `read_probe`. Ignored for other image shapes, and for less than float32.
     moments: Whether running moments must look trained.
-
-  Returns:
-    Plain data. `probe_difference` is the largest difference to the probe, or None.
-
-  Raises:
-    ValueError: Values, variances, moments or logits are not sound, or the probe differs.
   """
   variances = _check_variables(network, moments)
   dtype = getattr(network.module, 'dtype', None) or jnp.float32
@@ -82,11 +78,9 @@ def check_network(network: Network, image_shape: tuple[int, ...], expected: Prob
   if (logits == logits[:1]).all():
     raise ValueError(f'The logits are the same for {_NUM_IMAGES} different images: the weights do '
                      'not compute anything.')
-  return {
-      'min_variance': float(variances.min()) if variances.size else None,
-      'zero_variances': int((variances == 0).sum()),
-      'logits_std': float(logits.std()),
-      'probe_difference': _compare(logits, expected) if expected else None}
+  return {'min_variance': float(variances.min()) if variances.size else None,
+          'zero_variances': int((variances == 0).sum()), 'logits_std': float(logits.std()),
+          'probe_difference': _compare(logits, expected) if expected else None}
 
 
 def probe_images(seed: int, image_shape: tuple[int, ...]) -> np.ndarray:

@@ -48,15 +48,11 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
   like) is read on request, or if there is no other. Drops the prefixes 'module.', '_orig_mod.' and
   'model.' if all names have them.
 
-  Args:
-    path: Path of the file; 'file.pth#ema' is short for entry='ema'.
-    entry: Key within a checkpoint, with dots for nested keys ('ema.model'). 'ema' stands for any
-      of the names of averages.
+  `entry` is a key within a checkpoint, with dots for nested keys ('ema.model'). 'ema' stands for
+  any of the names of averages. The path 'file.pth#ema' is short for entry='ema'.
 
-  Raises:
-    OSError: There is no such file.
-    ValueError: It is damaged, of another format, has no weights or no such entry. Or it is a
-      pickle that names anything but tensors.
+  Raises OSError if there is no such file. Raises ValueError if it is damaged, of another format,
+  has no weights or no such entry, or is a pickle that names anything but tensors.
   """
   path, chosen = split_entry(path)
   entry = entry or chosen
@@ -74,17 +70,11 @@ def load(path: str | os.PathLike[str], module: nn.Module,
          image_shape: tuple[int, ...]) -> dict[str, PyTree]:
   """Loads the variables of a module from published weights, or from a file of `save_safetensors`.
 
-  Args:
-    path: See `read`.
-    module: The architecture of the weights.
-    image_shape: Shape of its input without the batch: [H, W, C], or [Z] for a generator.
+  Returns {'params': ..., 'batch_stats': ...} in the dtypes of `module.init`; half precision is
+  widened. `image_shape` is the shape of one input: [H, W, C], or [Z] for a generator.
 
-  Returns:
-    {'params': ..., 'batch_stats': ...} in the dtypes of `module.init`; half precision is widened.
-
-  Raises:
-    ValueError: The file cannot be read, or does not fit the module: names the first parameter, both
-      shapes, and both numbers of classes if these differ.
+  Raises ValueError if the file cannot be read (see `read`), or does not fit the module: names the
+  first parameter, both shapes, and both numbers of classes if these differ.
   """
   arrays = read(path)
   try:
@@ -141,8 +131,7 @@ def _read_file(data: bytes, folder: pathlib.Path) -> Any:
   if data.startswith(b'{'):
     return tfjs.read(data, folder)
   if data.startswith(b'PK\x03\x04'):
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-      return _read_archive(archive)
+    return _read_archive(zipfile.ZipFile(io.BytesIO(data)))
   if data.startswith(b'\x80'):
     return pytorch.read_legacy(data)
   if data.startswith(b'\x89HDF\r\n\x1a\n'):

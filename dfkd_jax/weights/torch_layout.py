@@ -16,9 +16,8 @@ from flax import traverse_util
 from dfkd_jax.messages import safe_name
 from dfkd_jax.types import PyTree
 
-_TORCH_LEAVES = {
-    'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias',
-    'mean': 'running_mean', 'var': 'running_var'}
+_TORCH_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias',
+                 'mean': 'running_mean', 'var': 'running_var'}
 _CLASSIFIERS = ('fc', 'linear', 'classifier')  # Names of the last layer in different code bases.
 
 
@@ -29,16 +28,14 @@ def to_variables(state_dict: Mapping[str, np.ndarray], module: nn.Module,
   Transposes convolutions from OIHW to HWIO and dense layers from (out, in) to (in, out). Casts to
   the dtypes of `module.init`. Ignores `num_batches_tracked`. A last layer named fc, linear or
   classifier fits a module with another of these names. Arrays named 'params.conv1.kernel' and
-  'batch_stats.bn1.mean' are in Flax's layout already.
-  `image_shape` is the shape of one input: [H, W, C], or [Z] for a generator.
+  'batch_stats.bn1.mean' are in Flax's layout already. `image_shape` is the shape of one input:
+  [H, W, C], or [Z] for a generator.
 
-  Raises:
-    ValueError: An array is missing, unexpected, not floating-point, not finite, or of another
-      shape. Names the first one.
+  Raises ValueError, which names the first array that is missing, unexpected, not floating-point,
+  not finite, or of another shape.
   """
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  shapes = traverse_util.flatten_dict(
-      dict(jax.eval_shape(module.init, jax.random.key(0), images)))
+  shapes = traverse_util.flatten_dict(dict(jax.eval_shape(module.init, jax.random.key(0), images)))
   if all(name.startswith(('params.', 'batch_stats.')) for name in state_dict):
     paths = {'.'.join(path): path for path in shapes}
     arrays = {name: (name, array) for name, array in state_dict.items()}
@@ -77,6 +74,8 @@ def from_variables(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
 
 def to_torch_layout(array: np.ndarray, leaf: str) -> np.ndarray:
   """Moves the axes of kernels from (spatial ..., in, out) to (out, in, spatial ...)."""
+  if leaf == 'depthwise_kernel':  # Of Keras: [H, W, C, M] to [C * M, 1, H, W].
+    return array.transpose(2, 3, 0, 1).reshape(-1, 1, *array.shape[:2])
   return np.moveaxis(array, (-1, -2), (0, 1)) if leaf == 'kernel' and array.ndim > 1 else array
 
 

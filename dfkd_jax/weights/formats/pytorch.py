@@ -50,8 +50,7 @@ _ALLOWED = {
     **{('torch._utils', f'_rebuild_parameter{end}'): _rebuild_parameter
        for end in ('', '_with_state')},
     **{('torch', f'{kind}Storage'): kind for kind in _DTYPES},
-    **{('torch', dtype.name): kind for kind, dtype in _DTYPES.items()},
-}
+    **{('torch', dtype.name): kind for kind, dtype in _DTYPES.items()}}
 
 
 class _Unpickler(pickle._Unpickler):
