@@ -26,7 +26,7 @@ def robust_loss(losses, threshold, kind='log'):
   if kind == 'soft':
     within = jnp.minimum(losses, threshold)
     return within - within**2 / (2 * threshold)
-  # Further up F is at its bound, and the difference below would be pure rounding.
+  # Further up it is at its bound, and the difference below would be pure rounding.
   within = jnp.minimum(losses, threshold + 50)
   rise = jax.nn.softplus(within - threshold) - jax.nn.softplus(-threshold)
   return (1 + jnp.exp(-threshold)) * (within - rise)
