@@ -14,7 +14,6 @@ from jax import lax
 from dfkd_jax.messages import check_choice
 from dfkd_jax.types import Array, PRNGKey
 
-_ATTEMPTS = 10  # boxes drawn per resized crop, as in torchvision
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
@@ -51,9 +50,8 @@ def crop_and_flip(key: PRNGKey, images: Array, pad: int = 4) -> Array:
   return flip(flip_key, crop(crop_key, images, pad))
 
 
-def resized_crop(
-    key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
+def resized_crop(key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
+                 ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """Resizes a box of random area and shape from each image to full size.
 
   GoogLeNet's crop (arXiv:1409.4842) as in torchvision: the first of ten boxes that fits in the
@@ -62,7 +60,7 @@ def resized_crop(
   """
   area_key, ratio_key, place_key = jax.random.split(key, 3)
   count, limits = images.shape[0], jnp.asarray(images.shape[1:3], jnp.float32)
-  draw = functools.partial(jax.random.uniform, shape=(_ATTEMPTS, count), dtype=jnp.float32)
+  draw = functools.partial(jax.random.uniform, shape=(10, count), dtype=jnp.float32)
   areas = draw(area_key, minval=scale[0], maxval=scale[1]) * limits.prod()
   ratios = jnp.exp(draw(ratio_key, minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1])))
   sizes = jnp.round(jnp.sqrt(jnp.stack([areas / ratios, areas * ratios], axis=-1)))
@@ -73,9 +71,8 @@ def resized_crop(
   return resize_boxes(images, corners, sizes, align_corners=align_corners)
 
 
-def resized_crop_and_flip(
-    key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
+def resized_crop_and_flip(key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
+                          ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """`resized_crop`, then `flip`: for ImageNet-sized images, and CMI's local view."""
   crop_key, flip_key = jax.random.split(key)
   return flip(flip_key, resized_crop(crop_key, images, scale, ratio, align_corners))

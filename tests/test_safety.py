@@ -21,7 +21,7 @@ LOADS = {'numpy.load', 'numpy.lib.format.read_array', 'numpy.lib.npyio.load'}  #
 ALLOWED = {
     # Its find_class has a list of its own.
     'dfkd_jax/weights/formats/pytorch.py': {'pickle._Unpickler'},
-    'dfkd_jax/report/environment.py': {'importlib.metadata'},  # Versions.
+    'dfkd_jax/report/ledger.py': {'importlib.metadata'},  # Versions.
     'dfkd_jax/data/tfds.py': {'importlib.util'},  # Whether TensorFlow is installed.
     # Finds a method by the name of a file in synth/methods, and checks the name.
     'dfkd_jax/synth/__init__.py': {'importlib'},

@@ -13,12 +13,12 @@ from dfkd_jax.config.records import MethodSettings, NetworkSettings
 from dfkd_jax.messages import FieldError, nearest
 from dfkd_jax.synth import objective, schedules
 from dfkd_jax.synth.synthesizer import Synthesizer
-from dfkd_jax.weights import embeddings
+from dfkd_jax.weights import read_embeddings
 
 SHARED = {'capacity', 'bank_size'}  # numbers that all tasks share
 _MAKERS = {  # of an argument from the section or file of its name
     'adversary': lambda section: objective.Adversary(**section),
-    'adversarial': lambda section: schedules.ramp(**section), 'embeddings': embeddings.load}
+    'adversarial': lambda section: schedules.ramp(**section), 'embeddings': read_embeddings}
 
 
 def synthesizer(

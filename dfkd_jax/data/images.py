@@ -28,8 +28,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iter
 
 
 def decode_image(
-    raw: bytes, channels: int | None, image_shape: Shape | None, crop: float | None
-) -> np.ndarray:
+    raw: bytes, channels: int | None, image_shape: Shape | None, crop: float | None) -> np.ndarray:
   """Decodes a JPEG or PNG file to uint8 [H, W, C]; see `load` for `image_shape` and `crop`."""
   with Image.open(io.BytesIO(raw)) as image:
     mode = MODES.get(channels, image.mode)

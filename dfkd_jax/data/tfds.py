@@ -27,10 +27,9 @@ class Dataset(NamedTuple):
   class_names: tuple[str, ...]  # K
 
 
-def load(
-    name: str, split: str, data_dir: str | os.PathLike | None = None, *,
-    image_shape: Shape | None = None, crop: float | None = None, shard: tuple[int, int] = (0, 1),
-) -> Dataset:
+def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
+         image_shape: Shape | None = None, crop: float | None = None,
+         shard: tuple[int, int] = (0, 1)) -> Dataset:
   """Decodes a prepared data set into memory; never downloads.
 
   Only the decoded images stay in memory: 50,000 of 224 x 224 x 3 take 7.5 GB. Raises ValueError

@@ -10,8 +10,7 @@ from jax import lax
 from dfkd_jax import parallel
 from dfkd_jax.distill.student import Student, train_step
 from dfkd_jax.distill.student import divergence as student_divergence
-from dfkd_jax.losses import attention
-from dfkd_jax.losses.divergence import agreement
+from dfkd_jax.losses.divergence import agreement, attention_transfer
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth import replay
 from dfkd_jax.synth.synthesizer import Synthesizer
@@ -36,7 +35,7 @@ def distill(
     key: Key of this round of `num_steps` steps.
     temperature: T of the divergence 'kl'.
     divergence: 'kl', or 'l1' or 'l2' between logits.
-    attention_factor: Factor of `losses.attention.attention_transfer`, which is added (ZSKT).
+    attention_factor: Factor of `losses.divergence.attention_transfer`, which is added (ZSKT).
     augment: (key, images) -> images.
     num_tasks: Tasks on this device. Keys do not depend on the number of devices.
     axis: The mapped axis of devices, if any.
@@ -59,7 +58,7 @@ def distill(
     def loss_fn(outputs):
       losses = student_divergence(divergence, outputs.logits, targets.logits, temperature)
       if attention_factor:
-        losses += attention_factor * attention.attention_transfer(outputs.maps, targets.maps)
+        losses += attention_factor * attention_transfer(outputs.maps, targets.maps)
       new_state, weights = synthesizer.weigh(state, batch, lax.stop_gradient(losses))
       same_class = agreement(outputs.logits, targets.logits).mean()
       metrics = {'agreement': same_class, 'weight': weights.mean()}

@@ -28,25 +28,6 @@ def self_paced_weights(losses: Array, threshold: float | Array, kind: str = 'log
   return (1 + jnp.exp(-threshold)) * jax.nn.sigmoid(threshold - losses)
 
 
-def robust_loss(losses: Array, threshold: float | Array, kind: str = 'log') -> Array:
-  """Loss F(l; lambda) that a student with `self_paced_weights` minimizes in effect.
-
-  F is the integral of the weights from 0 to l, and takes the same arguments. It rises from 0 to a
-  bound that grows with lambda. It is concave, so its tangent lies above it, and a step that lowers
-  the weighted loss lowers F.
-  """
-  check_option('kind', kind, KINDS)
-  if kind == 'hard':
-    return jnp.minimum(losses, threshold)
-  if kind == 'soft':
-    within = jnp.minimum(losses, threshold)
-    return within - within**2 / (2 * threshold)
-  # Further up F is at its bound, and the difference below would be pure rounding.
-  within = jnp.minimum(losses, threshold + 50)
-  rise = jax.nn.softplus(within - threshold) - jax.nn.softplus(-threshold)
-  return (1 + jnp.exp(-threshold)) * (within - rise)
-
-
 def diversity(classes: Array, histogram: Array, *, normalised: bool = False) -> Array:
   """Diversity 1 - h[c] / |B|, which falls with the number of images of this class.
 

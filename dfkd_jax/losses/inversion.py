@@ -16,9 +16,8 @@ def one_hot(logits: Array, labels: Array) -> Array:
   return divergences.cross_entropy(logits, labels)
 
 
-def adversarial(
-    student_logits: Array, teacher_logits: Array, *, masked: bool = True, divergence: str = 'kl',
-    temperature: float | Array = 1.0) -> Array:
+def adversarial(student_logits: Array, teacher_logits: Array, *, masked: bool = True,
+                divergence: str = 'kl', temperature: float | Array = 1.0) -> Array:
   """Minus the divergence of student and teacher: seeks images on which they differ.
 
   The mask of CMI (arXiv:2105.08584) counts only images on which both still choose the same class,
@@ -66,15 +65,42 @@ def total_variation(images: Array) -> Array:
   [B, H, W, C] -> [B], with H and W at least 2. DeepInversion's prior (arXiv:1912.08795) in its l1
   form. The mean over a batch is the published value.
   """
-  differences = (
-      images[:, :, 1:] - images[:, :, :-1], images[:, 1:] - images[:, :-1],
-      images[:, 1:, 1:] - images[:, :-1, :-1], images[:, 1:, :-1] - images[:, :-1, 1:])
+  differences = (images[:, :, 1:] - images[:, :, :-1], images[:, 1:] - images[:, :-1],
+                 images[:, 1:, 1:] - images[:, :-1, :-1], images[:, 1:, :-1] - images[:, :-1, 1:])
   return sum(jnp.mean(jnp.abs(difference), axis=(1, 2, 3)) for difference in differences)
 
 
 def l2(images: Array) -> Array:
   """Frobenius norm, not squared, with gradient 0 at 0: [B, H, W, C] -> []. arXiv:1912.08795."""
   return optax.safe_norm(images.ravel(), 0.0)
+
+
+def contrast(local: Array, global_: Array, bank_local: Array, bank_global: Array,
+             temperature: float | Array, valid: Array) -> Array:
+  """Cross-entropy by which each image's local view finds its own global view among all images: [].
+
+  Contrastive model inversion (CMI, arXiv:2105.08584). Row i of the similarities is the local view
+  of image i, column j the global view of image j. The targets are on the diagonal, and the global
+  views are constants. Rows of the current batch and of the bank are averaged separately, then
+  added. The published code yields NaN whenever its bank is just full. Here only invalid slots are
+  left out, and a bank without valid slots adds nothing. The loss is not negative.
+
+  Args:
+    local, global_: [B, d], projections of norm 1.
+    bank_local, bank_global: [N, d], projections of earlier images; N may be 0.
+    temperature: T, above 0.
+    valid: [N] bool, whether each slot of the bank holds an image.
+  """
+  size = local.shape[0]
+  rows = jnp.concatenate([local, bank_local])
+  columns = jax.lax.stop_gradient(jnp.concatenate([global_, bank_global]))
+  present = jnp.concatenate([jnp.ones(size, bool), valid.astype(bool)])
+  # An infinite similarity on the diagonal of an empty slot would give NaN gradients.
+  lowest = jnp.finfo(rows.dtype).min / 2
+  similarities = jnp.where(present, rows @ columns.T / temperature, lowest)
+  losses = jax.nn.logsumexp(similarities, axis=-1) - jnp.diagonal(similarities)
+  bank_losses = jnp.where(present, losses, 0)[size:]
+  return losses[:size].mean() + bank_losses.sum() / jnp.maximum(present[size:].sum(), 1)
 
 
 def batch_norm(moments: dict[str, Moments], running: dict[str, Moments]) -> Array:
@@ -116,9 +142,8 @@ def relative_batch_norm(moments: dict[str, Moments], running: dict[str, Moments]
       for path, (mean, var) in sorted(running.items()))
 
 
-def mix(
-    batch: dict[str, Moments], past: dict[str, Moments], momentum: float | Array
-) -> dict[str, Moments]:
+def mix(batch: dict[str, Moments], past: dict[str, Moments],
+        momentum: float | Array) -> dict[str, Moments]:
   """Running average of moments: (1 - momentum) * batch + momentum * past, by path of the layer.
 
   FastDFKD (arXiv:2112.06253) matches these to the teacher's, and keeps the same mixture as the

@@ -17,7 +17,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from dfkd_jax.messages import nearest
+from dfkd_jax.messages import check_choice
 from dfkd_jax.models.generator import Generator, SpatialGenerator
 from dfkd_jax.models.mobilenet import EfficientNetLite, MobileNetV2
 from dfkd_jax.models.network import Network, bind
@@ -36,8 +36,7 @@ def _vgg(model: type[nn.Module], *repeats: int) -> Callable[..., nn.Module]:
 
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
-    'convnet': ConvNet, 'mobilenetv2_imagenet': MobileNetV2,
-    'efficientnet_lite0': EfficientNetLite,
+    'convnet': ConvNet, 'mobilenetv2_imagenet': MobileNetV2, 'efficientnet_lite0': EfficientNetLite,
     'efficientnet_lite1': functools.partial(EfficientNetLite, depth=1.1),
     'efficientnet_lite2': functools.partial(EfficientNetLite, width=1.1, depth=1.2),
     'resnet18_imagenet': ImageNetResNet,
@@ -56,8 +55,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     'vgg11_bn': ImageNetVGG, 'vgg13_bn': _vgg(ImageNetVGG, 2, 2, 2, 2, 2),
     'vgg16_bn': _vgg(ImageNetVGG, 2, 2, 3, 3, 3), 'vgg19_bn': _vgg(ImageNetVGG, 2, 2, 4, 4, 4),
     **{f'wrn{depth}_{widen}': functools.partial(WideResNet, depth=depth, widen=widen)
-       for depth in (16, 40) for widen in (1, 2)},
-}
+       for depth in (16, 40) for widen in (1, 2)}}
 
 
 def names() -> tuple[str, ...]:
@@ -71,10 +69,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
   `options` are further attributes of the module, such as `dtype=jnp.bfloat16`, or `shortcut='pad'`
   of the thin ResNets. A ValueError says that there is no such model, or none of that depth.
   """
-  if name in _MODELS:
-    return _MODELS[name](num_classes=num_classes, **options)
   if match := re.fullmatch(r'wrn(\d+)_(\d+)', name):
     return WideResNet(num_classes, *map(int, match.groups()), **options)
-  raise ValueError(
-      f'Unknown model {name!r}.{nearest(name, names())} Known: {", ".join(names())} and '
-      'wrn<depth>_<widen>.')
+  check_choice(name, (*names(), 'wrn<depth>_<widen>'), 'model')
+  return _MODELS[name](num_classes=num_classes, **options)

@@ -107,8 +107,7 @@ def _depthwise_bwd(strides, padding, saved, cotangent):
       (k - 1 - low, n - (o - 1) * stride - 1 + low) for k, n, o, stride, (low, _) in zip(
           rhs.shape, lhs.shape[1:], cotangent.shape[1:], strides, padding, strict=False))
   dilated = _pad(cotangent, edges, strides)  # One pass again: half the time of JAX's derivative.
-  taps = [
-      (maps * cotangent).sum((0, 1, 2)) for maps in _shifted(lhs, rhs.shape, strides, padding)]
+  taps = [(maps * cotangent).sum((0, 1, 2)) for maps in _shifted(lhs, rhs.shape, strides, padding)]
   lhs_grad = _depthwise(dilated, rhs[::-1, ::-1], _ONES, _NO_PADDING)
   return lhs_grad, jnp.stack(taps).reshape(rhs.shape)
 
@@ -133,14 +132,12 @@ def _canonical_bwd(strides, padding, lhs_dilation, rhs_dilation, precision, save
       (dilate(rhs.shape[i], rhs_dilation[i]), dilate(lhs.shape[i + 1], lhs_dilation[i]),
        dilate(cotangent.shape[i + 1], strides[i]), padding[i][0]) for i in range(2)]
   lhs_padding = tuple((k - 1 - low, n - o + low) for k, n, o, low in extents)
-  lhs_grad = _canonical(
-      cotangent, rhs[::-1, ::-1].swapaxes(2, 3), lhs_dilation, lhs_padding, strides, rhs_dilation,
-      precision)
+  lhs_grad = _canonical(cotangent, rhs[::-1, ::-1].swapaxes(2, 3), lhs_dilation, lhs_padding,
+                        strides, rhs_dilation, precision)
   if lhs_dilation != _ONES or rhs_dilation != _ONES:
     rhs_padding = tuple((low, o - n + k - 1 - low) for k, n, o, low in extents)
-    rhs_grad = _canonical(
-        lhs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), rhs_dilation, rhs_padding,
-        lhs_dilation, strides, precision)
+    rhs_grad = _canonical(lhs.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), rhs_dilation,
+                          rhs_padding, lhs_dilation, strides, precision)
     return lhs_grad, rhs_grad.transpose(1, 2, 0, 3)
   # Faster in whole networks than a convolution with a kernel of the maps' size.
   return lhs_grad, _rhs_grad(lhs, rhs.shape, cotangent, strides, padding, precision)

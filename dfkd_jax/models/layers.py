@@ -46,11 +46,9 @@ class UpsampledConv(nn.Module):
     return upsampled_conv(x.astype(dtype), kernel)
 
 
-def conv_norm(
-    module: nn.Module, x: Array, width: int, size: int, strides: int = 1, *, train: bool,
-    names: tuple[str, str], use_bias: bool = False, padding: str | None = None,
-    kernel_init: nn.initializers.Initializer = he_fan_out, **options: Any,
-) -> Array:
+def conv_norm(module: nn.Module, x: Array, width: int, size: int, strides: int = 1, *, train: bool,
+              names: tuple[str, str], use_bias: bool = False, padding: str | None = None,
+              kernel_init: nn.initializers.Initializer = he_fan_out, **options: Any) -> Array:
   """Applies a convolution and its batch norm to maps: [B, H, W, I] to [B, H', W', width].
 
   Both are submodules of `module`, called `names`, with its dtype, epsilon and momentum. The padding
@@ -59,9 +57,8 @@ def conv_norm(
   conv = Conv(
       width, (size, size), strides, size // 2 if padding is None else padding, use_bias=use_bias,
       kernel_init=kernel_init, dtype=module.dtype, name=names[0], **options)
-  norm = BatchNorm(
-      use_running_average=not train, epsilon=getattr(module, 'epsilon', 1e-5),
-      momentum=getattr(module, 'momentum', 0.9), dtype=module.dtype, name=names[1])
+  norm = BatchNorm(use_running_average=not train, epsilon=getattr(module, 'epsilon', 1e-5),
+                   momentum=getattr(module, 'momentum', 0.9), dtype=module.dtype, name=names[1])
   return norm(conv(x))
 
 
@@ -141,9 +138,8 @@ def _normalize_over_devices(next_fun, norm, x, *args, **kwargs):
   Mean and mean square are sent together, of the inputs minus the running mean. This does not
   change the normalized values, and avoids cancellation (see `moments_of`).
   """
-  evaluates = nn.merge_param(
-      'use_running_average', norm.use_running_average,
-      args[0] if args else kwargs.get('use_running_average'))
+  evaluates = nn.merge_param('use_running_average', norm.use_running_average,
+                             args[0] if args else kwargs.get('use_running_average'))
   shift = norm.get_variable('batch_stats', 'mean')
   if evaluates or shift is None or not norm.is_mutable_collection('batch_stats'):
     return next_fun(x, *args, **kwargs)

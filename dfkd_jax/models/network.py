@@ -43,9 +43,8 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     """Evaluates images [B, H, W, C] in [0, 1]; batch norms use their running moments."""
     return self.forward(images)[0]
 
-  def forward(
-      self, images: Array, *, train: bool = False, axis: str | None = None,
-  ) -> tuple[Outputs, PyTree]:
+  def forward(self, images: Array, *, train: bool = False,
+              axis: str | None = None) -> tuple[Outputs, PyTree]:
     """Returns the outputs for images [B, H, W, C] in [0, 1], and the running moments.
 
     With `train`, batch norms normalize by the moments of this batch, which is spread over the
@@ -66,11 +65,10 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     sown = new.get('intermediates', {})
     captures = layers.captures_by_path(sown)
     stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
-    outputs = Outputs(
-        logits=results, features=sown['features'][0] if 'features' in sown else None,
-        maps=tuple(sown[stage][0] for stage in stages if stage in sown),
-        moments={path: capture.moments for path, capture in captures.items()},
-        pooled={path: capture.pooled for path, capture in captures.items()})
+    outputs = Outputs(logits=results, features=sown['features'][0] if 'features' in sown else None,
+                      maps=tuple(sown[stage][0] for stage in stages if stage in sown),
+                      moments={path: capture.moments for path, capture in captures.items()},
+                      pooled={path: capture.pooled for path, capture in captures.items()})
     return outputs, new.get('batch_stats', self.batch_stats)
 
   def preprocess(self, images: Array) -> Array:
@@ -106,20 +104,17 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
     return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def create(
-    module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int], **preprocessing: Any,
-) -> Network:
+def create(module: nn.Module, key: jax.Array, image_shape: tuple[int, int, int],
+           **preprocessing: Any) -> Network:
   """Makes a network with fresh variables for images [H, W, C]; see `bind` for `preprocessing`."""
   shape = (*(preprocessing.get('resize') or image_shape[:2]), image_shape[2])
   init = jax.jit(lambda key: module.init(key, jnp.zeros((1, *shape)), **_mode(module, False)))
   return bind(module, init(key), **preprocessing)
 
 
-def bind(
-    module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, ...] = (0.0,),
-    std: tuple[float, ...] = (1.0,), bgr: bool = False, resize: tuple[int, int] | None = None,
-    logits: int | str | None = None,
-) -> Network:
+def bind(module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, ...] = (0.0,),
+         std: tuple[float, ...] = (1.0,), bgr: bool = False, resize: tuple[int, int] | None = None,
+         logits: int | str | None = None) -> Network:
   """Makes a network from a module and its fresh or trained variables.
 
   `variables` are {'params': ..., 'batch_stats': ...}; the latter may be missing. See `Network`.
@@ -127,10 +122,9 @@ def bind(
   if others := sorted(set(variables) - {'params', 'batch_stats', 'intermediates'}):
     raise ValueError(
         f'variables has the collections {others}; a module may have params and batch_stats only.')
-  return Network(
-      params=variables['params'], batch_stats=variables.get('batch_stats', {}), module=module,
-      mean=tuple(mean), std=tuple(std), bgr=bgr, resize=None if resize is None else tuple(resize),
-      logits=logits)
+  return Network(params=variables['params'], batch_stats=variables.get('batch_stats', {}),
+                 module=module, mean=tuple(mean), std=tuple(std), bgr=bgr,
+                 resize=None if resize is None else tuple(resize), logits=logits)
 
 
 def _mode(module: nn.Module, train: bool) -> dict[str, bool]:

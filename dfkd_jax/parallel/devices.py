@@ -58,9 +58,8 @@ def task_keys(key: PRNGKey, num_tasks: int, axis: str | None) -> Array:
   return jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(num_tasks))
 
 
-def by_task(
-    function: Callable[[PRNGKey, Array], Array], num_tasks: int, axis: str | None,
-) -> Callable[[PRNGKey, Array], Array]:
+def by_task(function: Callable[[PRNGKey, Array], Array], num_tasks: int,
+            axis: str | None) -> Callable[[PRNGKey, Array], Array]:
   """Applies `function(key, images)` to each task's share of images [M * B, ...] and its own key."""
 
   def apply(key, images):
@@ -137,8 +136,7 @@ def place(mesh: Mesh, tree: PyTree, spec: PartitionSpec | None = None) -> PyTree
 def local_copy(tree: PyTree) -> PyTree:
   """Replaces replicated arrays by their copy on one device of this process."""
   is_replicated = lambda leaf: isinstance(leaf, jax.Array) and leaf.is_fully_replicated
-  return jax.tree.map(
-      lambda leaf: leaf.addressable_data(0) if is_replicated(leaf) else leaf, tree)
+  return jax.tree.map(lambda leaf: leaf.addressable_data(0) if is_replicated(leaf) else leaf, tree)
 
 
 def gather(tree: PyTree) -> PyTree:
@@ -148,10 +146,8 @@ def gather(tree: PyTree) -> PyTree:
   return jax.device_get(tree)
 
 
-def each_device(
-    function: Callable[..., PyTree], mesh: Mesh, arguments: tuple[PyTree, ...], results: PyTree,
-    donate: tuple[int, ...] = (),
-) -> Callable[..., PyTree]:
+def each_device(function: Callable[..., PyTree], mesh: Mesh, arguments: tuple[PyTree, ...],
+                results: PyTree, donate: tuple[int, ...] = ()) -> Callable[..., PyTree]:
   """Compiles a per-device function, which takes `axis=` (None on one device), over a mesh.
 
   `arguments` are trees of PartitionSpecs (see `specs`), one for each argument; `results` is one.
@@ -159,9 +155,8 @@ def each_device(
   """
   if mesh.size == 1:
     return jax.jit(functools.partial(function, axis=None), donate_argnums=donate)
-  mapped = jax.shard_map(
-      functools.partial(function, axis=AXIS), mesh=mesh, in_specs=arguments, out_specs=results,
-      check_vma=False)
+  mapped = jax.shard_map(functools.partial(function, axis=AXIS), mesh=mesh, in_specs=arguments,
+                         out_specs=results, check_vma=False)
   return jax.jit(mapped, donate_argnums=donate)
 
 
@@ -169,7 +164,6 @@ def even_share(total: int, parts: int, name: str) -> int:
   """Divides `total` by `parts`. A FieldError of `name` gives the nearest allowed total."""
   if total < 1 or total % parts:
     nearest = max(parts, round(total / parts) * parts)
-    raise FieldError(
-        name, f'{name} is {total}, must be a positive multiple of {parts} (devices and tasks), '
-        f'such as {nearest}.')
+    raise FieldError(name, f'{name} is {total}, must be a positive multiple of {parts} (devices '
+                     f'and tasks), such as {nearest}.')
   return total // parts

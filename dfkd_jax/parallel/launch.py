@@ -17,14 +17,10 @@ import jax
 # them by step: a batch script is one process, even if SLURM_NTASKS is larger.
 _COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'MEGASCALE_NUM_SLICES')
 _HOSTS = ('TPU_PROCESS_ADDRESSES', 'TPU_WORKER_HOSTNAMES')  # Comma-separated.
-_SHUTDOWN = 60  # Seconds that a process waits for the others at its end.
-_MARGIN = 86_400  # Seconds by which JAX's own timeout is longer, since it aborts the process.
 
 
-def initialize(
-    coordinator: str | None = None, num_processes: int | None = None,
-    process_id: int | None = None, timeout: int = 300,
-) -> None:
+def initialize(coordinator: str | None = None, num_processes: int | None = None,
+               process_id: int | None = None, timeout: int = 300) -> None:
   """Joins the other processes of this run, if any. Call it before JAX looks for devices.
 
   Without arguments, it joins others only if a cluster reports that it started more than one
@@ -35,8 +31,7 @@ def initialize(
   cluster. `process_id` counts from 0. Waits at most `timeout` seconds for the others. Raises a
   ValueError if they do not join, arguments are missing or wrong, or JAX has looked for devices.
   """
-  settings = {
-      'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
+  settings = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
   is_empty = set(settings.values()) == {None}
   detect = coordinator == 'auto' or (is_empty and started_together() > 1)
   if not detect:
@@ -85,8 +80,8 @@ def _join(timeout: int, settings: dict) -> None:
 
   def join():
     try:
-      jax.distributed.initialize(
-          **settings, initialization_timeout=timeout + _MARGIN, shutdown_timeout_seconds=_SHUTDOWN)
+      jax.distributed.initialize(  # JAX's own timeout, a day longer, would abort the process.
+          **settings, initialization_timeout=timeout + 86_400, shutdown_timeout_seconds=60)
     except Exception as error:
       errors.append(error)
 

@@ -12,12 +12,10 @@ from dfkd_jax.report.files import replace_file, reporting_disk_errors
 
 MARGIN = 10  # Pixels around every image.
 INK, PAPER, FRAME = (48, 48, 48), (255, 255, 255), (200, 200, 200)
-FONT_SIZES = (15, 14, 13, 12, 11, 10)
 
 
-def image_grid(
-    path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10,
-    scale: int | None = None) -> None:
+def image_grid(path: str | os.PathLike, images: Any, labels: Sequence[str], columns: int = 10,
+               scale: int | None = None) -> None:
   """Writes a PNG of images in rows, with labels underneath, on the first process only.
 
   Raises ValueError if an argument is wrong, or if the file cannot be written.
@@ -37,8 +35,6 @@ def image_grid(
   if len(labels) != count:
     raise ValueError(f'There are {len(labels)} labels for {count} images.')
   scale = max(1, round(96 / max(height, width))) if scale is None else scale
-  if columns < 1 or scale < 1:
-    raise ValueError(f'columns is {columns} and scale is {scale}, both must be at least 1.')
   if parallel.is_first():
     if images.dtype != np.uint8:
       images = np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)
@@ -51,7 +47,7 @@ def image_grid(
 
 def _draw_sheet(tiles: np.ndarray, labels: Sequence[str], columns: int) -> Image.Image:
   count, height, width, _ = tiles.shape
-  for size in FONT_SIZES:  # Uses the largest font in which all labels fit, or the smallest font.
+  for size in range(15, 9, -1):  # The largest font in which all labels fit, or the smallest.
     font = ImageFont.load_default(size)
     if all(font.getlength(label) <= width for label in labels):
       break

@@ -1,9 +1,15 @@
-"""Counts the time that a run spends in its parts, and the work it has done."""
+"""The resources of a run: time by part, work done, versions of packages, devices."""
 
 import contextlib
+import importlib.metadata
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 
+import jax
+
+import dfkd_jax
 from dfkd_jax.messages import check_choice
 
 PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'evaluation',
@@ -11,6 +17,7 @@ PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'ev
 # Processes of the run, images made, images seen by the student, and rounds repeated with other
 # keys after a number that was not finite.
 COUNTS = ('starts', 'synthesised', 'seen', 'reseeded')
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
 class Ledger:
@@ -73,3 +80,19 @@ class Ledger:
     if self._open:
       self._seconds[self._open[-1]] += now - self._since
     self._since = now
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python, of this library and of the packages it computes with."""
+  return {'python': platform.python_version(), 'dfkd_jax': dfkd_jax.__version__} | {
+      name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def device() -> dict[str, str | int]:
+  """Describes accelerator and host: platform, kind, count, processes, cpu (model), usable cores."""
+  devices, cpu = jax.devices(), platform.processor() or platform.machine()
+  with contextlib.suppress(OSError), open('/proc/cpuinfo', errors='replace') as file:
+    cpu = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), cpu)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {'platform': devices[0].platform, 'kind': devices[0].device_kind, 'count': len(devices),
+          'processes': jax.process_count(), 'cpu': cpu, 'cores': cores}

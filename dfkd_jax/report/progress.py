@@ -8,8 +8,6 @@ import tqdm
 
 from dfkd_jax import parallel
 
-_LONGEST_SILENCE = 60.0  # Seconds.
-
 
 def say(text: str, stream: TextIO | None = None) -> None:
   """Prints a line to a stream, by default to stdout, on the first process only."""
@@ -60,7 +58,7 @@ class Progress:
       self._bar.update()
     elif (self._done % max(1, self._total // 20) == 0
           or self._done in (self._initial + 1, self._total)
-          or now - self._last_line > _LONGEST_SILENCE):
+          or now - self._last_line > 60):
       seconds, self._last_line = now - self._start, now
       left = seconds / (self._done - self._initial) * (self._total - self._done)
       numbers = [f'{name} {value}' for name, value in self._numbers.items()]

@@ -12,7 +12,6 @@ SUMMARY = 'summary.json'
 PRIVACY = 'Synthetic images carry no privacy guarantee: they may reveal the training data.'
 _FIRST = ('student', 'teacher', 'control', 'parameters', 'seconds', 'wall_seconds', 'seed',
           'command', 'workdir')  # The first keys of the file; the others follow by name.
-_REQUIRED = {'student': dict, 'config': dict, 'weights': dict, 'changed': list}
 
 
 # Metrics of a network in a round: round, top1, top5, cross_entropy, and agreement with the teacher
@@ -44,7 +43,7 @@ class Summary(TypedDict):
 
 def check_summary(summary: dict[str, Any]) -> None:
   """Raises ValueError, which names the field, unless a summary has all required fields."""
-  for name, kind in _REQUIRED.items():
+  for name, kind in {'student': dict, 'config': dict, 'weights': dict, 'changed': list}.items():
     if not isinstance(value := summary.get(name), kind):
       raise ValueError(f'summary.{name} must be {kind.__name__}, got {short_repr(value)}')
   if not isinstance(summary['student'].get('last'), dict):

@@ -14,7 +14,7 @@ import optax
 from flax import linen as nn
 
 from dfkd_jax import augment
-from dfkd_jax.losses import contrast as losses
+from dfkd_jax.losses import inversion
 from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth.layout import Layout
@@ -109,7 +109,7 @@ class Contrast:
     project = lambda view: Head(self.projection_size).apply(
         {'params': head}, jnp.concatenate([views[:, view], bank[slots, view]]))
     (local, global_), batch = (project(0), project(1)), images.shape[0]
-    term = losses.contrast(
+    term = inversion.contrast(
         local[:batch], global_[:batch], local[batch:], global_[batch:],
         self.contrast_temperature, is_live)
     return term, views

@@ -1,14 +1,18 @@
-"""The card of a network: its weights, size and preprocessing, for a report."""
+"""The card of a network, for a report: its weights and their SHA-256, size, preprocessing."""
 
+import hashlib
 import os
+import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dfkd_jax.messages import explain_read_errors
 from dfkd_jax.models.network import Network
-from dfkd_jax.weights.digest import digest_arrays, digest_files
-from dfkd_jax.weights.reading import split_entry
+from dfkd_jax.weights.formats import tfjs
+from dfkd_jax.weights.reading import find_weights, split_entry
 
 
 class Card(NamedTuple):
@@ -31,16 +35,14 @@ class Card(NamedTuple):
     mean, std = (', '.join(f'{x:.4g}' for x in numbers) for numbers in (self.mean, self.std))
     order, classes = 'BGR, ' if self.bgr else '', self.num_classes or 'unknown'
     resized = f', resized to {self.resize}' if self.resize else ''
-    return [
-        f'weights     {self.source} (SHA-256 {self.sha256[:16]})',
-        f'network     {self.num_params:,} parameters in {self.dtype}, {classes} classes',
-        f'batch norm  {self.batch_norms} layers with {self.channels:,} channels',
-        f'images      {order}mean ({mean}), std ({std}){resized}']
+    return [f'weights     {self.source} (SHA-256 {self.sha256[:16]})',
+            f'network     {self.num_params:,} parameters in {self.dtype}, {classes} classes',
+            f'batch norm  {self.batch_norms} layers with {self.channels:,} channels',
+            f'images      {order}mean ({mean}), std ({std}){resized}']
 
 
-def describe(
-    network: Network, source: str | os.PathLike[str] | None,
-    path: str | os.PathLike[str] | None = None) -> Card:
+def describe(network: Network, source: str | os.PathLike[str] | None,
+             path: str | os.PathLike[str] | None = None) -> Card:
   """Makes the card of a network, with weights from a source, or from no file if that is None.
 
   `path` says where they lie if `source` is no path.
@@ -59,3 +61,44 @@ def describe(
       dtype=', '.join(sorted({leaf.dtype.name for leaf in jax.tree.leaves(network.params)})),
       mean=tuple(map(float, network.mean)), std=tuple(map(float, network.std)),
       bgr=network.bgr, resize=network.resize)
+
+
+def digest_files(path: pathlib.Path) -> str:
+  """SHA-256 of a file of weights, as from sha256sum, or of the weights in a folder.
+
+  The digest of a folder covers the names and digests of its files of weights, in order: a
+  model.json with its shards, one file of the hub, or all files of Orbax. A model.json has the
+  digest of its folder.
+
+  Raises OSError if there is no such file. Raises ValueError if a folder holds no weights, or a
+  model.json is damaged or lacks a shard.
+  """
+  path.stat()  # Raises OSError if there is none.
+  with explain_read_errors(path):
+    weights = find_weights(path) if path.is_dir() else path
+    if weights.is_dir():
+      folder = path
+      names = sorted(
+          file.relative_to(path).as_posix() for file in path.rglob('*') if file.is_file())
+    else:
+      folder = weights.parent
+      is_model = weights.suffix == '.json'
+      shards = tfjs.list_shards(weights.read_bytes(), folder) if is_model else []
+      names = sorted({weights.name, *shards})
+  digests = []
+  for name in names:
+    with (folder / name).open('rb') as file:
+      digests.append(hashlib.file_digest(file, 'sha256').hexdigest())
+  if names == [path.name] and not path.is_dir():
+    return digests[0]
+  lines = (f'{digest}  {name}\n' for digest, name in zip(digests, names, strict=True))
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+
+def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+  """SHA-256 of the names, dtypes, shapes and bytes of arrays, in their order."""
+  digest = hashlib.sha256()
+  for name, array in arrays.items():
+    digest.update(f'{name} {array.dtype} {array.shape}'.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()

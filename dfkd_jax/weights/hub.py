@@ -22,10 +22,8 @@ def resolve(source: str | os.PathLike[str]) -> pathlib.Path:
   A source is a path, with '#ENTRY' for an entry of a checkpoint (see `read`). Or it is
   'hf:OWNER/REPO[@REVISION][/FILE][#ENTRY]', kept in the hub's cache. Without FILE it is
   model.safetensors, or pytorch_model.bin, or the only file of weights. A model.json of
-  TensorFlow.js comes with its shards.
-
-  Raises:
-    ValueError: There is no such file, or it cannot be fetched.
+  TensorFlow.js comes with its shards. Raises ValueError if there is no such file, or it cannot be
+  fetched.
   """
   source = os.fspath(source)
   if source.startswith('hf:'):

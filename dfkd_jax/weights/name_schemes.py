@@ -10,16 +10,13 @@ from dfkd_jax.weights.torch_layout import to_torch_layout
 _KERAS_LEAVES = {
     'kernel': 'weight', 'depthwise_kernel': 'weight', 'gamma': 'weight', 'beta': 'bias',
     'bias': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var'}
-_KERAS_LAYERS = {
-    'fc1000': 'fc', 'predictions': 'fc', 'probs': 'fc', 'conv1_conv': 'conv1', 'bn_conv1': 'bn1',
-    'conv1_bn': 'bn1'}
+_KERAS_LAYERS = {'fc1000': 'fc', 'predictions': 'fc', 'probs': 'fc', 'conv1_conv': 'conv1',
+                 'bn_conv1': 'bn1', 'conv1_bn': 'bn1'}
 _KERAS_BRANCHES = {'1': 0, '2a': 1, '2b': 2, '2c': 3}
-_LUKEMELAS_LAYERS = {
-    '_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head', '_bn1': 'bn2',
-    '_fc': 'classifier'}
-_LUKEMELAS_BLOCK = {
-    '_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw', '_bn1': 'bn2',
-    '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
+_LUKEMELAS_LAYERS = {'_conv_stem': 'conv_stem', '_bn0': 'bn1', '_conv_head': 'conv_head',
+                     '_bn1': 'bn2', '_fc': 'classifier'}
+_LUKEMELAS_BLOCK = {'_expand_conv': 'conv_pw', '_bn0': 'bn1', '_depthwise_conv': 'conv_dw',
+                    '_bn1': 'bn2', '_project_conv': 'conv_pwl', '_bn2': 'bn3'}
 _LUKEMELAS_FIRST_BLOCK = {  # Does not expand.
     '_depthwise_conv': 'conv_dw', '_bn1': 'bn1', '_project_conv': 'conv_pw', '_bn2': 'bn2'}
 
@@ -37,17 +34,11 @@ def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """
   keras = {name: name.removesuffix(':0').split('/')[-2:] for name in arrays}
   if arrays and all(len(end) == 2 and end[1] in _KERAS_LEAVES for end in keras.values()):
-    return {f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}': _from_keras(arrays[name], leaf)
+    return {f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}': to_torch_layout(arrays[name], leaf)
             for name, (layer, leaf) in keras.items()}
   if '_conv_stem.weight' in arrays:
     return dict(zip(_lukemelas_names(arrays), arrays.values(), strict=True))
   return dict(arrays)
-
-
-def _from_keras(array: np.ndarray, leaf: str) -> np.ndarray:
-  if leaf == 'depthwise_kernel':  # [H, W, C, M] -> [C * M, 1, H, W]
-    return array.transpose(2, 3, 0, 1).reshape(-1, 1, *array.shape[:2])
-  return to_torch_layout(array, leaf)
 
 
 def _keras_layer(layer: str) -> str:

@@ -26,9 +26,8 @@ class Probe(NamedTuple):
   tolerance: float  # Largest allowed absolute difference of a logit.
 
 
-def make_probe(
-    network: Network, image_shape: tuple[int, ...], *, seed: int = 0, tolerance: float = 0.02
-) -> Probe:
+def make_probe(network: Network, image_shape: tuple[int, ...], *, seed: int = 0,
+               tolerance: float = 0.02) -> Probe:
   """Computes the probe of a network, with a tolerance in standard deviations of the logits."""
   logits = _select(np.asarray(_forward(network, probe_images(seed, image_shape))))
   rounded = tuple(tuple(float(f'{value:.7g}') for value in row) for row in logits)
@@ -52,22 +51,17 @@ def read_probe(path: str | os.PathLike[str]) -> Probe | None:
         f'The probe in the metadata of {path} is damaged: {safe_name(text)!r}.') from error
 
 
-def check_network(
-    network: Network, image_shape: tuple[int, ...], expected: Probe | None = None, *,
-    moments: bool = True) -> dict[str, Any]:
+def check_network(network: Network, image_shape: tuple[int, ...], expected: Probe | None = None, *,
+                  moments: bool = True) -> dict[str, Any]:
   """Checks that weights are sound, as far as that is possible without data.
 
+  Returns plain data. `probe_difference` is the largest difference to the probe, or None. Raises
+  ValueError if values, variances, moments or logits are not sound, or the probe differs.
+
   Args:
-    network: A network with its weights and preprocessing.
     image_shape: [H, W, C] of the data set.
     expected: From `read_probe`. Ignored for other image shapes, and for less than float32.
     moments: Whether running moments must look trained.
-
-  Returns:
-    Plain data. `probe_difference` is the largest difference to the probe, or None.
-
-  Raises:
-    ValueError: Values, variances, moments or logits are not sound, or the probe differs.
   """
   variances = _check_variables(network, moments)
   dtype = getattr(network.module, 'dtype', None) or jnp.float32
@@ -84,11 +78,9 @@ def check_network(
   if (logits == logits[:1]).all():
     raise ValueError(f'The logits are the same for {_NUM_IMAGES} different images: the weights do '
                      'not compute anything.')
-  return {
-      'min_variance': float(variances.min()) if variances.size else None,
-      'zero_variances': int((variances == 0).sum()),
-      'logits_std': float(logits.std()),
-      'probe_difference': _compare(logits, expected) if expected else None}
+  return {'min_variance': float(variances.min()) if variances.size else None,
+          'zero_variances': int((variances == 0).sum()), 'logits_std': float(logits.std()),
+          'probe_difference': _compare(logits, expected) if expected else None}
 
 
 def probe_images(seed: int, image_shape: tuple[int, ...]) -> np.ndarray:

@@ -11,8 +11,9 @@ import numpy as np
 from flax import linen as nn
 
 from dfkd_jax.messages import RefusedError, explain_read_errors, one_line, safe_names
+from dfkd_jax.paths import expand_path
 from dfkd_jax.types import PyTree
-from dfkd_jax.weights.formats import archives, keras, npz, orbax, pytorch, safetensors, tfjs
+from dfkd_jax.weights.formats import archives, keras, orbax, pytorch, safetensors, tfjs
 from dfkd_jax.weights.name_schemes import translate_names
 from dfkd_jax.weights.torch_layout import to_variables
 
@@ -47,15 +48,11 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
   like) is read on request, or if there is no other. Drops the prefixes 'module.', '_orig_mod.' and
   'model.' if all names have them.
 
-  Args:
-    path: Path of the file; 'file.pth#ema' is short for entry='ema'.
-    entry: Key within a checkpoint, with dots for nested keys ('ema.model'). 'ema' stands for any
-      of the names of averages.
+  `entry` is a key within a checkpoint, with dots for nested keys ('ema.model'). 'ema' stands for
+  any of the names of averages. The path 'file.pth#ema' is short for entry='ema'.
 
-  Raises:
-    OSError: There is no such file.
-    ValueError: It is damaged, of another format, has no weights or no such entry. Or it is a
-      pickle that names anything but tensors.
+  Raises OSError if there is no such file. Raises ValueError if it is damaged, of another format,
+  has no weights or no such entry, or is a pickle that names anything but tensors.
   """
   path, chosen = split_entry(path)
   entry = entry or chosen
@@ -69,28 +66,39 @@ def read(path: str | os.PathLike[str], entry: str | None = None) -> dict[str, np
     return _find_state_dict(_read_file(data, path.parent), entry)
 
 
-def load(
-    path: str | os.PathLike[str], module: nn.Module, image_shape: tuple[int, ...]
-) -> dict[str, PyTree]:
+def load(path: str | os.PathLike[str], module: nn.Module,
+         image_shape: tuple[int, ...]) -> dict[str, PyTree]:
   """Loads the variables of a module from published weights, or from a file of `save_safetensors`.
 
-  Args:
-    path: See `read`.
-    module: The architecture of the weights.
-    image_shape: Shape of its input without the batch: [H, W, C], or [Z] for a generator.
+  Returns {'params': ..., 'batch_stats': ...} in the dtypes of `module.init`; half precision is
+  widened. `image_shape` is the shape of one input: [H, W, C], or [Z] for a generator.
 
-  Returns:
-    {'params': ..., 'batch_stats': ...} in the dtypes of `module.init`; half precision is widened.
-
-  Raises:
-    ValueError: The file cannot be read, or does not fit the module: names the first parameter, both
-      shapes, and both numbers of classes if these differ.
+  Raises ValueError if the file cannot be read (see `read`), or does not fit the module: names the
+  first parameter, both shapes, and both numbers of classes if these differ.
   """
   arrays = read(path)
   try:
     return to_variables(translate_names(arrays), module, image_shape)
   except ValueError as error:
     raise ValueError(f'{path} does not fit: {one_line(error)}') from None
+
+
+def read_embeddings(path: str | os.PathLike) -> np.ndarray:
+  """Reads embeddings of classes, float32, from a .npy file or a file of weights with one array."""
+  path = expand_path(path, 'embeddings')
+  try:
+    if path.suffix == '.npy':
+      with path.open('rb') as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    else:
+      array, *others = read(path).values()
+      if others:
+        raise RefusedError(f'has {1 + len(others)} arrays')
+    return array.astype(np.float32, casting='same_kind')
+  except Exception as error:  # A damaged file may raise anything.
+    detail = one_line(error) or type(error).__name__
+    raise ValueError(
+        f'embeddings are {str(path)!r}, must be one array of numbers: {detail}') from error
 
 
 def split_entry(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str | None]:
@@ -123,8 +131,7 @@ def _read_file(data: bytes, folder: pathlib.Path) -> Any:
   if data.startswith(b'{'):
     return tfjs.read(data, folder)
   if data.startswith(b'PK\x03\x04'):
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-      return _read_archive(archive)
+    return _read_archive(zipfile.ZipFile(io.BytesIO(data)))
   if data.startswith(b'\x80'):
     return pytorch.read_legacy(data)
   if data.startswith(b'\x89HDF\r\n\x1a\n'):
@@ -138,7 +145,7 @@ def _read_archive(archive: zipfile.ZipFile) -> Any:
   archives.check_sizes(archive.infolist())
   names = archive.namelist()
   if names and all(name.endswith('.npy') for name in names):
-    return npz.read_npz(archive)
+    return archives.read_npz(archive)
   if 'model.weights.h5' in names:
     return keras.read_h5(archive.read('model.weights.h5'))
   return pytorch.read_zip(archive)

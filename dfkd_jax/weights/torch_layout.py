@@ -16,30 +16,26 @@ from flax import traverse_util
 from dfkd_jax.messages import safe_name
 from dfkd_jax.types import PyTree
 
-_TORCH_LEAVES = {
-    'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias',
-    'mean': 'running_mean', 'var': 'running_var'}
+_TORCH_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias',
+                 'mean': 'running_mean', 'var': 'running_var'}
 _CLASSIFIERS = ('fc', 'linear', 'classifier')  # Names of the last layer in different code bases.
 
 
-def to_variables(
-    state_dict: Mapping[str, np.ndarray], module: nn.Module, image_shape: tuple[int, ...]
-) -> dict[str, PyTree]:
+def to_variables(state_dict: Mapping[str, np.ndarray], module: nn.Module,
+                 image_shape: tuple[int, ...]) -> dict[str, PyTree]:
   """Converts arrays in PyTorch's names and layout to the variables of a module.
 
   Transposes convolutions from OIHW to HWIO and dense layers from (out, in) to (in, out). Casts to
   the dtypes of `module.init`. Ignores `num_batches_tracked`. A last layer named fc, linear or
   classifier fits a module with another of these names. Arrays named 'params.conv1.kernel' and
-  'batch_stats.bn1.mean' are in Flax's layout already.
-  `image_shape` is the shape of one input: [H, W, C], or [Z] for a generator.
+  'batch_stats.bn1.mean' are in Flax's layout already. `image_shape` is the shape of one input:
+  [H, W, C], or [Z] for a generator.
 
-  Raises:
-    ValueError: An array is missing, unexpected, not floating-point, not finite, or of another
-      shape. Names the first one.
+  Raises ValueError, which names the first array that is missing, unexpected, not floating-point,
+  not finite, or of another shape.
   """
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  shapes = traverse_util.flatten_dict(
-      dict(jax.eval_shape(module.init, jax.random.key(0), images)))
+  shapes = traverse_util.flatten_dict(dict(jax.eval_shape(module.init, jax.random.key(0), images)))
   if all(name.startswith(('params.', 'batch_stats.')) for name in state_dict):
     paths = {'.'.join(path): path for path in shapes}
     arrays = {name: (name, array) for name, array in state_dict.items()}
@@ -78,12 +74,13 @@ def from_variables(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
 
 def to_torch_layout(array: np.ndarray, leaf: str) -> np.ndarray:
   """Moves the axes of kernels from (spatial ..., in, out) to (out, in, spatial ...)."""
+  if leaf == 'depthwise_kernel':  # Of Keras: [H, W, C, M] to [C * M, 1, H, W].
+    return array.transpose(2, 3, 0, 1).reshape(-1, 1, *array.shape[:2])
   return np.moveaxis(array, (-1, -2), (0, 1)) if leaf == 'kernel' and array.ndim > 1 else array
 
 
-def _match_names(
-    state_dict: Mapping[str, np.ndarray], paths: Mapping[str, tuple[str, ...]]
-) -> dict[str, tuple[str, np.ndarray]]:
+def _match_names(state_dict: Mapping[str, np.ndarray],
+                 paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, np.ndarray]]:
   """Names in the file, and arrays in Flax's layout, by the keys of `paths`."""
   keys = {}
   for name in state_dict:
@@ -105,9 +102,8 @@ def _match_names(
   return arrays
 
 
-def _cast(
-    name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct, num_classes: int | None
-) -> jax.Array:
+def _cast(name: str, array: np.ndarray, expected: jax.ShapeDtypeStruct,
+          num_classes: int | None) -> jax.Array:
   """Checks an array and casts it. An error names both numbers of classes if only these differ."""
   start, shape = f'Parameter {safe_name(name)}', expected.shape
   if array.shape != shape:

@@ -7,7 +7,7 @@ import pytest
 import toys
 
 from dfkd_jax import augment, distill
-from dfkd_jax.losses import attention
+from dfkd_jax.losses import divergence
 
 
 def maps(seed, *shape):
@@ -16,7 +16,7 @@ def maps(seed, *shape):
 
 def test_attention_by_hand():
   pixels = [[[1.0, 1.0], [0.0, 2.0]], [[2.0, 2.0], [0.0, 0.0]]]
-  attended = attention.attention_map(jnp.array([pixels]))
+  attended = divergence.attention_map(jnp.array([pixels]))
   # Means of squares 1, 2, 4, 0.
   np.testing.assert_allclose(attended, [np.array([1, 2, 4, 0]) / np.sqrt(21)], rtol=1e-6)
 
@@ -31,19 +31,19 @@ def test_transfer_is_a_loop_over_images_and_stages():
       a, b = ((np.asarray(of[image]) ** 2).mean(-1).ravel() for of in (ours, theirs))
       total += np.sqrt(((a / np.sqrt((a**2).sum()) - b / np.sqrt((b**2).sum())) ** 2).sum())
     expected.append(total)
-  np.testing.assert_allclose(attention.attention_transfer(student, teacher), expected, rtol=1e-5)
+  np.testing.assert_allclose(divergence.attention_transfer(student, teacher), expected, rtol=1e-5)
 
 
 def test_scale_does_not_count_and_equal_maps_cost_nothing():
   ours, theirs = (maps(0, 3, 5, 4, 2),), (maps(2, 3, 5, 4, 7),)
-  scaled = attention.attention_transfer((3 * ours[0],), theirs)
-  np.testing.assert_allclose(scaled, attention.attention_transfer(ours, theirs), rtol=1e-5)
-  np.testing.assert_array_equal(attention.attention_transfer(ours, ours), np.zeros(3))
+  scaled = divergence.attention_transfer((3 * ours[0],), theirs)
+  np.testing.assert_allclose(scaled, divergence.attention_transfer(ours, theirs), rtol=1e-5)
+  np.testing.assert_array_equal(divergence.attention_transfer(ours, ours), np.zeros(3))
 
 
 @pytest.mark.parametrize('student', [(jnp.zeros((2, 3, 4, 5)),), (maps(0, 2, 3, 4, 5),)])
 def test_gradient_is_finite_at_dead_and_at_equal_maps(student):
-  grads = jax.grad(lambda of: attention.attention_transfer(of, (maps(0, 2, 3, 4, 5),)).sum())(
+  grads = jax.grad(lambda of: divergence.attention_transfer(of, (maps(0, 2, 3, 4, 5),)).sum())(
       student)
   assert np.isfinite(grads[0]).all()
 
@@ -51,7 +51,7 @@ def test_gradient_is_finite_at_dead_and_at_equal_maps(student):
 @pytest.mark.parametrize('teacher', [(), (jnp.ones((2, 3, 5, 1)),), (jnp.ones((2, 3, 4, 1)),) * 2])
 def test_other_stages_are_refused(teacher):
   with pytest.raises(ValueError, match=r'Stages of the student have \[\(3, 4\)\] pixels'):
-    attention.attention_transfer((jnp.ones((2, 3, 4, 6)),), teacher)
+    divergence.attention_transfer((jnp.ones((2, 3, 4, 6)),), teacher)
 
 
 def test_the_students_loss_has_it_with_its_factor():
@@ -71,6 +71,6 @@ def test_the_students_loss_has_it_with_its_factor():
 
   batch = method.sample(state, jax.random.split(jax.random.split(jax.random.key(2), 1)[0])[0])
   of_student = student.network.forward(batch.images, train=True)[0]
-  transfer = attention.attention_transfer(of_student.maps, teacher(batch.images).maps).mean()
+  transfer = divergence.attention_transfer(of_student.maps, teacher(batch.images).maps).mean()
   assert float(transfer) > 1e-3
   np.testing.assert_allclose(loss(2.5) - loss(0.0), 2.5 * transfer, rtol=1e-3)

@@ -19,8 +19,21 @@ def weights(*inputs):
   return np.asarray(curriculum.self_paced_weights(*inputs))
 
 
+def robust_loss(losses, threshold, kind='log'):
+  """Integral of the weights from 0 to l: the loss that a student minimizes in effect. Concave."""
+  if kind == 'hard':
+    return jnp.minimum(losses, threshold)
+  if kind == 'soft':
+    within = jnp.minimum(losses, threshold)
+    return within - within**2 / (2 * threshold)
+  # Further up it is at its bound, and the difference below would be pure rounding.
+  within = jnp.minimum(losses, threshold + 50)
+  rise = jax.nn.softplus(within - threshold) - jax.nn.softplus(-threshold)
+  return (1 + jnp.exp(-threshold)) * (within - rise)
+
+
 def robust(*inputs):
-  return np.asarray(curriculum.robust_loss(*inputs))
+  return np.asarray(robust_loss(*inputs))
 
 
 @pytest.mark.parametrize(('threshold', 'expected', 'at_one', 'bound'), [
@@ -72,7 +85,7 @@ def test_the_robust_loss_has_the_weight_as_its_slope(loss, threshold, kind):
   hypothesis.assume(loss > 1e-4)
   with jax.enable_x64(True):
     ends = robust(jnp.array([loss - 1e-5, loss + 1e-5]), threshold, kind)
-    slope = jax.grad(curriculum.robust_loss)(loss, threshold, kind)
+    slope = jax.grad(robust_loss)(loss, threshold, kind)
     expected = weights(jnp.asarray(loss), threshold, kind)
     np.testing.assert_allclose((ends[1] - ends[0]) / 2e-5, expected, atol=1e-6)
     np.testing.assert_allclose(slope, expected, rtol=1e-9, atol=1e-12)
@@ -146,7 +159,7 @@ def test_hard_at_nothing_learns_nothing():
 @pytest.mark.parametrize('kind', curriculum.KINDS)
 def test_shapes_and_extremes(kind):
   losses = jnp.array([[0.0, 1e-8, 1.0], [50.0, 1e4, 3e38]])
-  for function in (curriculum.self_paced_weights, curriculum.robust_loss):
+  for function in (curriculum.self_paced_weights, robust_loss):
     values = function(losses, 3.0, kind)
     assert (values.shape, values.dtype) == (losses.shape, losses.dtype)
     assert np.isfinite(values).all()
@@ -155,8 +168,7 @@ def test_shapes_and_extremes(kind):
   np.testing.assert_allclose(robust(losses, 3.0, kind)[1], [bound] * 3, rtol=1e-3)
 
 
-@pytest.mark.parametrize('function', [curriculum.self_paced_weights, curriculum.robust_loss])
-def test_an_unknown_kind_is_named(function):
+def test_an_unknown_kind_is_named():
   with pytest.raises(
       ValueError, match=r"kind is 'linear', must be one of \('log', 'soft', 'hard'\)"):
-    function(jnp.ones(3), 1.0, 'linear')
+    curriculum.self_paced_weights(jnp.ones(3), 1.0, 'linear')

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from dfkd_jax.losses import contrast, divergence, inversion
+from dfkd_jax.losses import divergence, inversion
 from dfkd_jax.types import Moments
 
 mean = lambda loss: lambda *args: jnp.mean(loss(*args))
@@ -384,7 +384,7 @@ def brute_contrast(local, global_, bank_local, bank_global, temperature, valid):
   return losses[:size].mean() + (losses[size:].mean() if valid.any() else 0)
 
 
-contrast_and_grads = jax.jit(jax.value_and_grad(contrast.contrast, (0, 1, 2, 3)))
+contrast_and_grads = jax.jit(jax.value_and_grad(inversion.contrast, (0, 1, 2, 3)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -411,7 +411,7 @@ def test_contrast_is_finite_however_full_the_bank_is(filling):
   slots = 0 if filling == 'no slots' else 6
   args = [jnp.asarray(unit(rng, n, 4), jnp.float32) for n in (3, 3, slots, slots)]
   valid = jnp.full(slots, filling == 'full')
-  value, grad = jax.jit(jax.value_and_grad(contrast.contrast))(*args, 0.1, valid)
+  value, grad = jax.jit(jax.value_and_grad(inversion.contrast))(*args, 0.1, valid)
   assert np.isfinite(value)
   assert np.isfinite(grad).all()
   np.testing.assert_allclose(
@@ -420,6 +420,6 @@ def test_contrast_is_finite_however_full_the_bank_is(filling):
 
 def test_contrast_is_least_where_views_match():
   eye, bank, valid = np.eye(5, dtype=np.float32), np.zeros((2, 5), np.float32), np.zeros(2, bool)
-  loss = jax.jit(contrast.contrast)
+  loss = jax.jit(inversion.contrast)
   assert loss(eye, eye, bank, bank, 0.1, valid) < 1e-3
   assert loss(eye, np.roll(eye, 1, axis=0), bank, bank, 0.1, valid) > 5

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dfkd_jax.weights import embeddings
+from dfkd_jax import weights
 
 GIVEN = np.random.default_rng(0).normal(size=(5, 3))
 
@@ -19,7 +19,7 @@ def test_both_formats_and_all_kinds_of_numbers(tmp_path, dtype):
     np.save(tmp_path / 'given.npy', given)
     names.append('given.npy')
   for name in names:
-    found = embeddings.load(tmp_path / name)
+    found = weights.read_embeddings(tmp_path / name)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, given.astype(np.float32))
 
@@ -45,7 +45,7 @@ def write(path, kind):
 def test_bad_files_cost_one_line(tmp_path, kind, message):
   write(tmp_path / 'given.npy', kind)
   with pytest.raises(ValueError, match=message) as error:
-    embeddings.load(tmp_path / 'given.npy')
+    weights.read_embeddings(tmp_path / 'given.npy')
   assert 'given.npy' in str(error.value)
   assert '\n' not in str(error.value)
 
@@ -60,11 +60,11 @@ def test_truncated_files(tmp_path, suffix, tenth):
     save_file({'text': GIVEN}, path)
   path.write_bytes(path.read_bytes()[:path.stat().st_size * tenth // 10])
   with pytest.raises(ValueError, match='must be one array of numbers') as error:
-    embeddings.load(path)
+    weights.read_embeddings(path)
   assert '\n' not in str(error.value)
 
 
 def test_files_of_several_arrays(tmp_path):
   save_file({'text': GIVEN, 'image': GIVEN}, tmp_path / 'given.safetensors')
   with pytest.raises(ValueError, match=r'must be one array of numbers: .*has 2 arrays'):
-    embeddings.load(tmp_path / 'given.safetensors')
+    weights.read_embeddings(tmp_path / 'given.safetensors')

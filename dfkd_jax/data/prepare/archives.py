@@ -13,10 +13,9 @@ import numpy as np
 
 from dfkd_jax import messages, paths
 from dfkd_jax.data.prepare.writer import Split
-from dfkd_jax.weights.formats import archives, npz
+from dfkd_jax.weights.formats import archives
 
 _IDX_HEADERS = {b'\0\0\x08' + bytes([ndim]): ndim for ndim in range(1, 5)}  # Of unsigned bytes.
-_IDX_NAMES = {'train': 'train', 'test': 't10k'}
 _CIFAR = {  # Label bytes of a record, file of class names, files of each split.
     'cifar10': (1, 'batches.meta.txt', {
         'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)), 'test': ('test_batch.bin',)}),
@@ -65,9 +64,8 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
 
 
 def _read_idx_folder(name: str, folder: pathlib.Path, splits: Iterable[str]) -> dict[str, Split]:
-
   def read_kind(split, kind):
-    file = f'{_IDX_NAMES.get(split, split)}-{kind}-ubyte'
+    file = f'{"t10k" if split == "test" else split}-{kind}-ubyte'
     for path in (folder / f'{file}.gz', folder / file):
       if path.exists():
         return read_idx(path)
@@ -116,7 +114,7 @@ def _read_npz(name: str, source: pathlib.Path, keys: Mapping[str, tuple[str, str
           f'it has no {missing[0]!r} for {name!r}, only {messages.safe_names(members)}')
     names += {'class_names'} & set(members)
     archives.check_sizes(members[key] for key in names)
-    arrays = {key: npz.read_member(archive, members[key], 'fiubUS') for key in names}
+    arrays = {key: archives.read_member(archive, members[key], 'fiubUS') for key in names}
   splits = {split: Split(*(arrays[key] for key in pair)) for split, pair in keys.items()}
   classes = arrays.get('class_names')
   return splits, None if classes is None else classes.astype(str).ravel().tolist()

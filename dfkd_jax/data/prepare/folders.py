@@ -12,10 +12,8 @@ from dfkd_jax.paths import expand_path
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
 
-def read_folder(
-    source: str | os.PathLike, *, classes: str | os.PathLike | None = None,
-    labels: str | os.PathLike | None = None,
-) -> tuple[Split, list[str]]:
+def read_folder(source: str | os.PathLike, *, classes: str | os.PathLike | None = None,
+                labels: str | os.PathLike | None = None) -> tuple[Split, list[str]]:
   """Returns a split of photos with labels int [N] and the column `file_name`, and K class names.
 
   Photos may have any size; `write` reads them. Raises ValueError if a file is missing, a class has

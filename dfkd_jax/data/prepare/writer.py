@@ -46,10 +46,8 @@ class Split(NamedTuple):
   columns: Mapping[str, Any] = types.MappingProxyType({})  # Of integers or strings [N].
 
 
-def write(
-    name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *,
-    class_names: Sequence[str] | None = None,
-) -> pathlib.Path:
+def write(name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *,
+          class_names: Sequence[str] | None = None) -> pathlib.Path:
   """Writes splits to `<data_dir>/<name>/<version>/`, or adds them if the data set exists.
 
   Returns the directory. After an error or an interruption, no part of the new splits counts.
@@ -83,9 +81,8 @@ def write(
   return folder
 
 
-def _check_splits(
-    name: str, splits: Mapping[str, tuple], image_shape: tuple | None, info: Any
-) -> dict[str, Split]:
+def _check_splits(name: str, splits: Mapping[str, tuple], image_shape: tuple | None,
+                  info: Any) -> dict[str, Split]:
   """Returns splits as arrays, if TFDS can read them together with the existing splits."""
   image_shape = image_shape or (info and info.features['image'].shape)
   column_names = info and set(info.features) - {'image'}
@@ -111,10 +108,8 @@ def _check_splits(
   return checked
 
 
-def _choose_class_names(
-    name: str, splits: Mapping[str, Split], class_names: Sequence[str] | None,
-    stored: Sequence[str] | None, defined: Sequence[str] | None,
-) -> list[str]:
+def _choose_class_names(name: str, splits: Mapping[str, Split], class_names: Sequence[str] | None,
+                        stored: Sequence[str] | None, defined: Sequence[str] | None) -> list[str]:
   """Returns the given, existing or defined class names, or numbers."""
   lowest = min(int(split.labels.min()) for split in splits.values())
   highest = max(int(split.labels.max()) for split in splits.values())
@@ -151,10 +146,8 @@ def _read_info(folder: pathlib.Path, name: str, new_splits: Iterable[str]) -> An
   return info
 
 
-def _write_folder(
-    folder: pathlib.Path, name: str, version: str, splits: Mapping[str, Split],
-    class_names: Sequence[str], stored: Any,
-) -> None:
+def _write_folder(folder: pathlib.Path, name: str, version: str, splits: Mapping[str, Split],
+                  class_names: Sequence[str], stored: Any) -> None:
   """Writes records of new splits, and metadata of new and stored splits, to an empty folder."""
   import tensorflow_datasets as tfds  # Takes seconds to import.
 

@@ -48,29 +48,24 @@ def read(tree: pathlib.Path, entry: str | None = None) -> dict[str, np.ndarray]:
   return _read(tree, name_variables)
 
 
-def read_subtree(
-    tree: pathlib.Path, prefix: str, is_wanted: Callable[[str], Any] = lambda path: True
-) -> dict[str, np.ndarray]:
-  """Reads the arrays below `prefix` that are wanted, by the rest of their paths.
+def read_subtree(tree: pathlib.Path, prefix: str,
+                 is_wanted: Callable[[str], Any] = lambda path: True) -> dict[str, np.ndarray]:
+  """Reads the arrays below `prefix` ('': all) that are wanted, by the rest of their paths.
 
-  A prefix of '' reads the whole tree.
-
-  Raises:
-    ValueError: There are none, or the tree is damaged.
+  Raises ValueError if there are none, or the tree is damaged.
   """
   start = prefix and f'{prefix}/'
   with explain_read_errors(tree):
     arrays = _read(tree, lambda paths: {
-        path: path.removeprefix(start) for path in paths
-        if path.startswith(start) and is_wanted(path.removeprefix(start))})
+        path: rest for path in paths if path.startswith(start)
+        and is_wanted(rest := path.removeprefix(start))})
   if not arrays:
     raise ValueError(f'{tree} holds nothing under {prefix!r}.')
   return arrays
 
 
 def _read(
-    tree: pathlib.Path, choose: Callable[[Iterable[str]], dict[str, str]]
-) -> dict[str, np.ndarray]:
+    tree: pathlib.Path, choose: Callable[[Iterable[str]], dict[str, str]]) -> dict[str, np.ndarray]:
   """Reads some leaves. `choose` maps the paths of all leaves to names for those to read."""
   import orbax.checkpoint as ocp  # Slow to import: only this format needs it.
 

@@ -25,9 +25,8 @@ _DTYPES = {name: np.dtype(dtype) for name, dtype in {
     'Bool': np.bool_}.items()}
 
 
-def _rebuild_tensor(
-    storage: tuple[np.dtype, Any], offset: int, shape: Sequence[int], strides: Sequence[int],
-    *_: Any) -> np.ndarray:
+def _rebuild_tensor(storage: tuple[np.dtype, Any], offset: int, shape: Sequence[int],
+                    strides: Sequence[int], *_: Any) -> np.ndarray:
   """Makes a read-only view of a buffer. NumPy raises an error if it reaches beyond the end."""
   dtype, buffer = storage
   strides = [stride * dtype.itemsize for stride in strides]
@@ -51,8 +50,7 @@ _ALLOWED = {
     **{('torch._utils', f'_rebuild_parameter{end}'): _rebuild_parameter
        for end in ('', '_with_state')},
     **{('torch', f'{kind}Storage'): kind for kind in _DTYPES},
-    **{('torch', dtype.name): kind for kind, dtype in _DTYPES.items()},
-}
+    **{('torch', dtype.name): kind for kind, dtype in _DTYPES.items()}}
 
 
 class _Unpickler(pickle._Unpickler):

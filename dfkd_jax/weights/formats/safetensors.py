@@ -15,10 +15,9 @@ from flax import traverse_util
 from dfkd_jax.messages import RefusedError, safe_name
 from dfkd_jax.types import PyTree
 
-_DTYPES = {
-    'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
-    'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8,
-    'BOOL': np.bool_}
+_DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16,
+           'I64': np.int64, 'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8,
+           'BOOL': np.bool_}
 
 
 def read(data: bytes) -> dict[str, np.ndarray]:
@@ -47,19 +46,17 @@ def save_safetensors(path: str | os.PathLike[str], *arguments: Any, **options: A
   pathlib.Path(path).write_bytes(to_safetensors(*arguments, **options))
 
 
-def to_safetensors(
-    variables: Mapping[str, PyTree], metadata: Mapping[str, str] | None = None, dtype: Any = None,
-    probe: Any = None) -> bytes:
+def to_safetensors(variables: Mapping[str, PyTree], metadata: Mapping[str, str] | None = None,
+                   dtype: Any = None, probe: Any = None) -> bytes:
   """Makes a file of variables in Flax's layout, named 'params.conv1.kernel' and so on.
+
+  Raises ValueError if a value is not finite in its dtype in the file.
 
   Args:
     metadata: Free text, for `read_metadata`.
     dtype: Dtype of the kernels, such as 'float16' for a file of half the size; None leaves it.
       Vectors always keep theirs, moments of batch norms among them.
     probe: From `make_probe`. Stored in the metadata, for `read_probe`.
-
-  Raises:
-    ValueError: A value is not finite in its dtype in the file.
   """
   arrays = {}
   for name, leaf in traverse_util.flatten_dict(dict(variables), sep='.').items():

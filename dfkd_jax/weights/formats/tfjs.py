@@ -47,8 +47,7 @@ def _read_manifest(data: bytes) -> Sequence[Mapping[str, Any]]:
   return model['weightsManifest']
 
 
-def _split_group(
-    entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str, np.ndarray]]:
+def _split_group(entries: Sequence[Mapping[str, Any]], data: bytes) -> list[tuple[str, np.ndarray]]:
   """Splits the content of a group's files into its arrays, which lie end to end."""
   arrays, offset = [], 0
   for entry in entries:
