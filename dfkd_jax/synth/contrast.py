@@ -1,8 +1,6 @@
 """Contrast of image views against a memory bank of earlier images, for CMI.
 
-References:
-  Fang et al., Contrastive Model Inversion for Data-Free Knowledge Distillation, IJCAI 2021,
-  https://arxiv.org/abs/2105.08584, equations 5 to 8.
+Fang et al., Contrastive Model Inversion, IJCAI 2021 (arXiv:2105.08584), equations 5 to 8.
 """
 
 import dataclasses
@@ -36,8 +34,7 @@ class Head(nn.Module):
 
 def random_rows(key: PRNGKey, size: Array, capacity: int, number: int) -> tuple[Array, Array]:
   """Draws slots [number] of live rows without replacement, and whether each is live [number]."""
-  chances = jnp.where(
-      jnp.arange(capacity) < size, jax.random.uniform(key, (capacity,)), -1.0)
+  chances = jnp.where(jnp.arange(capacity) < size, jax.random.uniform(key, (capacity,)), -1.0)
   highest, slots = jax.lax.top_k(chances, number)
   return slots, highest >= 0
 
@@ -69,9 +66,8 @@ class Contrast:
     """Returns the rows of a task's bank; raises a FieldError if they do not suffice."""
     rows = layout.share(self.bank_size, 'bank_size')
     if is_used and rows <= layout.batch_size:
-      images = layout.num_tasks * layout.batch_size
-      raise FieldError('bank_size', f'bank_size is {self.bank_size}, must be above {images}, the '
-                       'images of one call.')
+      raise FieldError('bank_size', f'bank_size is {self.bank_size}, must be above '
+                       f'{layout.num_tasks * layout.batch_size}, the images of one call.')
     if is_used and not 1 <= self.num_negatives <= rows:
       raise FieldError('num_negatives', f'num_negatives is {self.num_negatives}, must be in '
                        f'1..{rows}, the bank of a task.')
@@ -88,19 +84,12 @@ class Contrast:
 
   def compare(
       self, key: PRNGKey, head: PyTree, bank: Array, size: Array, teacher: Network, images: Array,
-      outputs: Outputs,
-  ) -> tuple[Array, Array]:
-    """Compares the local and the global view of each image.
+      outputs: Outputs) -> tuple[Array, Array]:
+    """Returns the contrast [B] of images, and the features of both their views [B, 2, D].
 
-    Args:
-      key: PRNG key.
-      head: Parameters of the head.
-      bank: [N, 2, D], features of earlier images; its first `size` [] rows are live.
-      teacher: Gives the features.
-      images: [B, H, W, C], the source of the local views; `outputs` are of the global ones.
-
-    Returns:
-      The contrast [B], and the features of both views [B, 2, D].
+    Local views are drawn from `images` [B, H, W, C]; `outputs` are the teacher's of global views.
+    The bank [N, 2, D] has features of earlier images; its first `size` [] rows are live. `head` has
+    the parameters of the head.
     """
     key_view, key_rows = jax.random.split(key)
     local_features = self.features(teacher(self.local_view(key_view, images)))
