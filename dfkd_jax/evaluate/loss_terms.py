@@ -57,12 +57,8 @@ def measure(
     factors: objective.Factors) -> Measurement:
   """Measures the terms on noise and on a fresh generator's images, in one compiled program.
 
-  Args:
-    student: The adversary, if a term of `factors` needs one.
-    generator: Makes the images; None: they are noise.
-    latent_shape: [B, ...] of its latents; there are B noise images too.
-    image_shape: [H, W, C].
-    factors: Says which terms are active, at least one; their sizes do not matter.
+  Measures each term whose factor is above 0; adversarial ones need the student. Latents have the
+  shape [B, ...]. There are B noise images [H, W, C] too; without a generator, all are noise.
   """
 
   @jax.jit
@@ -110,7 +106,7 @@ def suggest_factors(
     momentum: float = 0.0, fallback: bool = False) -> Verdict:
   """Compares the terms. Raises a ValueError if there is nothing to invert.
 
-  `momentum` is the share of former batches in the matched moments; the gradient shrinks by it. With
+  The gradient shrinks by `momentum`, the share of former batches in the matched moments. With
   `fallback`, smoothness of the images (the term total_variation) may replace missing moments.
   """
   missing, active = missing_moments(teacher), [name for name in MOMENTS if factors.active(name)]

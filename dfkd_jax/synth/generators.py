@@ -66,8 +66,9 @@ def redraw(key: PRNGKey, params: PyTree, std: float = 0.02,
            layers: tuple[str, ...] | None = None) -> PyTree:
   """Draws a generator anew: kernels from N(0, std^2), scales from N(1, std^2), biases 0.
 
-  `layers` are the names of the layers to draw; None: all. CMI does this before each batch (arXiv:2105.08584, its code). FastDFKD's code does it once, late
-  in a run, for the first layers only, with scales from N(0, std^2).
+  `layers` names the layers to draw; None: all. CMI does this before each batch (arXiv:2105.08584,
+  its code). FastDFKD's code does it once, late in a run, for the first layers only, with scales
+  from N(0, std^2).
   """
   flat = traverse_util.flatten_dict(params)
   names = sorted({path[0] for path in flat})

@@ -129,13 +129,6 @@ def strip_images(synthesis: PyTree) -> PyTree:
   return replay.replace_buffer(synthesis, images=None, added=None, drawn=None)
 
 
-def device_view(synthesis: PyTree) -> PyTree:
-  """Removes the buffer's images if they are on the host."""
-  buffer = replay.find_buffer(synthesis)
-  is_on_host = buffer is not None and isinstance(buffer.images, np.ndarray)
-  return strip_images(synthesis) if is_on_host else synthesis
-
-
 def write(images: np.ndarray, added: np.ndarray, end: int) -> None:
   """Writes images [M, B, ...] into the ring [M, N, ...]; `end` is the slot after them."""
   num = added.shape[1]
@@ -200,22 +193,5 @@ def with_host_batches(
     losses = np.concatenate(parts.pop('losses'))
     means = {name: np.mean(values) for name, values in parts.items()}
     return student, replay.replace_buffer(synthesis, images=images), means | {'losses': losses}
-
-  return call
-
-
-def with_host_sample(sample_slots: Callable, sample: Callable) -> Callable:
-  """Wraps `sample` so that its images are copied from the host, if they are there.
-
-  `sample_slots` maps (state, key) to [B]; `sample` takes (state, key, images [B, ...] | None, ...).
-  """
-
-  def call(synthesis, key, *inputs):
-    stripped = device_view(synthesis)
-    if stripped is synthesis:
-      return sample(synthesis, key, None, *inputs)
-    slots = np.asarray(sample_slots(stripped, jax.random.clone(key)))  # Same key: same slots.
-    images = gather(replay.find_buffer(synthesis).images, slots[None])[0]
-    return sample(stripped, key, images, *inputs)
 
   return call
