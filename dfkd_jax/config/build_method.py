@@ -40,9 +40,7 @@ def synthesizer(
   offered = {
       'image_shape': method.generator.image_shape, 'task': method.task,
       'factors': factors or method.factors, 'augment': augment.create(**method.augment),
-      'sample_batch_size': batch_share(method) * local_tasks}
-  if 'num_tasks' in numbers:
-    offered['num_tasks'] = local_tasks
+      'num_tasks': local_tasks, 'sample_batch_size': batch_share(method) * local_tasks}
   if 'generator' in taken:
     offered['generator'] = generator(method.generator)
   arguments |= {name: value for name, value in offered.items() if name in taken}

@@ -12,8 +12,6 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.tasks import Task
 from dfkd_jax.types import Array, Metrics
 
-_IN_FLIGHT = 4  # Batches sent ahead, so that a large data set does not queue on the device.
-
 
 def evaluate(
     network: Network, dataset: Sequence[np.ndarray], *, task: Task, batch_size: int = 256,
@@ -47,7 +45,7 @@ def evaluate(
   network, sums = parallel.local_copy(network), []
   for arrays, is_real in _batches((images, labels, targets), batch_size, shared):
     sums.append(_batch_sums(network, *arrays, is_real, task=task))
-    jax.block_until_ready(sums[-_IN_FLIGHT:][0])
+    jax.block_until_ready(sums[-4:][0])  # at most four batches queue on the device
 
   def total(*parts):  # In float64, because float32 loses digits.
     return parallel.gather_processes(np.asarray(parts, np.float64).sum(axis=0)).sum(axis=0)

@@ -4,6 +4,7 @@ Fang et al., Contrastive Model Inversion, IJCAI 2021 (arXiv:2105.08584), equatio
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,8 @@ from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
+
+quarter_crop = functools.partial(augment.resized_crop_and_flip, scale=(0.25, 1.0))
 
 
 class Head(nn.Module):
@@ -39,11 +42,6 @@ def random_rows(key: PRNGKey, size: Array, capacity: int, number: int) -> tuple[
   return slots, highest >= 0
 
 
-def quarter_crop(key: PRNGKey, images: Array) -> Array:
-  """Crops a quarter up to all of each image, and flips it at random."""
-  return augment.resized_crop_and_flip(key, images, scale=(0.25, 1.0))
-
-
 @dataclasses.dataclass(frozen=True)
 class Contrast:
   """The contrast, its head and its memory bank.
@@ -58,7 +56,7 @@ class Contrast:
   projection_size: int = 256  # of the head's output
   feature_layers: tuple[str, ...] | None = None  # paths of the batch norms; None: all
   head_lr: float | None = None  # of the head, whose optimizer state lasts; None: `generator_lr`
-  local_view: Callable[[PRNGKey, Array], Array] | None = quarter_crop
+  local_view: Callable[[PRNGKey, Array], Array] = quarter_crop
   # (key, live rows, rows of the bank, number) -> (slots, whether each is live)
   sample_rows: Callable[[PRNGKey, Array, int, int], tuple[Array, Array]] = random_rows
 

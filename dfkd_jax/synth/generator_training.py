@@ -1,8 +1,7 @@
 """A generator that lasts, from which the student learns directly: DAFL, ZSKT, DFQ, DFAD, CuDFKD.
 
 A call takes `num_steps` of Adam on the generator, each on fresh latents, and keeps no image. The
-student's batches are rendered from fresh latents too, by the generator or, in part, by its moving
-average.
+generator, or in part its moving average, also renders the student's batches.
 """
 
 import dataclasses

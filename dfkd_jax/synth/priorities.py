@@ -50,8 +50,7 @@ def live_priorities(buffer: ReplayBuffer) -> Array:
   """Returns priorities [M, N], none negative, and 0 in empty slots.
 
   A stored value of -r stands for r times the stripe's highest priority, or for r while there is
-  none. So images that have not been drawn yet are on the scale of the others, however large the
-  first losses are.
+  none. So images that were never drawn are on the scale of the others.
   """
   is_live = jnp.arange(buffer.capacity) < buffer.size
   stored = jnp.where(is_live, buffer.priorities, 0.0)
