@@ -171,7 +171,7 @@ class _Distillation:
                                   settings.dataset.image_shape, self.control_key)
     # Rates of the compiled programs: images times inner steps a second, images a second.
     seconds, method, rounds = self.ledger.seconds(), self.method, self.rounds
-    image_steps = method.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
+    image_steps = rounds.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)
     images_seen = rounds.learning_rounds * rounds.steps_per_round * rounds.batch_size
     rates = {'synthesis_image_steps': image_steps / seconds['synthesis'],
              'student_images': images_seen / seconds['student']}
