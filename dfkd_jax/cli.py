@@ -1,21 +1,24 @@
 r"""The command line: python main.py [--config=FILE[:ARGUMENTS]] [--config.FIELD=VALUE ...]."""
 
 import argparse
+import ast
 import logging
 import os
 import pathlib
+import re
 import runpy
 import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from dfkd_jax.config import docs
-from dfkd_jax.config.overrides import override
+from dfkd_jax.config.fields import BY_NAME, leaves
 from dfkd_jax.messages import nearest, one_line
 from dfkd_jax.runs import signals as run_signals
 
@@ -39,6 +42,10 @@ Open MPI up to 4 and TPU pods on Kubernetes the processes find each other. Elsew
 --config.distributed.process_id=0 (to N - 1), or on other TPU pods
 --config.distributed.coordinator=auto.
 """
+_FLAG = re.compile(r'--?(no)?config\.([\w.]+)')
+_BOOLS = {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}
+_PARSERS = {str: str, float: float, int: lambda text: int(text, 0),
+            bool: lambda text: _BOOLS[text.lower()]}
 _STATUS = {'SIGTERM': 0, 'SIGINT': 130}  # a scheduler's request is no error; 130 as in shells
 _MACHINE_ERRORS = ('JaxRuntimeError', 'MemoryError')  # such as a device without room
 
@@ -143,3 +150,52 @@ def load(name: str) -> ConfigDict:
              if frame.filename == str(paths[0])] or ['']
     raise ValueError(
         f'--config is {name!r}: {lines[-1]}{type(error).__name__}: {error}') from error
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> None:
+  """Sets fields by arguments such as '--config.seed=1', '--config.control' and '--config.x', '3'.
+
+  Raises a ValueError if there is no such field. Text that is no value of its type stays text, which
+  the checks refuse.
+  """
+  arguments = list(arguments)
+  while arguments:
+    flag, has_value, value = arguments.pop(0).partition('=')
+    match = _FLAG.fullmatch(flag)
+    if not match:
+      hint = nearest(flag, ['--config', '--workdir']) if flag.startswith('-') else ''
+      raise ValueError(f'Unknown argument {flag!r}.{hint} See --help.')
+    negated, field = match.groups()
+    section, kind = _find_field(config, field)
+    if kind is bool and not has_value:
+      value = str(not negated)
+    elif negated or not (has_value or arguments):
+      raise ValueError(f'config.{field} needs a value: --config.{field}=VALUE.')
+    elif not has_value:
+      value = arguments.pop(0)
+    with section.unlocked(), section.ignore_type():
+      section[field.rpartition('.')[2]] = _parse_value(kind, value)
+
+
+def _find_field(config: ConfigDict, field: str) -> tuple[ConfigDict, type | None]:
+  """Returns the section of a field and its type; None: any, for an option without a value."""
+  known = {'': config, **dict(leaves(config))}
+  section, _, name = field.rpartition('.')
+  if isinstance(known.get(field), ConfigDict):
+    raise ValueError(f'config.{field} is a section; set one of its fields.')
+  if field not in known and not (section.endswith('.options') and section in known):
+    raise ValueError(f'Unknown config field {field!r}.{nearest(field, known)} '
+                     'python main.py --help lists all fields.')
+  if row := BY_NAME.get(field):
+    return known[section], row.kind if row.length is None else tuple
+  return known[section], known[section].get_type(name) if field in known else None
+
+
+def _parse_value(kind: type | None, text: str) -> Any:
+  if text == 'None':
+    return None
+  try:
+    value = _PARSERS.get(kind, ast.literal_eval)(text)
+  except (ValueError, SyntaxError, LookupError, MemoryError, RecursionError):
+    return text
+  return (value,) if kind is tuple and not isinstance(value, tuple) else value

@@ -14,9 +14,8 @@ _KINDS = {stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket', stat.S_IFCHR: 'a de
 def expand_path(path: str | os.PathLike, field: str = 'path') -> pathlib.Path:
   """Expands '~' in a path; `field` names the argument or config field, for errors.
 
-  Raises:
-    ValueError: No file can have this path, or it is a pipe, a socket or a device. Reading one of
-      these would never end.
+  Raises a ValueError if no file can have this path, or it is a pipe, a socket or a device, which
+  would be read without end.
   """
   text = os.fspath(path)
   what = f'{field} is {short_repr(text)}, must be'
@@ -24,19 +23,11 @@ def expand_path(path: str | os.PathLike, field: str = 'path') -> pathlib.Path:
     raise ValueError(f'{what} a path.')
   try:
     expanded = pathlib.Path(text).expanduser()
-    kind = special_kind(expanded)
+    kind = _KINDS.get(stat.S_IFMT(expanded.stat().st_mode))
   except (OSError, RuntimeError, ValueError) as error:
+    if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+      return expanded  # a missing path, or one that cannot be reached
     raise ValueError(f'{what} a path: {getattr(error, "strerror", error)}') from error
   if kind:
     raise ValueError(f'{what} a file or a folder: it is {kind}.')
   return expanded
-
-
-def special_kind(path: str | os.PathLike) -> str | None:
-  """Names the kind of a pipe, socket or device; None for files, folders and missing paths."""
-  try:
-    return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
-  except OSError as error:
-    if error.errno == errno.ENAMETOOLONG:
-      raise
-    return None

@@ -14,16 +14,17 @@ from dfkd_jax.config.records import Settings, resolve
 from dfkd_jax.jobs import distillation, preflight, supervised
 from dfkd_jax.models.network import Network
 from dfkd_jax.parallel import launch
-from dfkd_jax.runs import checkpoint_format, config_diff, init_from
+from dfkd_jax.runs import config_diff, init_from
 from dfkd_jax.runs import folder as run_folder
 from dfkd_jax.runs import signals as run_signals
+from dfkd_jax.runs.checkpoint_format import hash_json
 from dfkd_jax.runs.loop import Start
 
 
 def run(
     config: ConfigDict, workdir: str, command: str | None = None, teacher: Network | None = None,
-    *, resume: str | None = None, signals: bool | run_signals.StopRequest = False
-) -> dict[str, Any]:
+    *, resume: str | None = None,
+    signals: bool | run_signals.StopRequest = False) -> dict[str, Any]:
   """Runs a config, writes the results to `workdir`, and returns the summary.
 
   The same config in the same folder resumes where it stopped, bit for bit. If the run has finished,
@@ -32,7 +33,6 @@ def run(
   same config and a folder that all see.
 
   Args:
-    config: All fields of `config.fields.base`.
     workdir: Folder of the results; made if missing.
     command: Command that started the run, for the record.
     teacher: A network of yours (`models.bind`) that replaces the config's teacher.
@@ -40,10 +40,9 @@ def run(
     signals: Whether to end after the current round on SIGTERM or SIGINT; or the value of
       `run_signals.signals` if it listens already.
 
-  Raises:
-    run_signals.Interrupted: A signal came before there was anything to save.
-    InvalidError: The config or the folder has problems, one line each. Nothing was written.
-    ValueError: Data or weights do not fit, a number was not finite, or the disk refuses a file.
+  Raises an InvalidError with one line for each problem of the config or the folder; nothing was
+  written. Raises a ValueError if data or weights do not fit, a number was not finite, or the disk
+  refuses a file; `run_signals.Interrupted` if a signal came before there was anything to save.
   """
   listening = isinstance(signals, run_signals.StopRequest)
   listener = contextlib.nullcontext(signals) if listening else run_signals.signals(signals)
@@ -70,13 +69,12 @@ def _run(config: ConfigDict, start: Start, teacher: Network | None) -> dict[str,
   if jax.process_count() > 1 and settings.job != 'check':
     with parallel.raise_on_all_processes():
       stored = run_folder.read_stored(paths.expand_path(start.workdir, 'workdir'))
-    parallel.check_same_on_all(
-        checkpoint_format.hash_json(stored), f'The run in {start.workdir}')
+    parallel.check_same_on_all(hash_json(stored), f'The run in {start.workdir}')
   if settings.precision:
     jax.config.update('jax_default_matmul_precision', settings.precision)
   if settings.compilation_cache:
-    folder = paths.expand_path(settings.compilation_cache)
-    jax.config.update('jax_compilation_cache_dir', str(folder))
+    jax.config.update(
+        'jax_compilation_cache_dir', str(paths.expand_path(settings.compilation_cache)))
     compilation_cache.reset_cache()  # or JAX ignores the folder after its first compilation
   if settings.job == 'check':
     return preflight.run(settings, teacher)

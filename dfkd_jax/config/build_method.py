@@ -11,7 +11,7 @@ from dfkd_jax.config.build import set_compute
 from dfkd_jax.config.problems import wrong_value
 from dfkd_jax.config.records import MethodSettings, NetworkSettings
 from dfkd_jax.messages import FieldError, nearest
-from dfkd_jax.synth import objective, schedules
+from dfkd_jax.synth import latents, objective, schedules
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.weights import read_embeddings
 
@@ -40,9 +40,7 @@ def synthesizer(
   offered = {
       'image_shape': method.generator.image_shape, 'task': method.task,
       'factors': factors or method.factors, 'augment': augment.create(**method.augment),
-      'sample_batch_size': batch_share(method) * local_tasks}
-  if 'num_tasks' in numbers:
-    offered['num_tasks'] = local_tasks
+      'num_tasks': local_tasks, 'sample_batch_size': batch_share(method) * local_tasks}
   if 'generator' in taken:
     offered['generator'] = generator(method.generator)
   arguments |= {name: value for name, value in offered.items() if name in taken}
@@ -118,5 +116,4 @@ def latent_dim(method: MethodSettings) -> int | tuple[int, int, int]:
 
 def latent_shape(method: MethodSettings, batch_size: int) -> tuple[int, ...]:
   """Returns the shape of a batch of latents, [B, Z] or [B, h, w, Z]."""
-  size = latent_dim(method)
-  return (batch_size, size) if isinstance(size, int) else (batch_size, *size)
+  return latents.Latents(latent_dim(method)).batch_shape(batch_size)

@@ -33,7 +33,6 @@ def distill(
     student: Before the round; `tx` is its optimizer.
     state: State of the synthesizer, which gives samples and weights; its `weigh` may change it.
     key: Key of this round of `num_steps` steps.
-    temperature: T of the divergence 'kl'.
     divergence: 'kl', or 'l1' or 'l2' between logits.
     attention_factor: Factor of `losses.divergence.attention_transfer`, which is added (ZSKT).
     augment: (key, images) -> images.
@@ -79,12 +78,10 @@ def distill(
 
 def sampled_indices(
     state: PyTree, key: PRNGKey, *, synthesizer: Synthesizer, num_steps: int) -> Array:
-  """Buffer indices [num_steps, B] that `distill` will sample with this key.
+  """Returns the buffer indices [num_steps, B] that `distill` will sample with this key.
 
   Valid only if the student's losses do not change how the buffer is sampled. The index is -1 for
   images of a generator's moving average, which are in no slot.
   """
-  def sample_step(step_key):
-    return synthesizer.sample(state, jax.random.split(step_key)[0]).slots
-
-  return lax.map(sample_step, jax.random.split(key, num_steps))
+  return lax.map(lambda step_key: synthesizer.sample(state, jax.random.split(step_key)[0]).slots,
+                 jax.random.split(key, num_steps))

@@ -1,4 +1,4 @@
-"""The student, its divergence from the teacher, and one training step."""
+"""The student: its optimizers, its divergence from the teacher, and one training step."""
 
 import functools
 from collections.abc import Callable
@@ -62,3 +62,22 @@ def train_step(
   network = student.network.replace(
       params=optax.apply_updates(params, updates), batch_stats=batch_stats)
   return Student(network, opt_state, student.step + 1), loss, aux
+
+
+def cosine_by_round(
+    init_value: float, rounds: int, steps_per_round: int, end_value: float = 0.0) -> optax.Schedule:
+  """Cosine from `init_value` to `end_value` over `rounds`, constant within a round, then constant.
+
+  PyTorch's CosineAnnealingLR stepped once per epoch, as in the published recipe (arXiv:2112.06253).
+  """
+  cosine = optax.cosine_decay_schedule(init_value, rounds, end_value / init_value)
+  return lambda step: cosine(step // steps_per_round)
+
+
+def coupled_sgd(
+    learning_rate: optax.ScalarOrSchedule, momentum: float, weight_decay: float,
+    nesterov: bool = False) -> optax.GradientTransformation:
+  """SGD as in PyTorch: weight decay is added to every parameter's gradient before momentum."""
+  return optax.chain(
+      optax.add_decayed_weights(weight_decay),
+      optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov))

@@ -15,8 +15,7 @@ from dfkd_jax.types import Array, PRNGKey
 
 MOMENTS = ('batch_norm', 'relative_batch_norm')
 # Ratio of gradient norms, the moments term over one_hot, factors included. Good runs had 0.07 (the
-# quick start) and 0.9 (ResNet-56). With 11 the images ignored the requested classes (ResNet-56 with
-# the published factors). TARGET_RATIO is in the middle.
+# quick start) and 0.9 (ResNet-56). With 11 (published factors) images ignored their classes.
 BALANCED = (0.02, 5.0)
 TARGET_RATIO = 0.5
 SMOOTHNESS_RATIO = 0.1  # the same of total_variation, where it replaces the moments
@@ -57,12 +56,8 @@ def measure(
     factors: objective.Factors) -> Measurement:
   """Measures the terms on noise and on a fresh generator's images, in one compiled program.
 
-  Args:
-    student: The adversary, if a term of `factors` needs one.
-    generator: Makes the images; None: they are noise.
-    latent_shape: [B, ...] of its latents; there are B noise images too.
-    image_shape: [H, W, C].
-    factors: Says which terms are active, at least one; their sizes do not matter.
+  Measures each term whose factor is above 0; adversarial ones need the student. Latents have the
+  shape [B, ...]. There are B noise images [H, W, C] too; without a generator, all are noise.
   """
 
   @jax.jit
@@ -100,9 +95,8 @@ def _logit_stats(logits: Array) -> LogitStats:
   flat = logits.reshape(-1, logits.shape[-1])
   predicted = jnp.zeros(flat.shape[-1]).at[flat.argmax(-1)].set(1.0)
   return LogitStats(
-      spread=jnp.sqrt(flat.var(0).mean()), range=flat.mean(0).std(),
-      confidence=jax.nn.softmax(flat).max(-1).mean(), classes=predicted.sum(),
-      finite=jnp.isfinite(flat).all())
+      jnp.sqrt(flat.var(0).mean()), flat.mean(0).std(), jax.nn.softmax(flat).max(-1).mean(),
+      predicted.sum(), jnp.isfinite(flat).all())
 
 
 def suggest_factors(
@@ -110,7 +104,7 @@ def suggest_factors(
     momentum: float = 0.0, fallback: bool = False) -> Verdict:
   """Compares the terms. Raises a ValueError if there is nothing to invert.
 
-  `momentum` is the share of former batches in the matched moments; the gradient shrinks by it. With
+  The gradient shrinks by `momentum`, the share of former batches in the matched moments. With
   `fallback`, smoothness of the images (the term total_variation) may replace missing moments.
   """
   missing, active = missing_moments(teacher), [name for name in MOMENTS if factors.active(name)]

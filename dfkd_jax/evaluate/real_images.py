@@ -12,8 +12,6 @@ from dfkd_jax.models.network import Network
 from dfkd_jax.tasks import Task
 from dfkd_jax.types import Array, Metrics
 
-_IN_FLIGHT = 4  # Batches sent ahead, so that a large data set does not queue on the device.
-
 
 def evaluate(
     network: Network, dataset: Sequence[np.ndarray], *, task: Task, batch_size: int = 256,
@@ -21,15 +19,12 @@ def evaluate(
     shared: bool = False) -> dict[str, float]:
   """Computes the task's metrics over all images. Raises a ValueError if arrays do not fit.
 
-  Compiles one program for a task, a kind of network (in evaluation mode) and a batch size. All
-  processes must call this. Each evaluates its share of the images, and all return the metrics of
-  all images.
+  All processes must call this. Each evaluates its share of the images, and all return the metrics
+  of all images.
 
   Args:
     dataset: Images [N, H, W, C], uint8 or float in [0, 1], and labels int [N], or [N, H, W] in
       segmentation. Further items are ignored.
-    task: Defines the metrics.
-    batch_size: Images in a batch; the last one is padded.
     teacher: Network to compute `agreement` with.
     teacher_predictions: Result of `predict(teacher, images)`, to compute only once for a run.
     shared: If True, each process has N images of its own. If False, all have the same images.
@@ -50,7 +45,7 @@ def evaluate(
   network, sums = parallel.local_copy(network), []
   for arrays, is_real in _batches((images, labels, targets), batch_size, shared):
     sums.append(_batch_sums(network, *arrays, is_real, task=task))
-    jax.block_until_ready(sums[-_IN_FLIGHT:][0])
+    jax.block_until_ready(sums[-4:][0])  # at most four batches queue on the device
 
   def total(*parts):  # In float64, because float32 loses digits.
     return parallel.gather_processes(np.asarray(parts, np.float64).sum(axis=0)).sum(axis=0)
@@ -101,9 +96,7 @@ def _to_float(images: Array) -> Array:
   return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images
 
 
-def _batches(
-    arrays: Sequence[np.ndarray], batch_size: int, shared: bool
-) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray]]:
+def _batches(arrays: Sequence[np.ndarray], batch_size: int, shared: bool) -> Iterator[tuple]:
   """Yields batches of this process, padded with zeros, and which of their rows are real [B]."""
   rows = slice(None) if shared else parallel.process_rows(len(arrays[0]))
   arrays = [array[rows] for array in arrays]

@@ -23,13 +23,12 @@ from dfkd_jax.types import PyTree
 def compile_metrics(
     mesh: Mesh, make: Callable[[str | None], Synthesizer], synthesis: PyTree,
     *networks: Network | None) -> Any:
-  """Compiles (synthesis, key, teacher, student, judge | None) -> metrics, each [].
+  """Compiles (synthesis without images, key, teacher, student, judge | None) -> metrics, each [].
 
   `held_out_agreement` is the fraction of fresh images on which student and teacher predict the
   same class. With a judge, `judge_top1` and `judge_top5` are the fractions of images whose
-  teacher's class is the judge's top-1, or in its top-5. The state is passed through
-  `host_replay.strip_images` first. `make` maps the name of the mapped axis to the method. Of its
-  state and the networks (teacher, student, judge or None) only shapes and shardings matter here.
+  teacher's class is the judge's top-1, or in its top-5. `make` maps the name of the mapped axis to
+  the method. Only shapes and shardings of its state and of the networks matter here.
   """
 
   def metrics(synthesis, key, teacher, student, judge, *, axis):

@@ -19,8 +19,6 @@ from dfkd_jax.synth import host_replay
 from dfkd_jax.synth.objective import Factors
 from dfkd_jax.types import Metrics, PRNGKey
 
-_EVALUATIONS = 1 << 31  # plus the rounds done, folded into the run's key; rounds are below
-
 
 def run(settings: Settings, start: Start, teacher: Network | None = None) -> dict[str, Any]:
   """Distils the teacher of the settings, or a network in its place, into the student without data.
@@ -77,8 +75,7 @@ class _Distillation:
     self.teacher, self.judge = (
         network and parallel.place(self.mesh, network) for network in (self.teacher, self.judge))
     make = build_method.synthesizer(self.method, self.mesh.size, self.factors)
-    tx = build.optimizer(
-        settings.optimizer, rounds.learning_rounds, rounds.steps_per_round)
+    tx = build.optimizer(settings.optimizer, rounds.learning_rounds, rounds.steps_per_round)
     self.plan = programs.Plan(self.mesh, make, tx, rounds, augment.create(**settings.augment),
                               self.method.num_tasks // self.mesh.size)
     with self.ledger.part('setup'):
@@ -156,7 +153,7 @@ class _Distillation:
     metrics = {} if self.experiment.test is None else self.experiment.evaluate(network)
     if self.measure is not None:
       with self.ledger.part('evaluation'):
-        key = jax.random.fold_in(self.run_key, _EVALUATIONS + done)
+        key = jax.random.fold_in(self.run_key, (1 << 31) + done)  # above those of all rounds
         fresh = self.measure(host_replay.strip_images(state.synthesis), key, self.teacher, network,
                              self.judge)
         metrics |= {name: float(np.asarray(value)) for name, value in fresh.items()}

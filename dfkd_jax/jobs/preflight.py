@@ -1,9 +1,8 @@
 """Measures the teacher and the terms of the loss before a run spends anything on it.
 
-Published factors do not transfer between networks: the moments term of two good networks may differ
-by four orders of magnitude, since it sums un-squared norms over layers of any scale. Then it drowns
-the requested classes, or they drown it. So each term's gradient by the images is measured where the
-run begins, on images of a fresh generator.
+Published factors do not transfer between networks: the moments term, a sum of norms over layers of
+any scale, differs by up to four orders of magnitude. Then it drowns the requested classes, or they
+drown it. So each term's gradient is measured on images of a fresh generator, where the run begins.
 """
 
 from typing import Any
@@ -17,8 +16,6 @@ from dfkd_jax.evaluate import loss_terms
 from dfkd_jax.evaluate.loss_terms import MOMENTS, Measurement, Verdict
 from dfkd_jax.models.network import Network
 from dfkd_jax.report import note
-
-_KEY = 1 << 30  # folded into the seed's key, which the run splits
 
 
 def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
@@ -69,10 +66,10 @@ def _measure(
   if 'generator' in parameters:
     generator = build_method.generator(method.generator)
     latent_shape = build_method.latent_shape(method, *latent_shape)
+  key = jax.random.fold_in(jax.random.key(settings.run.seed), 1 << 30)  # the run splits the seed's
   measurement = loss_terms.measure(
-      jax.random.fold_in(jax.random.key(settings.run.seed), _KEY), teacher, student,
-      generator=generator, latent_shape=latent_shape, image_shape=settings.dataset.image_shape,
-      task=settings.task, factors=measured)
+      key, teacher, student, generator=generator, latent_shape=latent_shape,
+      image_shape=settings.dataset.image_shape, task=settings.task, factors=measured)
   return measurement, loss_terms.suggest_factors(
       measurement, teacher, factors, momentum=method.numbers.get('moments_momentum', 0.0),
       fallback=settings.preflight.fallback)

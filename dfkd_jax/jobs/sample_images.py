@@ -40,6 +40,9 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
 
 def _draw(experiment, plan, synthesis, teacher, key, number):
   """Draws images, labelled by the teacher: labels in the buffer describe augmented views."""
+  buffer, images, batches = replay.find_buffer(synthesis), None, []
+  is_on_host = buffer is not None and isinstance(buffer.images, np.ndarray)
+  synthesis = host_replay.strip_images(synthesis) if is_on_host else synthesis
 
   def sample_slots(synthesis, key, *, axis):
     return plan.make(axis).sample(synthesis, key).slots
@@ -48,11 +51,13 @@ def _draw(experiment, plan, synthesis, teacher, key, number):
     batch = plan.make(axis).sample(replay.with_batch(synthesis, images), key)
     return batch.images, experiment.task.predicted(teacher(batch.images).logits)
 
-  one, split = parallel.REPLICATED, parallel.SPREAD
-  spread = parallel.specs(host_replay.device_view(synthesis))
-  program = host_replay.with_host_sample(
-      parallel.each_device(sample_slots, plan.mesh, (spread, one), split),
-      parallel.each_device(sample, plan.mesh, (spread, one, split, one), split))
-  batches = [parallel.gather(program(synthesis, jax.random.fold_in(key, index), teacher))
-             for index in range(1 + number // plan.distill.batch_size)]
+  one, split, spread = parallel.REPLICATED, parallel.SPREAD, parallel.specs(synthesis)
+  draw_slots = parallel.each_device(sample_slots, plan.mesh, (spread, one), split)
+  draw = parallel.each_device(sample, plan.mesh, (spread, one, split, one), split)
+  for index in range(1 + number // plan.distill.batch_size):
+    batch_key = jax.random.fold_in(key, index)
+    if is_on_host:
+      slots = np.asarray(draw_slots(synthesis, jax.random.clone(batch_key)))  # as `sample` draws
+      images = host_replay.gather(buffer.images, slots[None])[0]
+    batches.append(parallel.gather(draw(synthesis, batch_key, images, teacher)))
   return map(np.concatenate, zip(*batches, strict=True))

@@ -57,8 +57,8 @@ class _Training:
       self.num_images, batch_size = len(images.labels), self.train.batch_size
       self.steps = self.num_images // batch_size
       if not self.steps:
-        raise ValueError(f'train.batch_size is {batch_size}, must be at most {self.num_images}, '
-                         'all training images.')
+        raise ValueError(f'train.batch_size is {batch_size}, must be at most {self.num_images} '
+                         'images.')
       self.images, self.labels = parallel.place(
           self.mesh, (images.images, images.labels), parallel.REPLICATED)
       network = init_from.load_student(self.network, self.init_key, self.unread.student)
@@ -92,10 +92,10 @@ class _Training:
     student = self.experiment.loop(student, done, self.train.epochs, self.advance,
                                    lambda state, _: self.experiment.evaluate(state.network))
     files = self.experiment.write_networks('weights', student.network, self.network)
-    sizes = {'student': student.network.num_params(),
-             'teacher': self.teacher and self.teacher.num_params()}
+    parameters = {'student': student.network.num_params(),
+                  'teacher': self.teacher and self.teacher.num_params()}
     return self.experiment.write_summary(
-        files, network=self.role, synthetic=False, parameters=sizes)
+        files, network=self.role, synthetic=False, parameters=parameters)
 
   def advance(self, student: distill.Student, index: int, reseeded: int):
     """Runs an epoch; returns the student and the numbers to log."""

@@ -100,13 +100,12 @@ class Checkpoints:
     """Returns the state in a checkpoint, with the structure of `template`, and its meta data.
 
     If the latest checkpoint is damaged, renames it to 'damaged-<step>' and reads the one before,
-    and so on. Raises ValueError if there is none that can be read, or it is of another
-    architecture: names the first leaf that is missing, left over, or of another shape or dtype.
+    and so on; a `step` is read itself. Raises ValueError if there is none that can be read, or it
+    is of another architecture.
 
     Args:
       template: Arrays or `jax.ShapeDtypeStruct`s. A JAX array is placed as in the template, or on
         the first device if that has no sharding. A NumPy array stays one.
-      step: None: the latest that can be read.
       optional: Parts that are added to the dict `template` if the checkpoint has them.
     """
     read = lambda step: self._read(step, template, optional or {})
@@ -133,7 +132,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits for the background write, as `wait` does. A second call does nothing."""
+    """Waits, as `wait` does. A second call does nothing."""
     with self._save_errors('save'):
       self._manager.close()
 

@@ -16,8 +16,6 @@ from dfkd_jax.runs.checkpoint import read_meta, saved_steps
 
 CHECKPOINTS = 'checkpoints'
 CONTROL = 'control'  # Checkpoints of the noise control, deleted when the run ends.
-_FILES = ('metrics.jsonl', SUMMARY, 'images.png', 'fault.json', 'student.safetensors',
-          'student_best.safetensors', 'weights.safetensors', 'weights_best.safetensors')
 _UNFINISHED = (  # Left by a process that was killed.
     '*.json.*.tmp', '*.jsonl.*.tmp', '*.png.*.tmp', '*.safetensors.*.tmp', 'checkpoints/.shared-*')
 _LOCK = '.lock'
@@ -33,11 +31,6 @@ def check_place(workdir: pathlib.Path) -> None:
     raise ValueError(f'{text}, must be a folder: {nearest} is a {kind}.')
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise ValueError(f'{text}, must be writable: {nearest} is not.')
-  for path in [workdir / name for name in (*_FILES, CHECKPOINTS, CONTROL)]:
-    kind = 'folder' if path.name in (CHECKPOINTS, CONTROL) else 'file'
-    is_kind = path.is_dir() if kind == 'folder' else path.is_file()
-    if path.exists() and not is_kind:  # Otherwise a run would fail at its end.
-      raise ValueError(f'{text}, must be the folder of a run: {path.name} in it is not a {kind}.')
   if parallel.is_first() and (workdir / _LOCK).is_file():
     with _acquire(workdir):
       pass

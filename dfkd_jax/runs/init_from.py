@@ -27,10 +27,9 @@ _GENERATOR_PATHS = {
 
 
 def unread_sources(sources: InitFrom, stored: Mapping[str, Any], with_control: bool) -> InitFrom:
-  """Returns the sources that a run must read, without the ones that it has read before.
+  """Returns the sources that a run must read: all, or after a resume those not in its checkpoints.
 
-  A resumed run has those in its checkpoints, and the files may be gone. A run with a noise control
-  needs the first student again.
+  A run with a noise control needs the first student again.
   """
   before = stored.get('config', {}).get('init_from', {})
   for name, source in sources._asdict().items():
@@ -92,10 +91,9 @@ def load_student(settings: NetworkSettings, key: PRNGKey, source: str | None) ->
 
 def load_generator(
     synthesizer: Synthesizer, state: PyTree, source: str | None, mesh: Mesh) -> PyTree:
-  """Returns a method's state with the generator of a source; unchanged if that is None.
+  """Returns a method's state with the generator of a run, the source; unchanged if that is None.
 
-  The source is the folder of a run, of this method or another. Raises ValueError if the run or this
-  method has no generator that lasts, or shapes differ.
+  Raises ValueError if the run or this method has no generator that lasts, or shapes differ.
   """
   if source is None:
     return state

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -63,13 +63,11 @@ class Experiment:
     self._teacher_predictions: np.ndarray | None = None  # on the test images
     self._compiled: set = set()  # modules with a compiled evaluation
 
-  @contextlib.contextmanager
-  def open(self) -> Iterator[None]:
+  def open(self) -> contextlib.AbstractContextManager[None]:
     """Opens the folder of the run; signals are deferred from now on, to save its state."""
     if self._stop_request is not None:
       self._stop_request.defer()
-    with self.store.open():
-      yield
+    return self.store.open()
 
   def cache_teacher_predictions(self, teacher: Network) -> None:
     """Keeps the teacher's metrics, and its predictions on the test images for `agreement`."""

@@ -1,6 +1,5 @@
 """The compiled programs of a distillation's rounds, and the state that they carry on."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dfkd_jax import distill, parallel, report, synth
 from dfkd_jax.config.records import Distill
 from dfkd_jax.models.network import Network
-from dfkd_jax.synth import buffer_memory, host_replay, replay
+from dfkd_jax.synth import host_replay, replay
 from dfkd_jax.types import Array, PRNGKey, PyTree
 
 Make = Callable[[str | None], synth.Synthesizer]  # (mapped axis) -> method
@@ -56,7 +55,12 @@ def init(make: Make, mesh: Mesh, key: PRNGKey, teacher: Network) -> PyTree:
   specs = parallel.specs(host_replay.strip_images(shapes))
   state = parallel.each_device(init_without_images, mesh, (one, one), specs)(key, teacher)
   buffer = replay.find_buffer(shapes)
-  return state if buffer is None else host_replay.with_image_shapes(state, buffer.images, mesh)
+  if buffer is None:
+    return state
+  shape = (mesh.size * buffer.images.shape[0], *buffer.images.shape[1:])  # of all devices
+  sharding = NamedSharding(mesh, parallel.SPREAD)
+  return replay.replace_buffer(
+      state, images=jax.ShapeDtypeStruct(shape, buffer.images.dtype, sharding=sharding))
 
 
 def place_and_compile(plan: Plan, state: State, teacher: Network, *others: PyTree, buffer: str,
@@ -67,13 +71,13 @@ def place_and_compile(plan: Plan, state: State, teacher: Network, *others: PyTre
   which have `memory` bytes each (None: unlimited). The `buffer` is 'device', 'host' or 'auto'.
   Returns the programs, and the state with images on the host or still to be allocated on devices.
   """
-  programs, note = buffer_memory.choose_place(
+  programs, note = host_replay.choose_place(
       buffer, memory, (state, teacher, others), state.synthesis,
-      functools.partial(compile_programs, plan, state, teacher))
+      lambda: compile_programs(plan, state, teacher))
   if note:
     report.note(note)
   if programs is None:
-    state = state.replace(synthesis=buffer_memory.allocate_on_host(state.synthesis))
+    state = state.replace(synthesis=host_replay.allocate_on_host(state.synthesis))
     programs = _compile_for_host(plan, state, teacher)
   return programs, state
 
@@ -122,9 +126,9 @@ def _compile_call(plan: Plan, state: State, teacher: Network) -> Any:
 def compile_steps(
     plan: Plan, state: State, teacher: Network, batches: replay.HostBatches | None = None) -> Any:
   """Compiles the student's steps after one call; `batches` are images that the host hands in."""
+  rounds = plan.distill
 
   def student_steps(student, synthesis, key, teacher, part=None, *, axis):
-    rounds = plan.distill
     return distill.distill(
         student, synthesis, key, teacher, synthesizer=plan.make(axis), tx=plan.tx,
         num_steps=rounds.steps_per_call, temperature=rounds.temperature,

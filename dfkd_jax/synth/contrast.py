@@ -1,11 +1,10 @@
 """Contrast of image views against a memory bank of earlier images, for CMI.
 
-References:
-  Fang et al., Contrastive Model Inversion for Data-Free Knowledge Distillation, IJCAI 2021,
-  https://arxiv.org/abs/2105.08584, equations 5 to 8.
+Fang et al., Contrastive Model Inversion, IJCAI 2021 (arXiv:2105.08584), equations 5 to 8.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,6 +18,8 @@ from dfkd_jax.messages import FieldError
 from dfkd_jax.models.network import Network
 from dfkd_jax.synth.layout import Layout
 from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
+
+quarter_crop = functools.partial(augment.resized_crop_and_flip, scale=(0.25, 1.0))
 
 
 class Head(nn.Module):
@@ -36,15 +37,9 @@ class Head(nn.Module):
 
 def random_rows(key: PRNGKey, size: Array, capacity: int, number: int) -> tuple[Array, Array]:
   """Draws slots [number] of live rows without replacement, and whether each is live [number]."""
-  chances = jnp.where(
-      jnp.arange(capacity) < size, jax.random.uniform(key, (capacity,)), -1.0)
+  chances = jnp.where(jnp.arange(capacity) < size, jax.random.uniform(key, (capacity,)), -1.0)
   highest, slots = jax.lax.top_k(chances, number)
   return slots, highest >= 0
-
-
-def quarter_crop(key: PRNGKey, images: Array) -> Array:
-  """Crops a quarter up to all of each image, and flips it at random."""
-  return augment.resized_crop_and_flip(key, images, scale=(0.25, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Contrast:
   projection_size: int = 256  # of the head's output
   feature_layers: tuple[str, ...] | None = None  # paths of the batch norms; None: all
   head_lr: float | None = None  # of the head, whose optimizer state lasts; None: `generator_lr`
-  local_view: Callable[[PRNGKey, Array], Array] | None = quarter_crop
+  local_view: Callable[[PRNGKey, Array], Array] = quarter_crop
   # (key, live rows, rows of the bank, number) -> (slots, whether each is live)
   sample_rows: Callable[[PRNGKey, Array, int, int], tuple[Array, Array]] = random_rows
 
@@ -69,9 +64,8 @@ class Contrast:
     """Returns the rows of a task's bank; raises a FieldError if they do not suffice."""
     rows = layout.share(self.bank_size, 'bank_size')
     if is_used and rows <= layout.batch_size:
-      images = layout.num_tasks * layout.batch_size
-      raise FieldError('bank_size', f'bank_size is {self.bank_size}, must be above {images}, the '
-                       'images of one call.')
+      raise FieldError('bank_size', f'bank_size is {self.bank_size}, must be above '
+                       f'{layout.num_tasks * layout.batch_size}, the images of one call.')
     if is_used and not 1 <= self.num_negatives <= rows:
       raise FieldError('num_negatives', f'num_negatives is {self.num_negatives}, must be in '
                        f'1..{rows}, the bank of a task.')
@@ -88,19 +82,12 @@ class Contrast:
 
   def compare(
       self, key: PRNGKey, head: PyTree, bank: Array, size: Array, teacher: Network, images: Array,
-      outputs: Outputs,
-  ) -> tuple[Array, Array]:
-    """Compares the local and the global view of each image.
+      outputs: Outputs) -> tuple[Array, Array]:
+    """Returns the contrast [B] of images, and the features of both their views [B, 2, D].
 
-    Args:
-      key: PRNG key.
-      head: Parameters of the head.
-      bank: [N, 2, D], features of earlier images; its first `size` [] rows are live.
-      teacher: Gives the features.
-      images: [B, H, W, C], the source of the local views; `outputs` are of the global ones.
-
-    Returns:
-      The contrast [B], and the features of both views [B, 2, D].
+    Local views are drawn from `images` [B, H, W, C]; `outputs` are the teacher's of global views.
+    The bank [N, 2, D] has features of earlier images; its first `size` [] rows are live. `head` has
+    the parameters of the head.
     """
     key_view, key_rows = jax.random.split(key)
     local_features = self.features(teacher(self.local_view(key_view, images)))

@@ -1,8 +1,7 @@
 """A generator that lasts, from which the student learns directly: DAFL, ZSKT, DFQ, DFAD, CuDFKD.
 
 A call takes `num_steps` of Adam on the generator, each on fresh latents, and keeps no image. The
-student's batches are rendered from fresh latents too, by the generator or, in part, by its moving
-average.
+generator, or in part its moving average, also renders the student's batches.
 """
 
 import dataclasses
@@ -24,8 +23,6 @@ from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
 from dfkd_jax.types import Array, Batch, PyTree
 
-SAMPLE_BY = ('running', 'batch')
-
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorTraining:
@@ -44,17 +41,11 @@ class GeneratorTraining:
   sample_by: str = 'running'  # moments that normalise the student's images: 'running' or 'batch'
 
   def __post_init__(self):
-    check_option('sample_by', self.sample_by, SAMPLE_BY)
+    check_option('sample_by', self.sample_by, ('running', 'batch'))
     inner_loop.check(self.num_steps)
     if self.balance_temperature <= 0:
       raise FieldError('balance_temperature', f'balance_temperature is '
                        f'{self.balance_temperature}, must be above 0.')
-
-  def optimizer(self, axis: str | None) -> optax.GradientTransformation:
-    """Returns Adam on the gradients averaged over devices."""
-    average = optax.stateless(lambda grads, _: parallel.pmean(grads, axis))
-    return optax.chain(
-        average, optax.adam(self.generator_lr, b1=self.adam_b1, b2=self.adam_b2))
 
 
 class State(struct.PyTreeNode):
@@ -73,17 +64,10 @@ class State(struct.PyTreeNode):
 
 
 def synthesizer(
-    *,
-    generator: nn.Module,
-    image_shape: tuple[int, int, int],
-    task: Task,
-    factors: Factors,
-    adversary: Adversary = Adversary(masked=False),
-    latents: Latents = Latents(),
-    training: GeneratorTraining = GeneratorTraining(),
-    layout: Layout = Layout(),
-    average: MovingAverage = MovingAverage(),
-) -> Synthesizer:
+    *, generator: nn.Module, image_shape: tuple[int, int, int], task: Task, factors: Factors,
+    adversary: Adversary = Adversary(masked=False), latents: Latents = Latents(),
+    training: GeneratorTraining = GeneratorTraining(), layout: Layout = Layout(),
+    average: MovingAverage = MovingAverage()) -> Synthesizer:
   """Makes a synthesizer with a generator that lasts.
 
   Args:
@@ -91,10 +75,6 @@ def synthesizer(
       running moments in `batch_stats`.
     image_shape: [H, W, C] of its images.
     task: Task of the teacher; targets are the classes that it sees.
-    factors: Factors of the terms.
-    adversary: Divergence of the adversarial term.
-    latents: Shape of the latents.
-    training: How the generator is trained and sampled.
     layout: Batch sizes, tasks and devices. Gradients are averaged over tasks in each step.
     average: Moving average of the generator after each of its steps, if any.
   """
@@ -105,10 +85,12 @@ def synthesizer(
   share = layout.share(layout.sample_batch_size, 'sample_batch_size')
   num_averaged = average.num_images(layout)
   latent_shape = latents.batch_shape(layout.batch_size)
-  tx = training.optimizer(layout.axis)
+  tx = optax.chain(  # on gradients averaged over devices
+      optax.stateless(lambda grads, _: parallel.pmean(grads, layout.axis)),
+      optax.adam(training.generator_lr, b1=training.adam_b1, b2=training.adam_b2))
 
   def init(key, teacher):
-    variables = generators.init_variables(generator, key, latent_shape)
+    variables = generators.init(generator, key, latent_shape)
     params = variables['params']
     outputs = generators.check(
         generator, params, latent_shape, image_shape, teacher, task.num_classes, factors)
@@ -143,11 +125,11 @@ def synthesizer(
         loss, metrics, moved = layout.mean_of_tasks(results)
         return loss, inner_loop.StepOutput((), moved, metrics)
 
-      found = inner_loop.minimize(
+      minimum = inner_loop.minimize(
           key_step, loss_fn, state.params, state.opt_state, tx=tx, num_steps=1)
-      moved, metrics = parallel.pmean((found.aux, found.metrics), layout.axis)
+      moved, metrics = parallel.pmean((minimum.aux, minimum.metrics), layout.axis)
       state = state.replace(
-          params=found.variables, opt_state=found.opt_state, batch_stats=moved)
+          params=minimum.variables, opt_state=minimum.opt_state, batch_stats=moved)
       state = state.replace(ema=average.update(state.ema, state.variables, is_new=False))
       return state, {name: values[0] for name, values in metrics.items()}
 
@@ -158,10 +140,8 @@ def synthesizer(
     """Renders images [M, number, H, W, C] from fresh latents."""
 
     def render_task(latents_of_task):
-      if training.sample_by == 'running':
-        return generator.apply(variables, latents_of_task, train=False)
-      return generator.apply(
-          variables, latents_of_task, train=True, mutable=['batch_stats'])[0]
+      return generator.apply(variables, latents_of_task, train=training.sample_by == 'batch',
+                             mutable=['batch_stats'])[0]
 
     return layout.map(render_task, latents.draw(key, number, layout))
 

@@ -11,16 +11,11 @@ from dfkd_jax.synth.objective import Factors
 from dfkd_jax.types import Array, Outputs, PRNGKey, PyTree
 
 
-def init_variables(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
+def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
   """Draws the variables of a generator for latents [B, ...], in the default float type."""
   variables = jax.jit(lambda k: generator.init(k, jnp.zeros(latent_shape)))(key)
   # Linen gives float32 under `jax_enable_x64` too; optimizer states would inherit it.
   return jax.tree.map(lambda leaf: leaf.astype(jnp.result_type(float)), variables)
-
-
-def init(generator: nn.Module, key: PRNGKey, latent_shape: tuple[int, ...]) -> PyTree:
-  """Draws the parameters of a generator; see `init_variables`."""
-  return init_variables(generator, key, latent_shape)['params']
 
 
 def render(generator: nn.Module, params: PyTree, latents: Array) -> Array:
@@ -35,19 +30,12 @@ def render(generator: nn.Module, params: PyTree, latents: Array) -> Array:
 
 def check(
     generator: nn.Module, params: PyTree, latent_shape: tuple[int, ...],
-    image_shape: tuple[int, ...], teacher: Network, num_classes: int, factors: Factors,
-) -> Outputs:
-  """Checks that generator, images, teacher and factors fit together; computes nothing.
+    image_shape: tuple[int, ...], teacher: Network, num_classes: int, factors: Factors) -> Outputs:
+  """Checks that all parts fit; returns the shapes of the teacher's outputs. Computes nothing.
 
-  Returns:
-    Shapes of the teacher's outputs for the generator's images.
-
-  Raises:
-    ValueError: The images are not `image_shape`, the teacher has another number of classes, or
-      a term has nothing to match.
+  Raises a ValueError if the images are not `image_shape`, or as `check_teacher` does.
   """
-  images = jax.eval_shape(
-      lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
+  images = jax.eval_shape(lambda p, z: render(generator, p, z), params, jnp.zeros(latent_shape))
   if images.shape[1:] != tuple(image_shape):
     raise FieldError('image_shape', f'image_shape is {tuple(image_shape)}, must be '
                      f'{images.shape[1:]}, the shape of the images that the generator makes.')
@@ -55,13 +43,11 @@ def check(
 
 
 def check_teacher(
-    teacher: Network, images: Array, num_classes: int, factors: Factors
-) -> Outputs:
+    teacher: Network, images: Array, num_classes: int, factors: Factors) -> Outputs:
   """Returns the shapes of the teacher's outputs.
 
-  Raises:
-    ValueError: The teacher has another number of classes than the task, or a term matches moments
-      that the teacher lacks or that cannot be captured.
+  Raises a ValueError if the teacher has another number of classes than the task, or a term matches
+  moments that the teacher lacks or that cannot be captured.
   """
   outputs = jax.eval_shape(lambda network, x: network(x), teacher, images)
   if outputs.logits.shape[-1] != num_classes:
@@ -76,25 +62,18 @@ def check_teacher(
   return outputs
 
 
-def redraw(
-    key: PRNGKey, params: PyTree, std: float = 0.02, layers: tuple[str, ...] | None = None
-) -> PyTree:
+def redraw(key: PRNGKey, params: PyTree, std: float = 0.02,
+           layers: tuple[str, ...] | None = None) -> PyTree:
   """Draws a generator anew: kernels from N(0, std^2), scales from N(1, std^2), biases 0.
 
-  CMI does this before each batch (arXiv:2105.08584, its code). FastDFKD's code does it once, late
-  in a run, for the first layers only, with scales from N(0, std^2).
-
-  Args:
-    key: PRNG key.
-    params: Of the generator.
-    std: Standard deviation.
-    layers: Names of the layers to draw; None: all of them.
+  `layers` names the layers to draw; None: all. CMI does this before each batch (arXiv:2105.08584,
+  its code). FastDFKD's code does it once, late in a run, for the first layers only, with scales
+  from N(0, std^2).
   """
   flat = traverse_util.flatten_dict(params)
-  names = {path[0] for path in flat}
-  if unknown := set(layers or ()) - names:
-    raise ValueError(f'The generator has no layers {sorted(unknown)} to redraw, only '
-                     f'{sorted(names)}.')
+  names = sorted({path[0] for path in flat})
+  if unknown := sorted(set(layers or ()).difference(names)):
+    raise ValueError(f'The generator has no layers {unknown} to redraw, only {names}.')
   chosen = sorted(path for path in flat if layers is None or path[0] in layers)
   for path, path_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
     leaf, centre = flat[path], 1 if layers is None and path[-1] == 'scale' else 0

@@ -8,6 +8,7 @@ begin, since draws are uniform, and the images of these slots are copied in, som
 The same keys draw the same slots, so results are bit-equal wherever the images are kept.
 """
 
+import os
 from collections.abc import Callable
 
 import jax
@@ -16,18 +17,101 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dfkd_jax import parallel
+from dfkd_jax.messages import FieldError
 from dfkd_jax.synth import replay
-from dfkd_jax.types import PyTree
+from dfkd_jax.types import Array, PyTree
 
 CHUNK = 2**30  # Bytes of images that are copied to a device at once.
+SPARE = 0.05  # Of a device's memory, for fragments and small programs.
 
 
-def with_image_shapes(synthesis: PyTree, images: jax.ShapeDtypeStruct, mesh: Mesh) -> PyTree:
-  """Sets only shape and sharding of a buffer's images, from [M, N, H, W, C] of one device."""
-  shape = (mesh.size * images.shape[0], *images.shape[1:])
-  sharding = NamedSharding(mesh, parallel.SPREAD)
-  return replay.replace_buffer(
-      synthesis, images=jax.ShapeDtypeStruct(shape, images.dtype, sharding=sharding))
+def device_only_reason(synthesis: PyTree) -> str | None:
+  """Says why the images of a method's state cannot be kept in host memory; None if they can."""
+  buffer, processes = replay.find_buffer(synthesis), jax.process_count()
+  if buffer is None:
+    return 'the method keeps no images'
+  if buffer.priorities is not None:
+    return "the method draws images by priorities, which each of the student's steps changes"
+  if processes > 1:
+    return f'there are {processes} processes, and one alone would keep the images of all'
+  return None
+
+
+def free_memory(limit: int, state: PyTree, programs: tuple = ()) -> int:
+  """Computes how many of a device's `limit` bytes are left for a buffer's images.
+
+  `state` has the arrays that stay on the devices, or shapes with shardings. Its buffer's images are
+  not counted. `programs` are compiled for the arguments in `state`, and run one at a time.
+  """
+  kept = sum(map(_device_bytes, jax.tree.leaves(replay.replace_buffer(state, images=None))))
+  sizes = [program.memory_analysis() for program in programs]
+  extra = max((size.temp_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
+               for size in sizes), default=0)
+  return int((1 - SPARE) * limit) - kept - extra
+
+
+def choose_place(
+    place: str, limit: int | None, state: PyTree, synthesis: PyTree,
+    compile_for_devices: Callable[[], tuple]) -> tuple[tuple | None, str]:
+  """Decides where the images are kept. Raises a ValueError if they fit nowhere.
+
+  Args:
+    place: As configured: 'auto', 'device' or 'host'.
+    limit: Bytes of a device; None: unknown, and taken to be enough.
+    state: Everything that stays on the devices; `synthesis` is the method's part.
+    compile_for_devices: Compiles the programs for images on the devices. Not called if the images
+      alone are too many.
+
+  Returns:
+    These programs, or None if the images are kept on the host; and a note for the user.
+  """
+  reason, buffer = device_only_reason(synthesis), replay.find_buffer(synthesis)
+  if place == 'host':
+    if reason:
+      raise FieldError('buffer', f"buffer is 'host', must be 'auto' or 'device': {reason}.")
+    return None, ''
+  if place == 'device' or limit is None or buffer is None:
+    return compile_for_devices(), ''
+  needed, programs, free = _device_bytes(buffer.images), None, free_memory(limit, state)
+  if needed <= free:
+    programs = compile_for_devices()
+    free = free_memory(limit, state, programs[:2])
+  memory = (f'{_format_size(needed)} a device, {_format_size(max(free, 0))} free of '
+            f'{_format_size(limit)}')
+  if needed <= free:
+    return programs, f'image buffer: {memory}: kept in device memory'
+  if reason:
+    raise FieldError('method.capacity', f'method.capacity must be lower: the image buffer is '
+                     f'{memory}, and cannot be in host memory: {reason}. '
+                     "buffer='device' tries nevertheless.")
+  return None, f'image buffer: {memory}: kept in host memory'
+
+
+def allocate_on_host(synthesis: PyTree) -> PyTree:
+  """Allocates the buffer's images as zeros on the host, from their shape.
+
+  Raises a ValueError if the host has less than twice the memory: a checkpoint copies the images.
+  """
+  images = replay.find_buffer(synthesis).images
+  needed = 2 * int(np.prod(images.shape))
+  available = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if needed > available:
+    raise FieldError('method.capacity', f'method.capacity needs {_format_size(needed)} of host '
+                     'memory, as a checkpoint copies the images, must be so low that '
+                     f'{_format_size(available)} suffice.')
+  # The system allots no memory until something is written.
+  return replay.replace_buffer(synthesis, images=np.zeros(images.shape, images.dtype))
+
+
+def _device_bytes(leaf: Array) -> int:
+  """Bytes of the part of an array that one device holds."""
+  sharding = getattr(leaf, 'sharding', None)
+  shape = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
+  return int(np.prod(shape)) * leaf.dtype.itemsize
+
+
+def _format_size(number: int) -> str:
+  return f'{number / 1e9:.1f} GB' if number >= 1e8 else f'{number / 1e6:.3g} MB'
 
 
 def allocate(synthesis: PyTree) -> PyTree:
@@ -43,13 +127,6 @@ def allocate(synthesis: PyTree) -> PyTree:
 def strip_images(synthesis: PyTree) -> PyTree:
   """Removes the buffer's images from a state, as the programs take it."""
   return replay.replace_buffer(synthesis, images=None, added=None, drawn=None)
-
-
-def device_view(synthesis: PyTree) -> PyTree:
-  """Removes the buffer's images if they are on the host."""
-  buffer = replay.find_buffer(synthesis)
-  is_on_host = buffer is not None and isinstance(buffer.images, np.ndarray)
-  return strip_images(synthesis) if is_on_host else synthesis
 
 
 def write(images: np.ndarray, added: np.ndarray, end: int) -> None:
@@ -73,9 +150,9 @@ def gather(images: np.ndarray, slots: np.ndarray) -> np.ndarray:
   return gathered.reshape(*slots.shape, *images.shape[2:])
 
 
-def steps_per_chunk(num_steps: int, bytes_a_step: int, limit: int | None = None) -> int:
-  """Returns the most steps that divide `num_steps` and fit in `limit` (CHUNK) bytes; at least 1."""
-  most = max(1, (CHUNK if limit is None else limit) // bytes_a_step)
+def steps_per_chunk(num_steps: int, bytes_a_step: int) -> int:
+  """Returns the most steps that divide `num_steps` and fit in CHUNK bytes; at least 1."""
+  most = max(1, CHUNK // bytes_a_step)
   return max(n for n in range(1, num_steps + 1) if num_steps % n == 0 and n <= most)
 
 
@@ -97,7 +174,7 @@ def with_host_batches(
   """Wraps the student's steps so that their images are copied from the host, chunk by chunk.
 
   `sample_slots` maps (state, key) to [num_steps, B]. `steps` maps (student, state, key, teacher,
-  HostBatches of `chunk` steps) to (student, state, metrics). `chunk` divides `num_steps`.
+  HostBatches of `chunk` steps) to (student, state, metrics).
   """
   sharding = NamedSharding(mesh, parallel.BATCHES)
 
@@ -116,22 +193,5 @@ def with_host_batches(
     losses = np.concatenate(parts.pop('losses'))
     means = {name: np.mean(values) for name, values in parts.items()}
     return student, replay.replace_buffer(synthesis, images=images), means | {'losses': losses}
-
-  return call
-
-
-def with_host_sample(sample_slots: Callable, sample: Callable) -> Callable:
-  """Wraps `sample` so that its images are copied from the host, if they are there.
-
-  `sample_slots` maps (state, key) to [B]; `sample` takes (state, key, images [B, ...] | None, ...).
-  """
-
-  def call(synthesis, key, *inputs):
-    stripped = device_view(synthesis)
-    if stripped is synthesis:
-      return sample(synthesis, key, None, *inputs)
-    slots = np.asarray(sample_slots(stripped, jax.random.clone(key)))  # Same key: same slots.
-    images = gather(replay.find_buffer(synthesis).images, slots[None])[0]
-    return sample(stripped, key, images, *inputs)
 
   return call

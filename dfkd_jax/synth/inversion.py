@@ -101,7 +101,7 @@ class MetaGenerator:
   ) -> State:
     """Draws a generator and makes an empty buffer; checks that they suit teacher and factors."""
     key_params, key_latents = jax.random.split(key)
-    params = generators.init(self.generator, key_params, self.latent_shape)
+    params = generators.init(self.generator, key_params, self.latent_shape)['params']
     outputs = generators.check(self.generator, params, self.latent_shape, self.image_shape,
                                teacher, self.task.num_classes, factors)
     buffer = replay.create(

@@ -1,8 +1,7 @@
-"""Modulation of the one_hot term: rare classes and hard images count more.
+"""Modulation of the one_hot term in SSD-KD: rare classes and hard images count more.
 
-References:
-  Liu et al., Small Scale Data-Free Knowledge Distillation, CVPR 2024,
-  https://arxiv.org/abs/2406.07876, from a recollection of its equations; see methods/ssd_kd.py.
+Liu et al., CVPR 2024 (arXiv:2406.07876), from a recollection of its equations; see
+methods/ssd_kd.py.
 """
 
 import dataclasses
@@ -38,9 +37,8 @@ class Modulation:
 
   def phi(
       self, logits: Array, targets: Array, histogram: Array, *, counts_targets: bool = False,
-      is_normalised: bool = False, is_constant: bool = False,
-  ) -> Array | None:
-    """Returns phi [...]; None if there is no factor.
+      is_normalised: bool = False, is_constant: bool = False) -> Array | None:
+    """Returns phi [...], without a gradient if it `is_constant`; None if there is no factor.
 
     Args:
       logits: [..., K], the teacher's.
@@ -48,7 +46,6 @@ class Modulation:
       histogram: [K], images in the buffer by class.
       counts_targets: Whether the diversity counts the target, or the class that the teacher sees.
       is_normalised: Whether to take our variant of `losses.curriculum.diversity`.
-      is_constant: Whether no gradient flows through phi.
     """
     if not self.is_used:
       return None

@@ -78,7 +78,7 @@ class OuterLoop:
       def draw(params):
         if self.redraw_std:
           return generators.redraw(key, params, self.redraw_std)
-        return generators.init(generator, key, latent_shape)
+        return generators.init(generator, key, latent_shape)['params']
       return lax.cond(self.is_new(step), draw, lambda params: params, params)
     if self.reset_after is None:
       return params

@@ -13,8 +13,6 @@ from dfkd_jax.synth import replay
 from dfkd_jax.synth.replay import ReplayBuffer
 from dfkd_jax.types import Array, Batch, PRNGKey
 
-DRAWS = ('priority', 'uniform')
-
 
 @dataclasses.dataclass(frozen=True)
 class Priorities:
@@ -26,7 +24,7 @@ class Priorities:
   clip_weights: float | None = 10.0  # largest importance weight; None: no bound
 
   def __post_init__(self):
-    check_option('draw', self.draw, DRAWS)
+    check_option('draw', self.draw, ('priority', 'uniform'))
     for name, is_valid, allowed in (
         ('beta', 0 <= self.beta < 1, 'in [0, 1): at 1 and above the priorities never settle'),
         ('epsilon', self.epsilon > 0, 'above 0'),
@@ -52,8 +50,7 @@ def live_priorities(buffer: ReplayBuffer) -> Array:
   """Returns priorities [M, N], none negative, and 0 in empty slots.
 
   A stored value of -r stands for r times the stripe's highest priority, or for r while there is
-  none. So images that have not been drawn yet are on the scale of the others, however large the
-  first losses are.
+  none. So images that were never drawn are on the scale of the others.
   """
   is_live = jnp.arange(buffer.capacity) < buffer.size
   stored = jnp.where(is_live, buffer.priorities, 0.0)

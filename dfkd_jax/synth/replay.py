@@ -72,7 +72,7 @@ def replace_buffer(state: PyTree, **fields: Any) -> PyTree:
 
 
 def with_batch(state: PyTree, images: Array | None) -> PyTree:
-  """Sets the images [B, H, W, C] uint8 that the next `sample` returns; None: changes nothing."""
+  """Sets the images [B, H, W, C] uint8 that the next `sample` returns, unless they are None."""
   if images is None:
     return state
   num_tasks = find_buffer(state).labels.shape[0]
@@ -135,11 +135,10 @@ def add(
 
 
 def sample(key: PRNGKey, buffer: ReplayBuffer, batch_size: int, axis: str | None = None) -> Batch:
-  """Draws images uniformly, with replacement, equally many from each stripe.
+  """Draws images uniformly, equally many from each stripe; see `sample_slots`.
 
-  The published loader shuffles the whole buffer and draws without replacement within a pass.
-  Drawing with replacement needs no order to be stored, and resumes exactly from the keys. See
-  `sample_slots` for the arguments and the batch.
+  The published loader draws without replacement within a pass. Drawing with replacement needs no
+  order to be stored, and resumes exactly from the keys.
   """
 
   def draw_slots(keys, share):

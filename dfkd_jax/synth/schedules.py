@@ -12,19 +12,10 @@ def ramp(init_value: float, slope: float, begin: int, end: int, every: int = 1) 
   CuDFKD's adversarial factor (arXiv:2208.13648, its code): the slope is added at the end of each
   epoch strictly between `begin` and `end`, so it is last raised for epoch `end`.
 
-  Args:
-    init_value: Value at first, at least 0.
-    slope: Added by an epoch, at least 0.
-    begin: Epoch, from 0.
-    end: Epoch, not before `begin`.
-    every: Calls in an epoch.
-
-  Raises:
-    FieldError: Names the first number that is out of range.
+  An epoch has `every` calls. Raises a FieldError if a number is below its least value.
   """
-  bounds = (('init_value', init_value, 0), ('slope', slope, 0), ('begin', begin, 0),
-            ('end', end, begin), ('every', every, 1))
-  for name, value, least in bounds:
+  for name, value, least in (('init_value', init_value, 0), ('slope', slope, 0),
+                             ('begin', begin, 0), ('end', end, begin), ('every', every, 1)):
     if not value >= least:
       raise FieldError(
           f'adversarial.{name}', f'{name} of a ramp is {value}, must be at least {least}.')

@@ -17,7 +17,8 @@ from dfkd_jax.synth import Factors, generators, replay
 def test_redraw():
   """Kernels from N(0, 0.02^2), scales from N(1, 0.02^2), biases 0, whatever was there."""
   generator = models.Generator(image_shape=(16, 16, 3), width=32)
-  shapes = jax.eval_shape(lambda key: generators.init(generator, key, (2, 40)), jax.random.key(0))
+  shapes = jax.eval_shape(
+      lambda key: generators.init(generator, key, (2, 40))['params'], jax.random.key(0))
   params, redraw = (
       jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes), toys.jit(generators.redraw))
   drawn = redraw(jax.random.key(1), params)

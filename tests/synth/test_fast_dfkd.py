@@ -146,7 +146,7 @@ def test_the_reset_draws_four_tensors_anew_and_only_once():
 
 def test_reset_touches_biases_that_have_been_learnt():
   shapes = jax.eval_shape(
-      lambda key: generators.init(toys.generator(), key, (2, 7)), jax.random.key(0))
+      lambda key: generators.init(toys.generator(), key, (2, 7))['params'], jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
   after = generators.redraw(jax.random.key(1), params, layers=toys.generator().first_layers)
   changed = {path for path, leaf in traverse_util.flatten_dict(after, sep='/').items()

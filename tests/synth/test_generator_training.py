@@ -12,7 +12,7 @@ import toys
 from dfkd_jax import parallel, synth, tasks
 from dfkd_jax.losses import divergence
 from dfkd_jax.models import layers
-from dfkd_jax.synth import Factors, generator_training, generators
+from dfkd_jax.synth import Factors, generators
 
 LATENTS = np.random.default_rng(0).normal(size=(4, 7)).astype(np.float32)
 FACTORS = Factors(one_hot=0.5, batch_norm=2.0, adversarial=1.5, balance=3.0, activation=0.25)
@@ -155,7 +155,7 @@ def drawn():
   state = fixed()[0][-1]
   other = state.replace(batch_stats=jax.tree.map(lambda leaf: leaf + 0.5, state.batch_stats))
   found = {}
-  for sample_by in generator_training.SAMPLE_BY:
+  for sample_by in ('running', 'batch'):
     made = method(sample_by=sample_by, sample_batch_size=4, sample_latents=lambda *_: LATENTS)
     sample = toys.jit(made.sample)
     found[sample_by] = [sample(of, jax.random.key(0)) for of in (state, other)]

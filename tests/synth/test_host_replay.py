@@ -1,6 +1,7 @@
 """Images in host memory: the same run bit for bit as on the devices, from either's checkpoint."""
 
 import functools
+import os
 import types
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from toy_runs import equal, four_tasks
 
 from dfkd_jax import parallel, train
-from dfkd_jax.synth import buffer_memory, host_replay, replay
+from dfkd_jax.synth import host_replay, replay
 
 SHAPE, K = (3, 2, 1), 4
 
@@ -149,8 +150,9 @@ def test_each_device_counts_its_slots_from_its_first_stripe():
 @pytest.mark.parametrize(('steps', 'size', 'most', 'wanted'), [
     (12, 10, 120, 12), (12, 10, 119, 6), (12, 10, 50, 4), (12, 10, 9, 1), (7, 10, 69, 1),
     (7, 10, 70, 7)])
-def test_chunks_divide_the_steps(steps, size, most, wanted):
-  assert host_replay.steps_per_chunk(steps, size, most) == wanted
+def test_chunks_divide_the_steps(steps, size, most, wanted, monkeypatch):
+  monkeypatch.setattr(host_replay, 'CHUNK', most)
+  assert host_replay.steps_per_chunk(steps, size) == wanted
 
 
 def test_the_budget_is_what_stays_beside_all_else():
@@ -167,19 +169,19 @@ def test_the_budget_is_what_stays_beside_all_else():
           ('temp_size_in_bytes', 'output_size_in_bytes', 'alias_size_in_bytes'),
           values, strict=True))))
   programs = (sizes(200_000, 0, 0), sizes(500_000, 300_000, 100_000))
-  assert buffer_memory.free_memory(10_000_000, state, programs) == 7_600_000
+  assert host_replay.free_memory(10_000_000, state, programs) == 7_600_000
   buffer = replay.create(1, SHAPE, K).replace(images=images)
   asked = []
   for limit, kept, compiled in ((10**7, 'device', 1), (35 * 10**5, 'host', 2),
                                 (16 * 10**5, 'host', 2)):
-    made, note = buffer_memory.choose_place(
+    made, note = host_replay.choose_place(
         'auto', limit, state, buffer, lambda: asked.append(0) or programs)
     # In the last case the images alone are too many.
     assert (made, len(asked)) == (programs if kept == 'device' else None, compiled)
     assert note.endswith(f'kept in {kept} memory')
     if kept == 'device':
       assert note.startswith('image buffer: 1.5 MB a device, 7.6 MB free of 10 MB: ')
-  assert buffer_memory.choose_place('auto', None, state, buffer, lambda: programs) == (programs, '')
+  assert host_replay.choose_place('auto', None, state, buffer, lambda: programs) == (programs, '')
 
 
 def test_auto_takes_the_host_where_the_device_is_too_small(whole, tmp_path, capsys):
@@ -226,16 +228,16 @@ def test_refusals_take_a_line(make, changes, message, tmp_path):
 
 def test_where_draws_go_by_priority_auto_is_the_device():
   buffer = replay.create(3, SHAPE, K, prioritised=True)
-  assert 'by priorities' in buffer_memory.device_only_reason(buffer)
-  assert 'keeps no images' in buffer_memory.device_only_reason({'no': 'buffer'})
-  assert buffer_memory.device_only_reason(replay.create(3, SHAPE, K)) is None
-  assert buffer_memory.choose_place('auto', 1, {}, {'no': 'buffer'}, lambda: ('programs',)) == (
+  assert 'by priorities' in host_replay.device_only_reason(buffer)
+  assert 'keeps no images' in host_replay.device_only_reason({'no': 'buffer'})
+  assert host_replay.device_only_reason(replay.create(3, SHAPE, K)) is None
+  assert host_replay.choose_place('auto', 1, {}, {'no': 'buffer'}, lambda: ('programs',)) == (
       ('programs',), '')
 
 
 def test_a_host_without_the_memory_for_a_checkpoint_too_is_said_before_anything_is_written(
     tmp_path, monkeypatch):
-  monkeypatch.setattr(buffer_memory, 'host_memory', lambda: 1_000)
+  monkeypatch.setattr(os, 'sysconf', lambda name: 30)
   with pytest.raises(ValueError, match=r'method\.capacity needs .* of host memory'):
     train.run(toy_runs.config(buffer='host'), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
