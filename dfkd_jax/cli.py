@@ -133,7 +133,8 @@ def load(name: str) -> ConfigDict:
   file, _, arguments = name.partition(':')
   paths = list(filter(os.path.isfile, (file, ROOT / file)))
   if not paths or not file.endswith('.py'):
-    known = [f'configs/{path.name}' for path in sorted((ROOT / 'configs').glob('*.py'))]
+    known = [f'configs/{path.name}' for path in sorted((ROOT / 'configs').glob('*.py'))
+             if 'def get_config(' in path.read_text(encoding='utf-8')]
     raise ValueError(f'--config is {file!r}, must be a Python file.{nearest(file, known)}')
   try:
     get_config = runpy.run_path(str(paths[0])).get('get_config')

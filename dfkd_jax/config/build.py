@@ -12,6 +12,7 @@ from dfkd_jax.config.problems import wrong_value
 from dfkd_jax.config.records import Dataset, NetworkSettings, Optimizer, Settings
 from dfkd_jax.messages import FieldError, check_choice
 from dfkd_jax.models.network import Network
+from dfkd_jax.paths import expand_path
 from dfkd_jax.types import PRNGKey
 
 TEACHERS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'teachers'
@@ -80,6 +81,8 @@ def weights_path(
     names = sorted(path.stem for path in TEACHERS.glob('*.safetensors'))
     name = check_choice(source.removeprefix('embedded:'), names, f'embedded teacher of {field},')
     return TEACHERS / f'{name}.safetensors'
+  if not source.startswith('hf:'):
+    expand_path(source.partition('#')[0], field)
   try:
     if source.startswith('hf:') and not download:
       return weights.check_hub_source(source)

@@ -75,7 +75,7 @@ def _arguments(method: MethodSettings) -> dict[str, Any]:
     try:
       numbers[name] = _MAKERS[name](numbers[name])
     except (TypeError, ValueError) as error:
-      raise FieldError(f'method.{name}', f'method.{name} is {numbers[name]}: {error}') from error
+      raise FieldError(f'method.{name}', f'method.{name}: {error}') from error
   return numbers
 
 

@@ -3,6 +3,7 @@
 Takes a second or two. Reads names, numbers, shapes and paths. Weights and images are read later.
 """
 
+import json
 from collections.abc import Iterator
 
 import jax
@@ -64,6 +65,12 @@ def check_values(config: ConfigDict) -> Iterator[FieldError]:
         expand_path(value.partition('#')[0], row.name)
       except ValueError as error:
         yield FieldError(row.name, str(error))
+  for name in sorted(values.keys() - BY_NAME.keys()):
+    try:
+      json.dumps(None if isinstance(values[name], ConfigDict) else values[name])
+    except TypeError:
+      kind = type(values[name]).__name__
+      yield wrong_value(name, values[name], f'a value that JSON can hold, not a {kind}.')
 
 
 def find_problems(config: ConfigDict, teacher: Network | None = None) -> Problems:

@@ -64,15 +64,17 @@ class Checkpoints:
     return self
 
   def __exit__(self, error_type, error, traceback) -> None:
-    # After an error, another one would hide it.
-    with contextlib.suppress(*[ValueError] if error else []):
+    try:
       self.close()
+    except ValueError:
+      if error is None:  # Otherwise it would hide the first error.
+        raise
 
   def save(self, step: int, state: PyTree, meta: dict) -> None:
     """Starts to write arrays and JSON values as a checkpoint, once the one before is written.
 
-    Raises ValueError if `step` is not above all saved ones, a leaf is not an array, `meta` is not
-    JSON, or the disk refuses this checkpoint or refused the one before.
+    Raises ValueError if `step` is not above all saved ones, a leaf is not an array, or the disk
+    refuses this checkpoint or refused the one before; TypeError if `meta` is not JSON.
     """
     leaves, _ = checkpoint_format.flatten(state)
     entry = checkpoint_format.make_entry(leaves, meta)
@@ -157,10 +159,14 @@ class Checkpoints:
     return jax.tree.unflatten(structure, [arrays[path] for path in leaves]), entry['meta']
 
   def _save_errors(self, action: str) -> contextlib.AbstractContextManager[None]:
-    latest = max(complete_steps(self.directory), default=None)
-    kept = (f'The checkpoint of step {latest} is kept.' if latest is not None
-            else 'There is no checkpoint yet.')
-    return storage_errors(f'{action} in {self.directory}', advice=kept)
+
+    def advice():  # after the error, since a write in the background may have ended meanwhile
+      with contextlib.suppress(OSError):
+        if steps := complete_steps(self.directory):
+          return f'The checkpoint of step {max(steps)} is kept.'
+      return 'There is no checkpoint yet.'
+
+    return storage_errors(f'{action} in {self.directory}', advice=advice)
 
 
 def _read_latest(directory: str | os.PathLike, steps: list[int], read: Callable[[int], Any],

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -125,8 +125,9 @@ class DamagedError(ValueError):
 
 @contextlib.contextmanager
 def storage_errors(
-    action: str, error_type: type[ValueError] = ValueError, advice: str = '') -> Iterator[None]:
-  """Turns any error within into 'Cannot <action>: <reason>. <advice>' in one line.
+    action: str, error_type: type[ValueError] = ValueError,
+    advice: Callable[[], str] = lambda: '') -> Iterator[None]:
+  """Turns any error within into 'Cannot <action>: <reason>. <advice()>' in one line.
 
   Raises `error_type`, or a plain ValueError if the error is transient.
   """
@@ -134,7 +135,8 @@ def storage_errors(
     yield
   except Exception as error:
     text = f'Cannot {action}: {short_reason(error)}'
-    text = f'{text.rstrip(".")}. {advice}' if advice else text
+    if more := advice():
+      text = f'{text.rstrip(".")}. {more}'
     is_transient = (isinstance(error, (MemoryError, PermissionError, TimeoutError))
                     or _TRANSIENT.search(str(error)))
     raise (ValueError if is_transient else error_type)(text) from error

@@ -31,7 +31,7 @@ def unread_sources(sources: InitFrom, stored: Mapping[str, Any], with_control: b
 
   A run with a noise control needs the first student again.
   """
-  before = stored.get('config', {}).get('init_from', {})
+  before = stored.get('config', {}).get('init_from') or {}
   for name, source in sources._asdict().items():
     is_read = before.get(name) == source and f'init_from.{name}' in stored.get('weights', {})
     if is_read and not (name == 'student' and with_control):

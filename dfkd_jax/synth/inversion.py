@@ -42,7 +42,7 @@ class State(struct.PyTreeNode):
   ema: PyTree | None = None  # moving average of the generator after its inner steps
 
 
-class Start(NamedTuple):
+class CallInputs(NamedTuple):
   """Inputs of the inversions of one call."""
 
   params: PyTree  # of the generator
@@ -55,11 +55,13 @@ class Start(NamedTuple):
 class Inversions(NamedTuple):
   """Results of the inversions of one call."""
 
-  start: PyTree  # parameters of the generator before the inner steps
-  meta_grads: PyTree  # averaged over tasks and devices, as everything but `kept` and `latents`
+  initial_params: PyTree  # of the generator, before the inner steps
+  # Averaged over tasks and devices:
+  meta_grads: PyTree
   moments: dict[str, Moments]  # of the last inner step
   metrics: Metrics  # each [num_steps]
   params: PyTree  # of the generators after their inner steps
+  # By task:
   kept: dict[str, Array]  # [M, B, ...], from each task's best (or last) step
   latents: PyTree  # [M, B, Z], after the inner steps
 
@@ -113,13 +115,13 @@ class MetaGenerator:
         past=jax.tree.map(jnp.zeros_like, outputs.moments), buffer=buffer,
         ema=self.average.init(params))
 
-  def start(self, state: State, key: PRNGKey) -> Start:
+  def draw_inputs(self, state: State, key: PRNGKey) -> CallInputs:
     """Draws latents and labels for a call; renews the generator where it is due."""
     key_latents, key_labels, key_steps, key_renew = jax.random.split(key, 4)
     params = self.outer.renew(
         key_renew, state.meta_params, state.step, self.generator, self.latent_shape)
     momentum = jnp.where(state.step == 0, 0, self.moments_momentum)  # The first call has no past.
-    return Start(
+    return CallInputs(
         params, self.latents.of_call(key_latents, state.latents, state.step, self.layout),
         self.draw_labels(key_labels, self.layout.batch_size, state),
         self.layout.keys(key_steps), History(state.past, momentum))
@@ -134,40 +136,41 @@ class MetaGenerator:
     return generators.render(self.generator, params, self.latents.decode(latents, labels))
 
   def invert(
-      self, start: Start, loss_fn: Callable[[PyTree, PRNGKey, Array], tuple[Array, StepOutput]]
-  ) -> Inversions:
+      self, inputs: CallInputs,
+      loss_fn: Callable[[PyTree, PRNGKey, Array], tuple[Array, StepOutput]]) -> Inversions:
     """Runs the inner loops of all tasks, each from a copy of the generator.
 
     Args:
-      start: From `start`.
+      inputs: From `draw_inputs`.
       loss_fn: (variables {'params', 'latents'}, key, labels [B]) -> (loss [], StepOutput); its
         `aux` are moments.
     """
 
-    def invert_task(inputs):
-      latents, labels, key = inputs
-      tx, variables = self.inner.optimizer(), {'params': start.params, 'latents': latents}
+    def invert_task(task_inputs):
+      latents, labels, key = task_inputs
+      tx, variables = self.inner.optimizer(), {'params': inputs.params, 'latents': latents}
       minimum = inner_loop.minimize(
           key, lambda variables, k: loss_fn(variables, k, labels), variables, tx.init(variables),
           tx=tx, num_steps=self.inner.num_steps, keep=self.inner.keep)
-      return self.results(start, minimum), minimum.kept, minimum.variables['latents']
+      return self.results(inputs, minimum), minimum.kept, minimum.variables['latents']
 
     averaged, kept, latents = self.layout.map(
-        invert_task, (start.latents, start.labels, start.keys))
-    return Inversions(start.params, *self.layout.mean(averaged), kept, latents)
+        invert_task, (inputs.latents, inputs.labels, inputs.keys))
+    return Inversions(inputs.params, *self.layout.mean(averaged), kept, latents)
 
-  def results(self, start: Start, minimum: Minimum) -> tuple[Any, ...]:
+  def results(self, inputs: CallInputs, minimum: Minimum) -> tuple[Any, ...]:
     """Returns the results of one inner loop that are averaged over tasks; see `Inversions`."""
-    return (self.outer.gradient(start.params, minimum), minimum.aux, minimum.metrics,
+    return (self.outer.gradient(inputs.params, minimum), minimum.aux, minimum.metrics,
             minimum.variables['params'])
 
   def update(self, state: State, inversions: Inversions) -> State:
     """Takes one step of the outer loop."""
     step, tx, opt_state = state.step, self.optimizer, state.meta_opt_state
+    params = inversions.initial_params
     if self.latents.restart_every is not None:
-      opt_state = lax.cond(self.latents.is_restart(step), lambda: tx.init(inversions.start),
+      opt_state = lax.cond(self.latents.is_restart(step), lambda: tx.init(params),
                            lambda: state.meta_opt_state)
-    params, opt_state = self.outer.update(tx, inversions.meta_grads, opt_state, inversions.start)
+    params, opt_state = self.outer.update(tx, inversions.meta_grads, opt_state, params)
     past = optax.incremental_update(
         inversions.moments, state.past, jnp.where(step == 0, 1, 1 - self.moments_momentum))
     return state.replace(
@@ -194,7 +197,7 @@ class MetaGenerator:
                  layout.axis)
     return moving_average.append_images(batch, images)
 
-  def fresh_start(self, state: State, key: PRNGKey) -> tuple[State, PRNGKey]:
+  def with_fresh_latents(self, state: State, key: PRNGKey) -> tuple[State, PRNGKey]:
     """Replaces carried latents by new ones, for images that no student has seen."""
     key_latents, key = jax.random.split(key)
     return state.replace(latents=self.latents.start(key_latents, self.layout)), key

@@ -22,8 +22,8 @@ class Modulation:
   difficulty is (1 - p)^gamma, with p the probability of the target.
   """
 
-  diversity: bool = True  # whether phi has this factor
-  difficulty: bool = True  # whether phi has this factor
+  diversity: bool = True  # whether phi has the factor diversity
+  difficulty: bool = True  # whether phi has the factor difficulty
   gamma: float = 2.0  # unknown from the paper; 2 is the focal loss's
 
   def __post_init__(self):

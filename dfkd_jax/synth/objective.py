@@ -75,7 +75,9 @@ class Factors(NamedTuple):
 
   def for_student(self, student: Network | None) -> 'Factors':
     """Switches the terms off that need a student, if there is none."""
-    return self if student else self._replace(adversarial=0.0, student_batch_norm=0.0)
+    if student is not None:
+      return self
+    return self._replace(adversarial=0.0, student_batch_norm=0.0)
 
 
 def terms(

@@ -71,7 +71,7 @@ def sample_by_priority(
   """Draws images by `probabilities`, with replacement, equally many from each stripe.
 
   A probability below 2^-31 is rounded up to it, so that each live slot is within reach and no
-  other is. See `replay.sample` for the arguments.
+  other is. See `replay.sample_slots` for the arguments.
   """
 
   def draw_slots(keys, share):

@@ -31,7 +31,8 @@ def test_a_reason_is_one_line_without_internals():
 
 
 def test_a_sentence_may_follow_the_error():
-  saving = checkpoint_format.storage_errors('save', advice='The checkpoint of step 2 is kept.')
+  saving = checkpoint_format.storage_errors(
+      'save', advice=lambda: 'The checkpoint of step 2 is kept.')
   match = r'^Cannot save: disk full\. The checkpoint of step 2 is kept\.$'
   with pytest.raises(ValueError, match=match), saving:
     raise OSError('disk full.')

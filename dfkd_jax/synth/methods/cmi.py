@@ -71,8 +71,10 @@ def cmi(
   factors = factors.checked(own=('contrast',))
   compares = factors.active('contrast')
   rows = contrast.rows(layout, compares)
-  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
-                                 average, capacity, moments_momentum)
+  meta = inversion.MetaGenerator(
+      generator=generator, image_shape=image_shape, task=task, latents=latents, inner=inner,
+      outer=outer, layout=layout, average=average, capacity=capacity,
+      moments_momentum=moments_momentum)
   head = Head(contrast.projection_size)
   head_tx = optax.adam(inner.generator_lr if contrast.head_lr is None else contrast.head_lr)
 
@@ -91,11 +93,11 @@ def cmi(
 
   def invert(state, key, teacher, student, factors):
     """Runs the inner loops of one call; returns also the trained head and its optimizer state."""
-    start = meta.start(state.inversion, key)
+    inputs = meta.draw_inputs(state.inversion, key)
     factors = factors.late_adversary(state.inversion.step, adversarial_after)
 
-    def invert_task(inputs):
-      latents_of_task, labels, bank, key_task = inputs
+    def invert_task(task_inputs):
+      latents_of_task, labels, bank, key_task = task_inputs
 
       def loss_fn(variables, key_step):
         key_view, key_contrast = jax.random.split(key_step) if compares else (key_step, None)
@@ -104,7 +106,7 @@ def cmi(
         outputs = teacher(views)
         terms = objective.terms(
             factors, outputs, views, task.labels_from(outputs.logits, labels), teacher=teacher,
-            student=student, history=start.history, adversary=adversary, reduce=task.reduce)
+            student=student, history=inputs.history, adversary=adversary, reduce=task.reduce)
         kept = {'images': images, 'labels': task.predicted(outputs.logits)}
         if compares:
           terms['contrast'], kept['features'] = contrast.compare(
@@ -112,7 +114,7 @@ def cmi(
         loss, metrics = objective.total(terms, factors)
         return loss, StepOutput(kept, outputs.moments, metrics)
 
-      tx, variables = inner.optimizer(), {'params': start.params, 'latents': latents_of_task}
+      tx, variables = inner.optimizer(), {'params': inputs.params, 'latents': latents_of_task}
       opt_state = tx.init(variables)
       if compares:
         tx, opt_state = beside_head(tx, head_tx), (opt_state, state.head_opt_state)
@@ -121,13 +123,13 @@ def cmi(
           key_task, loss_fn, variables, opt_state, tx=tx, num_steps=inner.num_steps,
           keep=inner.keep)
       trained = (minimum.variables['head'], minimum.opt_state[1]) if compares else (None, None)
-      averaged = *meta.results(start, minimum), *trained
+      averaged = *meta.results(inputs, minimum), *trained
       return averaged, minimum.kept, minimum.variables['latents']
 
     averaged, kept, moved = layout.map(
-        invert_task, (start.latents, start.labels, state.bank, start.keys))
+        invert_task, (inputs.latents, inputs.labels, state.bank, inputs.keys))
     *averaged, head, head_opt_state = layout.mean(averaged)
-    return Inversions(start.params, *averaged, kept, moved), head, head_opt_state
+    return Inversions(inputs.params, *averaged, kept, moved), head, head_opt_state
 
   def synthesize(state, key, teacher, student):
     inversions, head, head_opt_state = invert(state, key, teacher, student, factors)
@@ -147,9 +149,9 @@ def cmi(
     return meta.sample(state.inversion, key)
 
   def fresh(state, key, teacher, student=None):
-    start, key = meta.fresh_start(state.inversion, key)
+    fresh_state, key = meta.with_fresh_latents(state.inversion, key)
     inversions, *_ = invert(
-        state.replace(inversion=start), key, teacher, student, factors.for_student(student))
+        state.replace(inversion=fresh_state), key, teacher, student, factors.for_student(student))
     return replay.unsaved(inversions.kept['images'], inversions.kept['labels'])
 
   def with_generator(state, variables):

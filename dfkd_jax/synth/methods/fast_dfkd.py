@@ -28,8 +28,6 @@ from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.tasks import Task
 from dfkd_jax.types import Array, PRNGKey
 
-State = inversion.State
-
 
 def fast_dfkd(
     *, generator: nn.Module, image_shape: tuple[int, int, int], task: Task, factors: Factors,
@@ -62,15 +60,17 @@ def fast_dfkd(
     augment: (key, images) -> images, fresh in every inner step.
   """
   factors = factors.checked()
-  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
-                                 average, capacity, moments_momentum)
+  meta = inversion.MetaGenerator(
+      generator=generator, image_shape=image_shape, task=task, latents=latents, inner=inner,
+      outer=outer, layout=layout, average=average, capacity=capacity,
+      moments_momentum=moments_momentum)
 
   def init(key, teacher):
     return meta.init(key, teacher, factors)
 
   def invert(state, key, teacher, student, factors):
     """Runs the inner loops of one call."""
-    start = meta.start(state, key)
+    inputs = meta.draw_inputs(state, key)
     factors = factors.late_adversary(state.step, adversarial_after)
 
     def loss_fn(variables, key_step, labels):
@@ -79,12 +79,12 @@ def fast_dfkd(
       outputs = teacher(views)
       terms = objective.terms(
           factors, outputs, views, task.labels_from(outputs.logits, labels), teacher=teacher,
-          student=student, history=start.history, adversary=adversary, reduce=task.reduce)
+          student=student, history=inputs.history, adversary=adversary, reduce=task.reduce)
       loss, metrics = objective.total(terms, factors)
       kept = {'images': images, 'labels': task.predicted(outputs.logits)}
       return loss, StepOutput(kept, outputs.moments, metrics)
 
-    return meta.invert(start, loss_fn)
+    return meta.invert(inputs, loss_fn)
 
   def synthesize(state, key, teacher, student):
     inversions = invert(state, key, teacher, student, factors)
@@ -93,7 +93,7 @@ def fast_dfkd(
     return state.replace(buffer=buffer), inversions.metrics
 
   def fresh(state, key, teacher, student=None):
-    state, key = meta.fresh_start(state, key)
+    state, key = meta.with_fresh_latents(state, key)
     kept = invert(state, key, teacher, student, factors.for_student(student)).kept
     return replay.unsaved(kept['images'], kept['labels'])
 

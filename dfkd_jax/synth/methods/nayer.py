@@ -45,9 +45,6 @@ class NoisyLayers(struct.PyTreeNode):
   bias: Array  # [L, Z]
 
 
-State = inversion.State
-
-
 def nayer(
     *, generator: nn.Module, image_shape: tuple[int, int, int], task: tasks.Task, factors: Factors,
     embeddings: Array | None = None, latent_dim: int | tuple[int, ...] = 1_000,
@@ -80,6 +77,7 @@ def nayer(
                      'as its input.')
   factors = factors.checked()
   embeddings = check_embeddings(embeddings, num_classes)
+  latent_shape = (latent_dim,) if isinstance(latent_dim, int) else tuple(latent_dim)
   stratified = tasks.classification(num_classes, stratified=True)
   task = task._replace(sample_labels=stratified.sample_labels)
 
@@ -90,18 +88,20 @@ def nayer(
 
   def decode(layers, labels):
     normalised = normalise(jnp.asarray(embeddings, layers.kernel.dtype))
-    return decode_latents(layers, labels, normalised).reshape(latents.batch_shape(-1))
+    return decode_latents(layers, labels, normalised).reshape(-1, *latent_shape)
 
   latents = Latents(latent_dim, sample_latents=draw, decode=decode)
-  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
-                                 average, capacity, moments_momentum)
+  meta = inversion.MetaGenerator(
+      generator=generator, image_shape=image_shape, task=task, latents=latents, inner=inner,
+      outer=outer, layout=layout, average=average, capacity=capacity,
+      moments_momentum=moments_momentum)
 
   def init(key, teacher):
     return meta.init(key, teacher, factors)
 
   def invert(state, key, teacher, student, factors):
     """Runs the inner loops of one call, on noisy layers and the generator."""
-    start = meta.start(state, key)
+    inputs = meta.draw_inputs(state, key)
     factors = factors.late_adversary(state.step, adversarial_after)
 
     def loss_fn(variables, key_step, labels):
@@ -110,12 +110,12 @@ def nayer(
       outputs = teacher(views)
       terms = objective.terms(
           factors, outputs, views, labels, teacher=teacher, student=student,
-          history=start.history, adversary=adversary, reduce=task.reduce)
+          history=inputs.history, adversary=adversary, reduce=task.reduce)
       loss, metrics = objective.total(terms, factors)
       kept = {'images': images, 'labels': task.predicted(outputs.logits)}
       return loss, StepOutput(kept, outputs.moments, metrics)
 
-    return meta.invert(start, loss_fn)
+    return meta.invert(inputs, loss_fn)
 
   def synthesize(state, key, teacher, student):
     inversions = invert(state, key, teacher, student, factors)

@@ -49,9 +49,9 @@ class Reading:
   """
 
   counted: str = 'seen'  # class that the diversity counts: 'seen' by the teacher, or 'asked' for
-  label_source: str | None = None  # of the targets
-  stop_modulation: bool = False  # otherwise a gradient flows through it, as in the focal loss
-  new_priority: str = 'max'
+  label_source: str | None = None  # of the targets: 'random', 'argmax' or None
+  stop_modulation: bool = False  # True: no gradient flows through it, unlike in the focal loss
+  new_priority: str = 'max'  # of an image that was not drawn yet: 'max', 'modulation' or 'one'
   normalise_weights: str = 'none'  # or 'max': divided by the batch's largest (2nd reference)
   normalised_diversity: bool = False  # whether to take our variant of `losses.curriculum.diversity`
 
@@ -92,15 +92,17 @@ def ssd_kd(
   if reading.new_priority == 'modulation' and not modulation.is_used:
     raise FieldError('new_priority', "new_priority is 'modulation', must be 'max' or 'one' where "
                      'there is no modulation.')
-  meta = inversion.MetaGenerator(generator, image_shape, task, latents, inner, outer, layout,
-                                 average, capacity, moments_momentum)
+  meta = inversion.MetaGenerator(
+      generator=generator, image_shape=image_shape, task=task, latents=latents, inner=inner,
+      outer=outer, layout=layout, average=average, capacity=capacity,
+      moments_momentum=moments_momentum)
 
   def init(key, teacher):
     return meta.init(key, teacher, factors, prioritised=priorities.is_used)
 
   def invert(state, key, teacher, student, factors):
     """Runs the inner loops of one call."""
-    start = meta.start(state, key)
+    inputs = meta.draw_inputs(state, key)
     factors = factors.late_adversary(state.step, adversarial_after)
 
     def loss_fn(variables, key_step, labels):
@@ -113,13 +115,13 @@ def ssd_kd(
           counts_targets=reading.counted == 'asked', is_normalised=reading.normalised_diversity)
       terms = objective.terms(
           factors, outputs, views, targets, teacher=teacher, student=student,
-          history=start.history, modulation=phi, adversary=adversary, reduce=task.reduce)
+          history=inputs.history, modulation=phi, adversary=adversary, reduce=task.reduce)
       loss, metrics = objective.total(terms, factors)
       kept = {'images': images, 'labels': task.predicted(outputs.logits), 'asked': labels,
               'modulation': None if phi is None else task.reduce(phi)}
       return loss, StepOutput(kept, outputs.moments, metrics)
 
-    return meta.invert(start, loss_fn)
+    return meta.invert(inputs, loss_fn)
 
   def synthesize(state, key, teacher, student):
     inversions = invert(state, key, teacher, student, factors)
@@ -152,7 +154,7 @@ def ssd_kd(
     return state.replace(buffer=buffer), weights
 
   def fresh(state, key, teacher, student=None):
-    state, key = meta.fresh_start(state, key)
+    state, key = meta.with_fresh_latents(state, key)
     kept = invert(state, key, teacher, student, factors.for_student(student)).kept
     return replay.unsaved(kept['images'], kept['labels'])
 
