@@ -56,7 +56,7 @@ def measure(
     factors: objective.Factors) -> Measurement:
   """Measures the terms on noise and on a fresh generator's images, in one compiled program.
 
-  Measures each term whose factor is above 0; adversarial ones need the student. Latents have the
+  Measures each term with a factor above 0; adversarial ones need the student. Latents have the
   shape [B, ...]. There are B noise images [H, W, C] too; without a generator, all are noise.
   """
 

@@ -26,7 +26,7 @@ def compile_metrics(
   """Compiles (synthesis without images, key, teacher, student, judge | None) -> metrics, each [].
 
   `held_out_agreement` is the fraction of fresh images on which student and teacher predict the
-  same class. With a judge, `judge_top1` and `judge_top5` are the fractions of images whose
+  same class. With a judge, `judge_top1` and `judge_top5` are the fractions of images for which the
   teacher's class is the judge's top-1, or in its top-5. `make` maps the name of the mapped axis to
   the method. Only shapes and shardings of its state and of the networks matter here.
   """

@@ -43,7 +43,7 @@ def round_key(run_key: PRNGKey, index: int, reseeded: int) -> PRNGKey:
 
 
 class Experiment:
-  """One run, whose `unit` is a round or an epoch. Writes nothing before `open`."""
+  """One run; its `unit` is a round or an epoch. Writes nothing before `open`."""
 
   def __init__(self, settings: Settings, start: Start, unit: str):
     self._began = time.perf_counter()
