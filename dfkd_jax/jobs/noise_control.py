@@ -2,7 +2,7 @@
 
 import jax
 
-from dfkd_jax import distill, parallel, synth
+from dfkd_jax import distill, parallel, report, synth
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import programs
 from dfkd_jax.runs.loop import Experiment
@@ -26,12 +26,14 @@ def run(experiment: Experiment, plan: programs.Plan, student: Network, teacher: 
   total = rounds.learning_rounds * rounds.calls_per_round
   save_every = experiment.settings.save_every * rounds.calls_per_round
   state, done = experiment.store.resume_control(state)
-  with experiment.ledger.part('control'):
+  with experiment.ledger.part('control'), report.Progress(
+      total, initial=done, unit='call of the control') as progress:
     for index in range(done, total):
       learner, synthesis, _ = program(
           state.student, state.synthesis, jax.random.fold_in(key, index), teacher)
       jax.block_until_ready(learner.step)  # so that a stop request does not find calls queued
       state, done = programs.State(synthesis, learner), index + 1
+      progress.update()
       reason = experiment.stop_reason(minutes=done < total)
       if reason or done == total or done % save_every == 0:
         experiment.store.save_control(done, state)

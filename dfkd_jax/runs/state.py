@@ -179,6 +179,8 @@ class RunState:
       report.note(f'{str(error).rstrip(".")}. The control starts anew.')
     self.remove_control()
     self._control = self._stack.enter_context(Checkpoints(folder, max_to_keep=1))
+    if self._control.all_steps():
+      raise ValueError(f'Cannot remove {folder}, which is of another run. Remove it by hand.')
     return state, 0
 
   def save_control(self, done: int, state: PyTree) -> None:
