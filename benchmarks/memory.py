@@ -58,7 +58,7 @@ def programs(pair: str, batch_size: int, dtype, remat: bool, num_steps: int) -> 
       factors=synth.Factors(one_hot=0.1, batch_norm=0.1, adversarial=0.1), meta='reptile',
       carry_latents=True, keep='last', num_steps=num_steps,
       latent_dim=generator.latent_shape(SHAPE, LATENT), batch_size=batch_size,
-      sample_batch_size=batch_size, capacity=2 * batch_size,
+      sample_batch_size=batch_size, capacity=2 * batch_size, task_map='vmap',
       augment=augment.resized_crop_and_flip, adversarial_after=0)
   state = jax.eval_shape(synthesizer.init, jax.random.key(0), teacher)
   tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))

@@ -5,6 +5,7 @@ Each draws anew for every image, except `roll_and_flip`, which draws once per ba
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -18,11 +19,15 @@ _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def create(name: str, **options) -> Callable[[PRNGKey, Array], Array]:
-  """Makes an augmentation (key, images) -> images for configs: 'none', or a function's name here.
+  """Makes an augmentation (key, images) -> images for configs.
 
-  `options` are further arguments of the function; a ValueError lists the allowed names.
+  `name` is 'none', 'shift' or a random function here, such as 'crop_and_flip'; `options` are its
+  further arguments. A ValueError lists the names if one is wrong.
   """
-  return functools.partial(_BY_NAME[check_choice(name, _BY_NAME, 'augmentation')], **options)
+  function = _BY_NAME[check_choice(name, _BY_NAME, 'augmentation')]
+  for option in options:
+    check_choice(option, [*inspect.signature(function).parameters][2:], f'option of {name!r}')
+  return functools.partial(function, **options)
 
 
 def identity(key: PRNGKey, images: Array) -> Array:

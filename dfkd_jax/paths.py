@@ -23,6 +23,8 @@ def expand_path(path: str | os.PathLike, field: str = 'path') -> pathlib.Path:
     raise ValueError(f'{what} a path.')
   try:
     expanded = pathlib.Path(text).expanduser()
+    if any(len(os.fsencode(part)) > 255 for part in expanded.parts):  # Also below a missing folder.
+      raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     kind = _KINDS.get(stat.S_IFMT(expanded.stat().st_mode))
   except (OSError, RuntimeError, ValueError) as error:
     if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:

@@ -218,5 +218,7 @@ def test_create_takes_options_and_names_what_is_wrong():
   np.testing.assert_array_equal(augment.create('none')(jax.random.key(0), images), images)
   with pytest.raises(ValueError, match=r"'crop_and_filp'.*Did you mean 'crop_and_flip'"):
     augment.create('crop_and_filp')
-  with pytest.raises(TypeError, match="unexpected keyword argument 'padding'"):
-    augment.create('crop', padding=4)(jax.random.key(0), images)
+  with pytest.raises(ValueError, match=r"Unknown option of 'crop' 'padding'\..* Known: pad\."):
+    augment.create('crop', padding=4)
+  with pytest.raises(ValueError, match=r"Unknown option of 'flip' 'images'\."):
+    augment.create('flip', images=images)

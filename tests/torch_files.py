@@ -57,8 +57,8 @@ def dumps(tree):
 class Saver:
   """Collects storages, and writes a tree of tensors in one of PyTorch's formats."""
 
-  def __init__(self):
-    self.buffers = {}
+  def __init__(self, byteorder='little'):
+    self.buffers, self.byteorder = {}, byteorder
 
   def tensor(self, base, *, offset=0, shape=None, strides=None, size=None,
              rebuild='_rebuild_tensor_v2'):
@@ -76,7 +76,7 @@ class Saver:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, 'w') as archive:
       archive.writestr('archive/data.pkl', dumps(tree))
-      archive.writestr('archive/byteorder', 'little')
+      archive.writestr('archive/byteorder', self.byteorder)
       for key, (data, _) in self.buffers.items():
         archive.writestr(f'archive/data/{key}', data)
       archive.writestr('archive/version', '3\n')
@@ -84,7 +84,8 @@ class Saver:
 
   def legacy(self, tree):
     sizes = {'short': 2, 'int': 4, 'long': 4}
-    system = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': sizes}
+    system = {'protocol_version': 1001, 'little_endian': self.byteorder == 'little',
+              'type_sizes': sizes}
     head = b''.join(map(dumps, (MAGIC, 1001, system, tree, list(self.buffers))))
     return head + b''.join(np.int64(n).tobytes() + data for data, n in self.buffers.values())
 

@@ -237,5 +237,5 @@ def _check_data_set(settings: Settings, problems: Problems) -> None:
   is_prepared = data.is_prepared(name, data_dir)
   for which in ('test', 'train') if settings.job == 'train' else ('test',):
     field, split = f'dataset.{which}_split', getattr(settings.dataset, f'{which}_split')
-    problems.run(data.check_prepared, name, split, data_dir, reads=[field],
+    problems.run(data.find_prepared, name, split, data_dir, reads=[field],
                  field=field if is_prepared else 'dataset.name')

@@ -54,7 +54,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
     raise ValueError(f'image_shape is {image_shape}, must be (H, W, 1, 3 or 4) with crop.')
   if not 0 <= shard[0] < shard[1]:
     raise ValueError(f'shard is {shard}, must be (index, count) with 0 <= index < count.')
-  builder = _make_builder(name, check_prepared(name, split, data_dir))
+  builder = _make_builder(name, find_prepared(name, split, data_dir))
   with messages.reporting_read_errors(f'Split {split!r} of {name!r}'):
     rows = range(builder.info.splits[split].num_examples)[shard[0]::shard[1]]
   if not rows:
@@ -84,9 +84,9 @@ def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
   return any(_newest_version(root, name) is not None for root in _data_dirs(data_dir))
 
 
-def check_prepared(
+def find_prepared(
     name: str, split: str, data_dir: str | os.PathLike | None = None) -> pathlib.Path:
-  """Returns the folder that has a split, from metadata only, or raises ValueError."""
+  """Finds the folder that has a split, from metadata only, or raises ValueError."""
   parts = {re.split(r'[\[ ]', part.strip())[0] for part in split.split('+')}
   roots, prepared = _data_dirs(data_dir), []
   for folder in filter(None, (_newest_version(root, name) for root in roots)):

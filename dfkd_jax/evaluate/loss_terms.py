@@ -165,6 +165,6 @@ def _smooth_factors(measurement: Measurement, factors: objective.Factors) -> obj
   factors = factors._replace(**dict.fromkeys(MOMENTS, 0.0), one_hot=one_hot)
   if factors.active('total_variation'):
     return factors
-  norms = measurement.gradient_norms
-  smooth = SMOOTHNESS_RATIO * one_hot * norms['one_hot'] / norms['total_variation']
+  fit, roughness = (measurement.gradient_norms[name] for name in ('one_hot', 'total_variation'))
+  smooth = SMOOTHNESS_RATIO * one_hot * fit / roughness if roughness else 1e-3
   return factors._replace(total_variation=float(f'{smooth:.2g}'))

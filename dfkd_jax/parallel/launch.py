@@ -29,7 +29,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
   `coordinator` is 'host:port' of the first process, reachable from all. 'auto' lets JAX detect it,
   such as on TPU pods, which set no environment variable. `num_processes=1` runs alone, even on a
   cluster. `process_id` counts from 0. Waits at most `timeout` seconds for the others. Raises a
-  ValueError if they do not join, arguments are missing or wrong, or JAX has looked for devices.
+  ValueError if they do not join, JAX has looked for devices, or arguments are missing, wrong, or
+  of another process than in an earlier call.
   """
   settings = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
   is_empty = set(settings.values()) == {None}
@@ -39,6 +40,10 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
       return
     _check_settings(settings)
   if jax.distributed.is_initialized():
+    index, count = jax.process_index(), jax.process_count()
+    if not detect and (num_processes, process_id) != (count, index):
+      raise ValueError(f'distributed has process {process_id} of {num_processes}, but this one '
+                       f'runs as {index} of {count} already.')
     return
   if process_id == 0 and not detect:
     try:  # JAX crashes if it cannot open the coordinator's port.

@@ -52,3 +52,7 @@ def replace_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     with contextlib.suppress(OSError):
       os.remove(temporary)
     raise
+  folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+  with contextlib.suppress(OSError):
+    os.fsync(folder)  # Keeps the new name after a power failure, where the file system can.
+  os.close(folder)

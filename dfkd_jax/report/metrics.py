@@ -57,11 +57,12 @@ class MetricsWriter(contextlib.AbstractContextManager):
 
 def _trim(path: str, last: float) -> None:
   """Drops damaged lines, and lines of steps after `last`."""
-  kept = []
   with open(path, 'rb') as file:
-    for line in file:
-      with contextlib.suppress(ValueError, TypeError, KeyError):
-        if line.endswith(b'\n') and json.loads(line)['step'] <= last:
-          kept.append(line)
-  with replace_file(path) as file:
-    file.writelines(kept)
+    lines, kept = file.readlines(), []
+  for line in lines:
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+      if line.endswith(b'\n') and json.loads(line)['step'] <= last:
+        kept.append(line)
+  if kept != lines:
+    with replace_file(path) as file:
+      file.writelines(kept)

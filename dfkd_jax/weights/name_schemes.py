@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from dfkd_jax.messages import safe_name
 from dfkd_jax.weights.torch_layout import to_torch_layout
 
 _KERAS_LEAVES = {
@@ -22,9 +23,9 @@ _LUKEMELAS_FIRST_BLOCK = {  # Does not expand.
 
 
 def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Translates arrays to the names and layout of our models. Their names give the scheme away.
+  """Translates arrays to the names and layout of our models; no two may get the same name.
 
-  Known schemes, besides the names of torchvision and timm, which stay:
+  Names give the scheme away. Known, besides the names of torchvision and timm, which stay:
 
   * Keras, '<layer>/<weight>' such as 'conv1/kernel': transposes kernels from HWIO to OIHW and from
     (in, out) to (out, in). Layers of its ResNets, such as 'res2a_branch2a' or
@@ -34,11 +35,16 @@ def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """
   keras = {name: name.removesuffix(':0').split('/')[-2:] for name in arrays}
   if arrays and all(len(end) == 2 and end[1] in _KERAS_LEAVES for end in keras.values()):
-    return {f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}': to_torch_layout(arrays[name], leaf)
-            for name, (layer, leaf) in keras.items()}
-  if '_conv_stem.weight' in arrays:
-    return dict(zip(_lukemelas_names(arrays), arrays.values(), strict=True))
-  return dict(arrays)
+    names = [f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}' for layer, leaf in keras.values()]
+    arrays = {name: to_torch_layout(arrays[name], leaf) for name, (_, leaf) in keras.items()}
+  else:
+    names = _lukemelas_names(arrays) if '_conv_stem.weight' in arrays else arrays
+  olds = {}
+  for old, new in zip(arrays, names, strict=True):
+    if olds.setdefault(new, old) != old:
+      raise ValueError(
+          f'Parameters {safe_name(olds[new])} and {safe_name(old)} are both {safe_name(new)}.')
+  return dict(zip(olds, arrays.values(), strict=True))
 
 
 def _keras_layer(layer: str) -> str:

@@ -95,6 +95,9 @@ def _match_names(state_dict: Mapping[str, np.ndarray],
             for name, key in keys.items()}
   arrays = {}
   for name, key in keys.items():
+    if key in arrays:
+      raise ValueError(f'Parameters {safe_name(arrays[key][0])} and {safe_name(name)} are both '
+                       f'{safe_name(key)} of the network.')
     array = state_dict[name]
     if array.ndim > 1 and key in paths and paths[key][-1] == 'kernel':
       array = np.moveaxis(array, (0, 1), (-1, -2))

@@ -1,10 +1,12 @@
 """Maps [B, h, w, C] that a teacher keeps for the backward pass: as few as possible."""
 
+import importlib.util
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
+import toy_runs
 
 from dfkd_jax import models, synth, tasks
 from dfkd_jax.models import cpu_convolution
@@ -82,3 +84,13 @@ def test_programs_may_be_traced_for_another_machine():
     ours = gradient()
   assert 'stablehlo.convolution' in stock
   assert 'stablehlo.convolution' not in ours
+
+
+def test_the_program_does_not_depend_on_the_machine_that_traces_it():
+  spec = importlib.util.spec_from_file_location(
+      'benchmark_of_memory', toy_runs.ROOT / 'benchmarks' / 'memory.py')
+  benchmark = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(benchmark)
+  with mock.patch.object(benchmark.synth, 'create', wraps=synth.create) as create:
+    benchmark.programs('resnet8-resnet8', 2, jnp.float32, False, 1)
+  assert create.call_args.kwargs['task_map'] == 'vmap'

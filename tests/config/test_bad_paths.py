@@ -76,6 +76,14 @@ def test_a_path_is_written_out(monkeypatch, tmp_path):
   assert messages.short_repr('x' * 1000) == f"'{'x' * 49} ... {'x' * 49}'"
 
 
+@pytest.mark.parametrize('name', ['x' * 256, 'ü' * 128])
+@pytest.mark.parametrize('parent', ['', 'missing/folder/'])
+def test_names_of_more_than_255_bytes_are_refused(name, parent, tmp_path):
+  with pytest.raises(ValueError, match=r'\Asource is .*, must be a path: .*too long'):
+    paths.expand_path(f'{tmp_path}/{parent}{name}/file', 'source')
+  assert paths.expand_path(f'{tmp_path}/{parent}{name[1:]}').name == name[1:]
+
+
 @pytest.mark.parametrize('source', ['pipe', 'link', '/dev/zero', '~nobody_of_this_name/x',
                                     'x' * 300])
 @pytest.mark.parametrize('what', [['arrays'], ['folder'], ['cifar10']])

@@ -99,8 +99,23 @@ def test_further_columns_count_over_all_splits(tmp_path):
   assert [record['coarse_label'] for record in builder.as_data_source(split='train')] == [0, 7, 3]
   splits['test'] = splits['test'][:2]
   with fails_in_one_line(
-      r"split 'test' of 'other' must be \['coarse_label', 'id', 'label'\].*got \['label'\]"):
+      r"'test' of 'other' must be .*'coarse_label': .*'id': .*got \{'label': 'integers'\}"):
     prepare.write('other', splits, tmp_path)
+
+
+@pytest.mark.parametrize(('column', 'message'), [
+    ([1], r"Column 'id' of split 'train' .* must be 3 integers or strings, got int64 \(1,\)"),
+    ([1.0, 2.0, 3.0], r"Column 'id' .* got float64 \(3,\)"),
+    (['a', 'b', 'c'], r"must be .*'id': 'integers'.*\} as in other splits, got .*'id': 'strings'")])
+@pytest.mark.parametrize('stored', [False, True])
+def test_further_columns_that_do_not_fit(tmp_path, monkeypatch, column, message, stored):
+  splits = {'test': (*arrays(2, (4, 5, 3), 2), {'id': [4, 2]}),
+            'train': (*arrays(3, (4, 5, 3), 2), {'id': column})}
+  if stored:
+    prepare.write('tiny', {'test': splits.pop('test')}, tmp_path)
+  monkeypatch.setattr(writer, 'encode_png', None)  # Nothing is encoded before.
+  with fails_in_one_line(message):
+    prepare.write('tiny', splits, tmp_path)
 
 
 def cifar_archive(path, name, members):

@@ -129,6 +129,14 @@ def test_goes_on_by_smoothness_where_that_is_allowed():
   assert own.factors.total_variation == 3.0
 
 
+def test_smoothness_without_a_gradient_gets_a_factor_too():
+  norms = {'one_hot': 4.0, 'total_variation': 0.0}
+  found = with_pulls(4.0, 1.0)._replace(gradient_norms=norms)
+  verdict = loss_terms.suggest_factors(
+      found, toys.teacher_without_batch_norm(), Factors(one_hot=0.5, batch_norm=2.0), fallback=True)
+  assert verdict.factors.total_variation == 1e-3
+
+
 def test_dense_teachers_have_no_class_to_ask_for():
   found = loss_terms.measure(
       jax.random.key(0), toys.dense_teacher(), None, generator=None, latent_shape=(3,),

@@ -359,8 +359,12 @@ def test_devices_were_asked_for_before(monkeypatch):
 
 def test_a_second_call_changes_nothing(joined, monkeypatch):
   monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  share(monkeypatch, 0, 2)
   launch.initialize('h:1', 2, 0)
   launch.initialize('auto')
+  with pytest.raises(
+      ValueError, match='distributed has process 1 of 2, but this one runs as 0 of 2 already'):
+    launch.initialize('h:1', 2, 1)
   assert joined == []
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import stat
 import types
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfkd_jax import report
+from dfkd_jax.report import files
 from dfkd_jax.report import progress as report_progress
 
 
@@ -149,6 +151,28 @@ def test_metrics_keep_all_unless_told_but_repair_a_cut_line(tmp_path):
   with report.MetricsWriter(tmp_path) as metrics:
     metrics.write(1)
   assert [line['step'] for line in lines(tmp_path)] == [3, 4, 1]
+
+
+def test_metrics_without_damage_are_not_written_again(tmp_path, monkeypatch):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 3}\n{"step": 4}\n')
+  monkeypatch.setattr(os, 'replace', None)
+  with report.MetricsWriter(tmp_path, resume_step=4) as metrics:
+    metrics.write(5)
+  assert [line['step'] for line in lines(tmp_path)] == [3, 4, 5]
+
+
+def test_the_folder_of_a_new_file_is_synced_after_the_rename(tmp_path, monkeypatch):
+  synced, fsync = [], os.fsync
+
+  def record(descriptor):
+    synced.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), os.listdir(tmp_path)))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  with files.replace_file(tmp_path / 'a') as file:
+    file.write(b'1')
+  assert [is_folder for is_folder, _ in synced] == [False, True]
+  assert synced[1][1] == ['a']
 
 
 def test_an_unwritable_workdir_is_one_line(tmp_path):

@@ -168,6 +168,32 @@ def test_a_published_resnet56_scores_as_published():
   assert abs(correct - 9339) <= 2
 
 
+@pytest.mark.parametrize('other', ['layer1_0.conv1.weight', 'layer1.0_conv1.weight'])
+def test_two_names_of_one_parameter_are_refused(other):
+  state_dict, module, image_shape = changed()
+  state_dict[other] = state_dict['layer1.0.conv1.weight'] + 1
+  with pytest.raises(ValueError, match=rf'layer1\.0\.conv1\.weight and {other} are both'):
+    weights.to_variables(state_dict, module, image_shape)
+
+
+def test_two_last_layers_are_refused():
+  """One is whole. Half of another must not replace it."""
+  state_dict, module, image_shape = changed()
+  weight, bias = state_dict['fc.weight'] + 1, state_dict.pop('fc.bias')
+  state_dict |= {'linear.weight': weight, 'linear.bias': bias}
+  with pytest.raises(ValueError, match=r'fc\.weight and linear\.weight are both fc\.weight'):
+    weights.to_variables(state_dict, module, image_shape)
+
+
+@pytest.mark.parametrize(('names', 'message'), [
+    (('a/conv1/kernel', 'b/conv1/kernel'), r'a/conv1/kernel and b/conv1/kernel .* conv1\.weight'),
+    (('probs/bias', 'fc1000/bias'), r'probs/bias and fc1000/bias are both fc\.bias'),
+    (('_conv_stem.weight', 'conv_stem.weight'), r'are both conv_stem\.weight')])
+def test_two_arrays_that_get_one_name_are_refused(names, message):
+  with pytest.raises(ValueError, match=message):
+    weights.translate_names({name: np.ones((3, 3, 2, 2)) for name in names})
+
+
 CONVNET, IMAGE = models.create('convnet', 5, widths=(2, 3), strides=(1, 2)), (6, 4, 3)
 
 

@@ -74,6 +74,21 @@ def test_refuses_views_beyond_their_storage(form, options, read_bytes):
 
 
 @pytest.mark.parametrize('form', ['zip', 'legacy'])
+def test_refuses_big_endian_numbers(form, read_bytes):
+  saver = Saver(byteorder='big')
+  with pytest.raises(ValueError, match=r'\A[^\n]*is big-endian, which is not supported'):
+    read_bytes(getattr(saver, form)({'a': saver.tensor(np.ones(3, np.float32))}))
+
+
+@pytest.mark.parametrize('size', [59, 61])
+def test_storages_have_the_announced_size(size, read_bytes):
+  saver = Saver()
+  tensor = saver.tensor(np.zeros(60, np.float32), shape=(3,), strides=(1,), size=size)
+  with pytest.raises(ValueError, match='truncated or damaged'):
+    read_bytes(saver.zip({'a': tensor}))
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy'])
 @pytest.mark.parametrize('shape', [(2**40,), (4, 2**30), (61,)])
 def test_refuses_tensors_that_repeat_their_storage(form, shape, read_bytes):
   saver = Saver()

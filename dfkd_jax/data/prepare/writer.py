@@ -85,7 +85,8 @@ def _check_splits(name: str, splits: Mapping[str, tuple], image_shape: tuple | N
                   info: Any) -> dict[str, Split]:
   """Returns splits as arrays, if TFDS can read them together with the existing splits."""
   image_shape = image_shape or (info and info.features['image'].shape)
-  column_names = info and set(info.features) - {'image'}
+  stored = info and {column: 'strings' if np.dtype(feature.np_dtype) == 'O' else 'integers'
+                     for column, feature in info.features.items() if column != 'image'}
   checked = {}
   for key, split in splits.items():
     images, labels, columns = Split(*split)
@@ -100,11 +101,17 @@ def _check_splits(name: str, splits: Mapping[str, tuple], image_shape: tuple | N
     image_shape = image_shape or images.shape[1:]
     if images.shape[1:] != image_shape:
       raise ValueError(f'Images of {title} must be {image_shape} each, got {images.shape[1:]}.')
-    column_names = column_names or {'label', *columns}
-    if column_names != {'label', *columns}:
-      raise ValueError(f'Columns of {title} must be {sorted(column_names)} as in other splits, '
-                       f'got {sorted({"label", *columns})}.')
-    checked[key] = Split(images, labels, {key: np.asarray(columns[key]) for key in columns})
+    columns = {column: np.asarray(columns[column]) for column in columns}
+    kinds = {'label': 'integers'}
+    for column, values in columns.items():
+      if values.dtype.kind not in 'iuU' or values.shape != labels.shape:
+        raise ValueError(f'Column {column!r} of {title} must be {len(images)} integers or strings, '
+                         f'got {values.dtype} {values.shape}.')
+      kinds[column] = 'strings' if values.dtype.kind == 'U' else 'integers'
+    stored = stored or kinds
+    if kinds != stored:
+      raise ValueError(f'Columns of {title} must be {stored} as in other splits, got {kinds}.')
+    checked[key] = Split(images, labels, columns)
   return checked
 
 

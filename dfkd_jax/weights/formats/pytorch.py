@@ -70,7 +70,10 @@ class _Unpickler(pickle._Unpickler):
     _, kind, key, _, size, *view = pid
     if any(view):
       raise RefusedError('holds a view of a storage, as PyTorch wrote before 0.2')
-    return _DTYPES[kind], self.get_buffer(key, size * _DTYPES[kind].itemsize)
+    num_bytes = size * _DTYPES[kind].itemsize
+    if len(buffer := self.get_buffer(key, num_bytes)) != num_bytes:
+      raise ValueError(f'a storage has {len(buffer)} bytes instead of {num_bytes}')
+    return _DTYPES[kind], buffer
 
   def ignore_state(self) -> None:
     """Sets no attributes. State dicts have one, with versions of modules."""
@@ -86,11 +89,9 @@ def read_zip(archive: zipfile.ZipFile) -> Any:
   if len(pickles) != 1:
     raise RefusedError(f'is a zip archive with {len(pickles)} entries <name>/data.pkl instead of 1')
   folder = pickles[0].removesuffix('data.pkl')
-
-  @functools.cache
-  def get_buffer(key, num_bytes):
-    return archive.read(f'{folder}data/{key}')
-
+  if f'{folder}byteorder' in archive.namelist() and archive.read(f'{folder}byteorder') != b'little':
+    raise RefusedError('is big-endian, which is not supported')
+  get_buffer = functools.cache(lambda key, num_bytes: archive.read(f'{folder}data/{key}'))
   return _Unpickler(io.BytesIO(archive.read(pickles[0])), get_buffer).load()
 
 
@@ -99,8 +100,9 @@ def read_legacy(data: bytes) -> Any:
   stream, buffers = io.BytesIO(data), {}
   if _Unpickler(stream).load() != _LEGACY_MAGIC:
     raise RefusedError('is a pickle, but not one of PyTorch')
-  for _ in range(2):  # The version of the protocol, and facts about the machine.
-    _Unpickler(stream).load()
+  _Unpickler(stream).load()  # The version of the protocol.
+  if not _Unpickler(stream).load()['little_endian']:
+    raise RefusedError('is big-endian, which is not supported')
 
   def get_buffer(key, num_bytes):
     return buffers.setdefault(key, np.empty(num_bytes, np.uint8))
