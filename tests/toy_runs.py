@@ -139,7 +139,8 @@ def observed(config, workdir):
     return states[-1]
 
   def update(self, **numbers):
-    compiled.append([])
+    if not states:  # The control, after the rounds, has a progress of its own.
+      compiled.append([])
     return updated(self, **numbers)
 
   original, updated = Experiment.loop, report.Progress.update
