@@ -14,7 +14,7 @@ from dfkd_jax.synth.objective import Factors
 def _record(section: str) -> type:
   """Returns a namedtuple with the fields of a section, which config/fields.py documents."""
   names = [row.name.partition('.')[2] for row in RUN_FIELDS if row.name.startswith(f'{section}.')]
-  return namedtuple(section.title(), names)
+  return namedtuple(section.title().replace('_', ''), names)
 
 
 Dataset, Train, Optimizer = _record('dataset'), _record('train'), _record('optimizer')
@@ -22,10 +22,19 @@ Preflight, Grid, Distributed = _record('preflight'), _record('grid'), _record('d
 InitFrom = _record('init_from')
 
 
-# What every run needs, whatever its job. `config` is the whole config as JSON, which is kept.
-RunSettings = namedtuple('RunSettings', (
-    'config', 'seed', 'evaluate_every', 'evaluate_batch_size', 'save_every', 'max_to_keep',
-    'keep_best', 'minutes', 'images', 'reseed'))
+class RunSettings(NamedTuple):
+  """Settings of a run of any job."""
+
+  config: dict[str, Any]  # the whole config as JSON; kept in checkpoints and in the summary
+  seed: int
+  evaluate_every: int  # rounds
+  evaluate_batch_size: int
+  save_every: int  # rounds between checkpoints
+  max_to_keep: int
+  keep_best: bool
+  minutes: float | None  # budget of each start
+  images: int | None  # budget of synthesised images, for the whole run
+  reseed: int  # how often a round with non-finite numbers may be repeated with other keys
 
 
 class Distill(_record('distill')):
@@ -91,15 +100,31 @@ class MethodSettings(NamedTuple):
     return self.num_tasks * self.numbers.get('batch_size', 0)
 
 
-_SECTIONS = {record.__name__.lower(): record for record in (
-    Dataset, Distill, Train, Optimizer, Preflight, Grid, Distributed, InitFrom)}
-_SINGLE = ('job', 'control', 'buffer', 'device_memory_gb', 'num_devices', 'precision',
-           'compilation_cache')  # fields that are in no section
+class Settings(NamedTuple):
+  """A resolved config."""
 
-
-# A resolved config. `augment` has the name and arguments of the augmentation of student's images.
-Settings = namedtuple('Settings', (
-    'run', 'task', 'method', 'teacher', 'student', 'judge', 'augment', *_SINGLE, *_SECTIONS))
+  run: RunSettings
+  task: tasks.Task
+  method: MethodSettings
+  teacher: NetworkSettings
+  student: NetworkSettings
+  judge: NetworkSettings
+  augment: dict[str, Any]  # of the student's images: name and arguments
+  job: str
+  control: bool
+  buffer: str
+  device_memory_gb: float | None
+  num_devices: int | None
+  precision: str | None
+  compilation_cache: str | None
+  dataset: Dataset
+  distill: Distill
+  train: Train
+  optimizer: Optimizer
+  preflight: Preflight
+  grid: Grid
+  distributed: Distributed
+  init_from: InitFrom
 
 
 def resolve(config: ConfigDict) -> Settings:
@@ -114,14 +139,16 @@ def resolve(config: ConfigDict) -> Settings:
       _network(values, 'generator'), _without_none(values['augment']['synthesis']),
       Distill(**values['distill']))
   run = RunSettings(
-      json.loads(config.to_json_best_effort()), config.seed, config.evaluate.every,
-      config.evaluate.batch_size, save_every=config.checkpoint.every,
-      max_to_keep=config.checkpoint.max_to_keep, keep_best=config.checkpoint.keep_best,
-      minutes=config.budget.minutes, images=config.budget.images, reseed=config.faults.reseed)
+      config=json.loads(config.to_json_best_effort()), seed=config.seed,
+      evaluate_every=config.evaluate.every, evaluate_batch_size=config.evaluate.batch_size,
+      save_every=config.checkpoint.every, max_to_keep=config.checkpoint.max_to_keep,
+      keep_best=config.checkpoint.keep_best, minutes=config.budget.minutes,
+      images=config.budget.images, reseed=config.faults.reseed)
   networks = [_network(values, role) for role in ('teacher', 'student', 'judge')]
-  sections = {name: record(**values[name]) for name, record in _SECTIONS.items()}
-  return Settings(run, task, method, *networks, _without_none(values['augment']['student']),
-                  **{name: values[name] for name in _SINGLE}, **sections)
+  first = (run, task, method, *networks, _without_none(values['augment']['student']))
+  others = {name: kind(**values[name]) if hasattr(kind, '_fields') else values[name]
+            for name, kind in list(Settings.__annotations__.items())[len(first):]}
+  return Settings(*first, **others)
 
 
 def _network(values: dict[str, Any], role: str) -> NetworkSettings:
