@@ -72,7 +72,7 @@ def choose_place(
     return None, ''
   if place == 'device' or limit is None or buffer is None:
     return compile_for_devices(), ''
-  needed, programs, free = _device_bytes(buffer.images), None, free_memory(limit, state)
+  needed, free = _device_bytes(buffer.images), free_memory(limit, state)
   if needed <= free:
     programs = compile_for_devices()
     free = free_memory(limit, state, programs[:2])

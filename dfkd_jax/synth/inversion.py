@@ -81,7 +81,7 @@ class MetaGenerator:
   capacity: int
   moments_momentum: float
 
-  def __post_init__(self):
+  def __post_init__(self):  # A wrong number is refused when the method is made.
     self.layout.share(self.capacity, 'capacity')
     self.average.num_images(self.layout, self.outer.is_new_every_call)
     if not 0 <= self.moments_momentum < 1:
