@@ -42,7 +42,15 @@ _LONGEST = (
 gc.set_threshold(100_000, 50, 50)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+  parser.addoption('--exhaustive', action='store_true', help='also run the tests marked exhaustive')
+
+
+def pytest_collection_modifyitems(config, items):
+  if not config.getoption('--exhaustive'):
+    chosen = [item for item in items if not item.get_closest_marker('exhaustive')]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
   ranks = {HERE / name: rank for rank, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 

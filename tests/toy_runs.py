@@ -17,6 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from configs import common
 from dfkd_jax import models, report, train, weights
 from dfkd_jax.data import prepare
+from dfkd_jax.jobs import distillation
+from dfkd_jax.runs import programs
 from dfkd_jax.runs.loop import Experiment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -84,7 +86,7 @@ def config(**changes):
   found.distill.update(rounds=5, steps_per_round=3, distill_after=1, batch_size=4, temperature=4.0)
   found.train.update(epochs=3, batch_size=8)
   found.evaluate.batch_size = 9
-  found.preflight.batch_size = 6
+  found.preflight.update(enabled=False, batch_size=6)  # It takes as long as the rest.
   found.checkpoint.every = 2
   found.compilation_cache = str(folder() / 'programs')
   found.update_from_flattened_dict(
@@ -109,6 +111,45 @@ def process(*arguments, cwd) -> subprocess.CompletedProcess:
       timeout=300, env=environment, check=False)
 
 
+_shared = {}  # Compiled programs.
+
+
+def share_programs(patch):
+  """Runs whose programs are equal trace and compile them once in this process."""
+  init_state = distillation._Distillation.init_state
+
+  class Plan(programs.Plan):
+    key = None  # Of the control and of others that are not made below: these are never shared.
+
+  def keyed(self):
+    state = init_state(self)
+    config = {name: value for name, value in self.settings.run.config.items() if name in (
+        'labels', 'num_devices', 'precision', 'compute_dtype', 'remat', 'buffer', 'generator',
+        'method', 'factors', 'augment', 'distill', 'optimizer', 'dataset')}
+    networks = [(network.module, network.mean, network.std, network.bgr, network.resize)
+                for network in (self.teacher, self.student)]
+    self.plan = Plan(*self.plan)
+    self.plan.key = json.dumps(config, sort_keys=True) + str(
+        (networks, self.factors, jax.config.jax_default_prng_impl))
+    return state
+
+  def sharing(function):
+    def make(plan, *inputs):
+      key = getattr(plan, 'key', None)
+      if key is None:
+        return function(plan, *inputs)
+      shapes = jax.tree.map(lambda leaf: str(jax.typeof(leaf)) + str(leaf.sharding), inputs)
+      key = function.__name__, key, str(shapes)
+      if key not in _shared:
+        _shared[key] = function(plan, *inputs)
+      return _shared[key]
+    return make
+
+  patch.setattr(distillation._Distillation, 'init_state', keyed)
+  for name in ('_compile_call', 'compile_steps'):
+    patch.setattr(programs, name, sharing(getattr(programs, name)))
+
+
 @contextlib.contextmanager
 def quick():
   """Within: programs are compiled without much ado, and kept for the next run."""
@@ -117,7 +158,9 @@ def quick():
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_disable_most_optimizations', True)
   try:
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+      share_programs(patch)
+      yield
   finally:
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', least)

@@ -200,7 +200,8 @@ def test_a_file_without_moments_is_refused_or_inverted_by_smoothness(tmp_path):
   assert 'goes on without batch_norm' in printed
   with toy_runs.quick():
     summary = train.run(
-        toy_runs.config(teacher__source=source, preflight__fallback=True, distill__rounds=2),
+        toy_runs.config(teacher__source=source, preflight__enabled=True,
+                        preflight__fallback=True, distill__rounds=2),
         tmp_path / 'whole')
   assert summary['preflight']['factors'] == found['factors']
 

@@ -33,6 +33,7 @@ def synthesis():
                                            toys.student())[0]
 
 
+@pytest.mark.exhaustive
 def test_a_student_that_is_the_teacher_agrees_and_so_does_a_judge(synthesis):
   found = looked(*synthesis, toys.teacher(), toys.teacher())
   assert found == {'held_out_agreement': 1, 'judge_top1': 1, 'judge_top5': 1}
@@ -91,10 +92,11 @@ def test_a_judge_needs_weights():
 
 def test_a_teacher_from_python_is_that_from_its_file(tmp_path):
   teacher = build.trained_network(resolve(toy_runs.config()).teacher)
-  config = toy_runs.config(teacher__source=None, distill__rounds=2)
+  changes = dict(distill__rounds=2, preflight__enabled=True)
+  config = toy_runs.config(teacher__source=None, **changes)
   with toy_runs.quick():
     given = train.run(config, tmp_path / 'given', teacher=teacher)
-    read = train.run(toy_runs.config(distill__rounds=2), tmp_path / 'read')
+    read = train.run(toy_runs.config(**changes), tmp_path / 'read')
   assert given['student'] == read['student']
   assert given['teacher'] == read['teacher']
   assert given['preflight']['card']['source'] == 'variables in memory'

@@ -34,7 +34,12 @@ def config(name, **changes):
   return made
 
 
-@pytest.mark.parametrize('name', synth.names())
+ALIKE = ('dafl', 'dfad', 'dfq')  # They share all that CuDFKD and ZSKT go through.
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name
+    for name in synth.names()])
 def test_whole_runs(name, tmp_path):
   summary = train.run(config(name), tmp_path / 'first')
   assert 0 <= summary['student']['last']['top1'] <= 1

@@ -27,11 +27,15 @@ def quick():
     yield
 
 
+WHOLE = dict(control=True, preflight__enabled=True)
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   """A run without a stop: workdir, summary, state, programs compiled by round."""
   workdir = tmp_path_factory.mktemp('whole') / 'run'
-  return workdir, *toy_runs.observed(toy_runs.config(control=True), workdir)
+  return workdir, *toy_runs.observed(
+      toy_runs.config(**WHOLE), workdir)
 
 
 def test_a_run_leaves_its_files_and_says_so(whole):
@@ -123,10 +127,10 @@ def test_each_program_is_compiled_once(whole):
 
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, capsys):
   workdir, wanted, state, _ = whole
-  toy_runs.stopped(toy_runs.config(control=True), tmp_path, 4)
+  toy_runs.stopped(toy_runs.config(**WHOLE), tmp_path, 4)
   assert [line['step'] for line in toy_runs.metrics(tmp_path)] == [1, 2, 3, 4]
   assert not (tmp_path / 'summary.json').exists()
-  summary, resumed, _ = toy_runs.observed(toy_runs.config(control=True), tmp_path)
+  summary, resumed, _ = toy_runs.observed(toy_runs.config(**WHOLE), tmp_path)
   assert 'after round 2' in capsys.readouterr().err
   assert equal(resumed, state)
   assert toy_runs.metrics(tmp_path) == toy_runs.metrics(workdir)
@@ -141,7 +145,7 @@ def test_a_finished_run_is_not_done_again(whole, monkeypatch, capsys):
   workdir, wanted, *_ = whole
   before = toy_runs.tree_of(workdir)
   monkeypatch.setattr(programs, 'compile_programs', None)
-  assert train.run(toy_runs.config(control=True), workdir) == json.loads(json.dumps(wanted))
+  assert train.run(toy_runs.config(**WHOLE), workdir) == json.loads(json.dumps(wanted))
   assert toy_runs.tree_of(workdir) == before
   seen = capsys.readouterr()
   assert 'finished' in seen.err
@@ -154,7 +158,7 @@ def test_a_finished_run_is_not_done_again(whole, monkeypatch, capsys):
 def test_another_config_in_the_same_folder_is_refused(whole, field, value, there):
   workdir = whole[0]
   before = toy_runs.tree_of(workdir)
-  config = toy_runs.config(control=True)
+  config = toy_runs.config(**WHOLE)
   section, _, name = field.rpartition('.')
   (config[section] if section else config).update({name: value})
   with pytest.raises(ValueError, match='another config') as error:
@@ -176,7 +180,7 @@ def test_where_things_lie_may_change(whole, tmp_path):
   workdir, wanted, *_ = whole
   elsewhere = tmp_path / 'data'
   elsewhere.symlink_to(toy_runs.data_dir())
-  config = toy_runs.config(control=True, dataset__data_dir=str(elsewhere))
+  config = toy_runs.config(**WHOLE, dataset__data_dir=str(elsewhere))
   config.compilation_cache = str(tmp_path)
   assert train.run(config, workdir)['student'] == wanted['student']
 
@@ -343,7 +347,6 @@ def test_a_method_of_ones_own_is_checked(uniform, tmp_path):
   assert "'brightest' is no argument of uniform" in str(error.value)
 
 
-@pytest.mark.slow
 def test_quick_start(tmp_path):
   """The quick start reaches 0.9 of the teacher's accuracy, its short form 0.65.
 

@@ -56,7 +56,14 @@ def assert_logits(module, size, arrays, low, expected):
   np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
-@pytest.mark.parametrize('probe', PROBES)
+# Deeper or wider than another network of the same blocks.
+LARGE = ('vgg13_bn', 'vgg16_bn', 'vgg19_bn', 'efficientnet_lite1', 'efficientnet_lite2',
+         'resnet34_imagenet')
+
+
+@pytest.mark.parametrize('probe', [
+    pytest.param(probe, marks=pytest.mark.exhaustive) if probe in LARGE else probe
+    for probe in PROBES])
 def test_logits_are_those_of_torchvision_and_timm(probe):
   values, (module, gain, size) = golden('imagenet_logits'), make(probe)
   arrays = recipe(state_of(module, size).items(), gain)

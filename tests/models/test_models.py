@@ -21,6 +21,9 @@ ZOO = (
     'resnet110',
     'resnet8x4', 'resnet32x4', 'vgg8', 'vgg11', 'vgg13', 'resnet18', 'resnet34', 'resnet50')
 IMAGENET = ('resnet18_imagenet', 'resnet50_imagenet', 'mobilenetv2_imagenet')
+# Deeper than another network of the same blocks.
+LARGE = ('resnet110', 'resnet56', 'resnet32', 'resnet50', 'resnet34', 'resnet32x4', 'vgg13',
+         'wrn40_1', 'wrn40_2')
 SMALL = ('wrn16_1', 'wrn16_2', 'resnet8', 'resnet20', 'resnet8x4', 'vgg8')
 
 
@@ -75,7 +78,8 @@ def test_a_hundred_classes(name):
 
 
 @pytest.mark.parametrize(('name', 'precision'), [
-    *((name, 'f32') for name in ZOO + IMAGENET if name not in SMALL),
+    *(pytest.param(name, 'f32', marks=pytest.mark.exhaustive) if name in LARGE else (name, 'f32')
+      for name in ZOO + IMAGENET if name not in SMALL),
     *((name, 'f64') for name in SMALL)])
 def test_forward_pass_and_moments_are_those_of_the_published_models(name, precision):
   values, entry = golden('zoo_forward'), zoo()[name]

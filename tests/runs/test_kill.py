@@ -29,14 +29,13 @@ def environment(monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(toy_runs.ROOT))
 
 
-@pytest.mark.slow
-def test_five_kills(arguments, tmp_path, capsys):
+def test_kills_change_nothing(arguments, tmp_path, capsys):
   """Of every kind; benchmarks/kill.py has more of them, of the quick start."""
-  status = kill.main(['--kills=5', '--a_run=3', f'--workdir={tmp_path / "kills"}', *arguments])
+  status = kill.main(['--kills=4', '--a_run=3', f'--workdir={tmp_path / "kills"}', *arguments])
   found = json.loads((tmp_path / 'kills' / 'kills.json').read_text())
   assert status == 0, capsys.readouterr().out
-  assert len(found['kills']) == 5
-  assert sum(run['kills'] for run in found['runs']) == 5
+  assert len(found['kills']) == 4
+  assert sum(run['kills'] for run in found['runs']) == 4
   assert found['results'] > 30
   assert all(run['differing'] == [] for run in found['runs'])
 
@@ -51,8 +50,8 @@ def test_what_differs_is_named(tmp_path):
   assert kill.differing(one, one | {'b': [{'loss': 1.5}], 'd': 0}) == ['b', 'd']
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(('number', 'status'), [
+    (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)])
 def test_a_signal_ends_the_process_in_order(arguments, tmp_path, number, status, heeded):
   workdir = tmp_path / 'run'
   command = [sys.executable, str(toy_runs.ROOT / 'main.py'), *arguments, f'--workdir={workdir}',
@@ -84,7 +83,7 @@ def get_config():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
   monkeypatch.setenv('PJRT_NPROC', '32')
@@ -113,8 +112,8 @@ def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
   assert f'after round {step} of 100000, saved' in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(('number', 'status'), [
+    (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.exhaustive)])
 def test_a_signal_while_programs_compile_ends_a_run_at_once(
     arguments, tmp_path, monkeypatch, number, status, heeded):
   monkeypatch.setenv('JAX_LOG_COMPILES', '1')

@@ -73,7 +73,8 @@ def used(place):
   return (found.f_blocks - found.f_bfree) * found.f_frsize // 1024
 
 
-@pytest.mark.parametrize('spare', [0, 40, 120])
+@pytest.mark.parametrize('spare', [
+    0, pytest.param(40, marks=pytest.mark.exhaustive), 120])
 def test_a_full_disk_costs_a_line_and_once_there_is_room_nothing(tmp_path, spare):
   """With `spare` kilobytes beside two checkpoints, the disk becomes full later in the run."""
   wanted, stopped = undisturbed()
@@ -98,7 +99,7 @@ def test_a_new_run_on_a_full_disk(tmp_path):
     assert results(place / 'run') == wanted
 
 
-@pytest.mark.parametrize('size', [56, 64])
+@pytest.mark.parametrize('size', [56, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_as_a_process_a_full_disk_is_one_line(tmp_path, size):
   """Kilobytes: most often several arrays fail at once, each with an error of its own."""
   config = toy_runs.config_file('full.py')
@@ -126,7 +127,9 @@ def test_a_read_only_disk_costs_a_line(tmp_path):
     assert results(place / 'run') == wanted
 
 
-@pytest.mark.parametrize('tenths', range(10))
+@pytest.mark.parametrize('tenths', [
+    0, 3, 6, 9, *(pytest.param(tenths, marks=pytest.mark.exhaustive)
+                  for tenths in (1, 2, 4, 5, 7, 8))])
 def test_a_cut_off_checkpoint_is_passed_over(tmp_path, tenths, capfd):
   """Arrays or meta data are cut to `tenths` of their length."""
   wanted, stopped = undisturbed()
@@ -160,6 +163,7 @@ def test_without_any_that_can_be_read_nothing_is_begun_anew(tmp_path, file, word
   assert toy_runs.tree_of(tmp_path) == before
 
 
+@pytest.mark.exhaustive
 def test_checkpoints_of_another_method_student_or_version(tmp_path):
   _, stopped = undisturbed()
   shutil.copytree(stopped, tmp_path / 'run')

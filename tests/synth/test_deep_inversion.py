@@ -194,6 +194,7 @@ def test_three_tasks_are_three_calls(task_map, x64):
       together.buffer.histogram, sum(state.buffer.histogram for state, _ in found))
 
 
+@pytest.mark.exhaustive
 def test_four_devices_equal_four_tasks(x64):
   networks = toys.float64(toys.teacher()), toys.float64(toys.student())
   create = lambda num_tasks, axis: deep_inversion(

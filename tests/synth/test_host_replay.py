@@ -92,6 +92,7 @@ def test_steps_by_chunks_are_the_same(whole, tmp_path, monkeypatch):
     assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_four_devices_with_two_tasks_each(tmp_path):
   make = lambda place, **changes: four_tasks(
       buffer=place, num_devices=4, method__num_tasks=8, method__capacity=48, **changes)
@@ -99,6 +100,7 @@ def test_four_devices_with_two_tasks_each(tmp_path):
   assert state.synthesis.buffer.images.shape == (8, 6, *toy_runs.IMAGE)
 
 
+@pytest.mark.exhaustive
 def test_a_moving_average_of_the_generator_makes_its_half(tmp_path):
   """Of a batch, half comes of no slot."""
   assert_same_run(tmp_path, distill__rounds=2, method__num_tasks=2, method__capacity=20, **{

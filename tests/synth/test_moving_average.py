@@ -127,7 +127,9 @@ def test_a_state_made_outside_of_jit_may_be_donated(name):
   assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize(('share', 'number'), [(0.5, 3), (0.2, 1), (0.9, 5)])
+@pytest.mark.parametrize(('share', 'number'), [
+    (0.2, 1), pytest.param(0.5, 3, marks=pytest.mark.exhaustive),
+    pytest.param(0.9, 5, marks=pytest.mark.exhaustive)])
 @each_method
 def test_its_share_of_each_tasks_images(name, share, number):
   """An average with zero parameters makes grey images, the last of each task's six."""
@@ -146,6 +148,7 @@ def test_its_share_of_each_tasks_images(name, share, number):
     assert ((slots // 10) == [[0], [1]]).all()  # Each task's from its own stripe of ten.
 
 
+@pytest.mark.exhaustive
 def test_priorities_are_of_stored_images_only():
   """An image from nowhere counts 1 and changes no slot, not even the last (index -1)."""
   method, state = created('ssd_kd'), called('ssd_kd')[-1]
@@ -170,6 +173,7 @@ def test_nowhere_is_no_slot():
   np.testing.assert_array_equal(priorities.weights_at(written, slots), [2, 1, 3])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', ['dfq', 'fast_dfkd'])
 def test_four_devices_give_the_same_images_as_one(name):
   state = called(name, 1, num_tasks=4, task_map='map')[-1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dfkd_jax.synth import replay
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.sampled_from([1, 2, 5]), max_size=12), st.sampled_from([5, 7]),
     st.sampled_from([1, 3]))

@@ -20,7 +20,7 @@ from configs import imagenet  # Found by toy_runs.
 from dfkd_jax.config import build
 from dfkd_jax.config.records import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 CACHE = pathlib.Path(
     os.environ.get('DFKD_JAX_TEST_CACHE') or pathlib.Path.home() / '.cache' / 'dfkd_jax')
 SECONDS = 180
