@@ -174,7 +174,8 @@ def check(
     np.testing.assert_array_equal(getattr(state.buffer, name), getattr(other.buffer, name))
 
 
-@pytest.mark.parametrize('meta', ['fomaml', 'reptile'])
+@pytest.mark.parametrize('meta', [
+    'fomaml', pytest.param('reptile', marks=pytest.mark.exhaustive)])
 def test_four_devices_equal_four_tasks_over_several_steps(meta, x64):
   """In float64; in float32 Adam turns rounding into steps of the other sign."""
   networks = toys.float64(toys.teacher()), toys.float64(toys.student())

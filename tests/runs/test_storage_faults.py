@@ -99,7 +99,8 @@ def test_a_new_run_on_a_full_disk(tmp_path):
     assert results(place / 'run') == wanted
 
 
-@pytest.mark.parametrize('size', [56, pytest.param(64, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('size', [56, 64])
 def test_as_a_process_a_full_disk_is_one_line(tmp_path, size):
   """Kilobytes: most often several arrays fail at once, each with an error of its own."""
   config = toy_runs.config_file('full.py')
