@@ -14,8 +14,8 @@ from dfkd_jax import cli
 
 # Bad inputs of each kind; the first half in test_bad_inputs, the other in test_bad_files.
 COUNTS = {
-    'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45,
-    'workdirs': 14, 'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20,
+    'numbers': 30, 'types': 25, 'names': 20, 'fields': 15, 'pairs': 15, 'config files': 20,
+    'workdirs': 14, 'damaged weights': 20, 'unfit weights': 20, 'data sets': 20, 'embeddings': 20,
     'arrays to prepare': 25, 'folders to prepare': 12, 'arguments of prepare': 19}
 CONFIG = """
 import toy_runs

@@ -41,7 +41,7 @@ def test_crop_and_flip_match_reference():
 cut = jax.jit(augment.crop_at, static_argnums=2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.sampled_from([0, 1, 4]), st.integers(0, 2**31))
 def test_crop_at_equals_a_slice_of_the_padded_image(pad, seed):
   images = ramp(3, 5, 7, 2)
@@ -123,7 +123,7 @@ def brute_resize(image, corner, size, align_corners):
 resize = jax.jit(augment.resize_boxes, static_argnames='align_corners')
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(0, 2**31), st.booleans())
 def test_resize_boxes_equals_brute_force(seed, align_corners):
   rng = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ from dfkd_jax.synth import Factors, contrast, replay
 from dfkd_jax.synth.methods import cmi as method_file
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=15)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=6)
 @hypothesis.given(st.sampled_from([1, 4, 7]), st.data())
 def test_rows_are_live_and_drawn_without_replacement(capacity, data):
   size, number = data.draw(st.integers(0, capacity)), data.draw(st.integers(1, capacity))

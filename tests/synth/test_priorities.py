@@ -13,7 +13,7 @@ from dfkd_jax.synth import priorities as priority
 from dfkd_jax.synth import replay
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 5]), st.booleans()), max_size=9),
        st.sampled_from([5, 7]), st.sampled_from([1, 3]))
 def test_any_pushes_and_updates_leave_an_exact_histogram_and_the_priorities_given(
@@ -93,7 +93,7 @@ def test_an_empty_buffer_has_no_probabilities_and_finite_weights():
   assert np.isfinite(priority.importance_weights(buffer, jnp.arange(4), 0.5)).all()
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.lists(st.floats(0, 1e4), min_size=7, max_size=7), st.integers(1, 7))
 def test_probabilities_sum_to_1_and_weights_take_the_bias_back(priorities, size):
   """E_P[1 / (N P)] = 1, where beta is 1; nothing live is out of reach."""
