@@ -27,6 +27,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 import jax
 import numpy as np
 import pytest
+import refusals
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / 'shared'
@@ -46,11 +47,15 @@ def pytest_addoption(parser):
   parser.addoption('--exhaustive', action='store_true', help='also run the tests marked exhaustive')
 
 
+def pytest_configure(config):
+  refusals.is_exhaustive = config.getoption('--exhaustive')
+
+
 def pytest_collection_modifyitems(config, items):
   if not config.getoption('--exhaustive'):
-    chosen = [item for item in items if not item.get_closest_marker('exhaustive')]
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    further = [item for item in items if item.get_closest_marker('exhaustive')]
+    config.hook.pytest_deselected(items=further)
+    items[:] = [item for item in items if not item.get_closest_marker('exhaustive')]
   ranks = {HERE / name: rank for rank, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 

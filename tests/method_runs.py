@@ -8,6 +8,9 @@ import toys
 
 from dfkd_jax import augment, parallel
 
+# They share all with CuDFKD and ZSKT but the factors: tests of one kind show that these are taken.
+ALIKE = ('dafl', 'dfad', 'dfq')
+
 
 def run(method, calls=1, in_float64=False):
   """The state after each call, and the metrics of each; one program for all calls."""

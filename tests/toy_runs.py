@@ -112,6 +112,9 @@ def process(*arguments, cwd) -> subprocess.CompletedProcess:
 
 
 _shared = {}  # Compiled programs.
+# Sections that programs do not depend on, or only by the modules of the networks.
+OUTSIDE = ('teacher', 'student', 'judge', 'seed', 'preflight', 'control', 'evaluate', 'checkpoint',
+           'budget', 'faults', 'init_from', 'grid')
 
 
 def share_programs(patch):
@@ -123,9 +126,8 @@ def share_programs(patch):
 
   def keyed(self):
     state = init_state(self)
-    config = {name: value for name, value in self.settings.run.config.items() if name in (
-        'labels', 'num_devices', 'precision', 'compute_dtype', 'remat', 'buffer', 'generator',
-        'method', 'factors', 'augment', 'distill', 'optimizer', 'dataset')}
+    config = {name: value for name, value in self.settings.run.config.items()
+              if name not in OUTSIDE}
     networks = [(network.module, network.mean, network.std, network.bgr, network.resize)
                 for network in (self.teacher, self.student)]
     self.plan = Plan(*self.plan)

@@ -190,8 +190,9 @@ def test_values_that_do_not_go_together():
 
   def run(drawn):
     name, _, value = drawn[-1].partition('=')
-    piece = {'factors.adversarial': 'factors', 'factors.contrast': 'contrast',
-             'judge.source': 'judge.name'}.get(name, name.split('.')[-1])
+    others = {'factors.adversarial': 'factors', 'factors.contrast': 'contrast',
+              'judge.source': 'judge.name', 'judge.name': 'judge.source'}
+    piece = others.get(name, name.split('.')[-1])
     with folder() as here:
       pieces = [value] if name == 'job' else [] if 'image_shape' in name else [piece]
       refused(run_main(*(f'--config.{each}' for each in drawn), '--workdir=run'), here, *pieces)

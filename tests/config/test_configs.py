@@ -97,6 +97,7 @@ def test_passes_its_own_checks(each):
   raise_problems(check_values, get(each))
 
 
+SMALL = {'cifar10': 'resnet8', 'cifar100': 'resnet8', 'imagenet': 'resnet18_imagenet'}
 # Pairs, sizes and variants have tests of their networks and numbers.
 BUILT = [each if each.startswith('default:') or each.partition(':')[2] in ('', *synth.names())
          else pytest.param(each, marks=pytest.mark.exhaustive) for each in EACH]
@@ -118,9 +119,6 @@ def test_builds(each):
       config[which].update(name=small)
       config[which].options = {}
   traced(config.to_json())
-
-
-SMALL = {'cifar10': 'resnet8', 'cifar100': 'resnet8', 'imagenet': 'resnet18_imagenet'}
 
 
 @functools.cache

@@ -33,7 +33,6 @@ def synthesis():
                                            toys.student())[0]
 
 
-@pytest.mark.exhaustive
 def test_a_student_that_is_the_teacher_agrees_and_so_does_a_judge(synthesis):
   found = looked(*synthesis, toys.teacher(), toys.teacher())
   assert found == {'held_out_agreement': 1, 'judge_top1': 1, 'judge_top5': 1}

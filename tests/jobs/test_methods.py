@@ -6,6 +6,7 @@ A new file in synth/methods is picked up without an edit here.
 import numpy as np
 import pytest
 import toy_runs
+from method_runs import ALIKE
 from ml_collections import config_dict
 
 from dfkd_jax import synth, train
@@ -32,9 +33,6 @@ def config(name, **changes):
   if 'contrast_temperature' in synth.parameters(name):
     made.factors.contrast = 0.5
   return made
-
-
-ALIKE = ('dafl', 'dfad', 'dfq')  # They share all that CuDFKD and ZSKT go through.
 
 
 @pytest.mark.parametrize('name', [

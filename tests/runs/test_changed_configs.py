@@ -93,7 +93,6 @@ def test_time_may_run_out_in_the_control_too(tmp_path):
   assert train.run(config, tmp_path)['control'] is not None
 
 
-@pytest.mark.exhaustive
 def test_a_control_of_another_run_is_not_gone_on_with(tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     counted(patch, CALLS, interrupt)
@@ -113,7 +112,6 @@ def cut_off_in_the_control(workdir):
       train.run(toy_runs.config(control=True), workdir)
 
 
-@pytest.mark.exhaustive
 def test_a_control_that_cannot_be_read_is_begun_anew(tmp_path, capsys):
   cut_off_in_the_control(tmp_path)
   for path in (tmp_path / 'control').rglob('manifest.ocdbt'):
@@ -178,7 +176,6 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   assert train.run(toy_runs.config(), tmp_path)['student'] == toy_runs.whole()[0]['student']
 
 
-@pytest.mark.exhaustive
 def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
   stopped(toy_runs.config(checkpoint__max_to_keep=9), tmp_path, 3)
   other = toy_runs.config(checkpoint__max_to_keep=9, distill__temperature=3.0)
@@ -193,7 +190,6 @@ def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
   assert record == {'after': 2, 'fields': {'distill.temperature': {'there': 4.0, 'here': 3.0}}}
 
 
-@pytest.mark.exhaustive
 def test_two_changes_of_an_ended_run_are_both_on_record(tmp_path):
   train.run(toy_runs.config(), tmp_path)
   train.run(toy_runs.config(grid__rows=2), tmp_path, resume='force:grid')
@@ -245,7 +241,6 @@ def test_what_a_run_began_with_may_be_gone_or_go_on(tmp_path, gone):
   assert summary['weights'] == wanted['weights']
 
 
-@pytest.mark.exhaustive
 def test_the_control_needs_what_the_student_began_with(tmp_path):
   train.run(toy_runs.config(), tmp_path / 'old')
   begun = dict(init_from__student=str(tmp_path / 'old'), control=True)
@@ -286,7 +281,6 @@ def test_what_was_cut_off_is_removed(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['.lock', 'notes.tmp']
 
 
-@pytest.mark.exhaustive
 def test_metrics_of_a_run_that_saved_nothing_are_begun_anew_aloud(tmp_path, capsys):
   stopped(toy_runs.config(), tmp_path, 1)
   train.run(toy_runs.config(seed=3), tmp_path)
@@ -316,7 +310,6 @@ def test_a_line_that_the_disk_refuses_is_not_written_twice(tmp_path, monkeypatch
     writer.write(1, loss=2.0)
 
 
-@pytest.mark.exhaustive
 def test_another_generator_of_random_numbers_is_another_run(tmp_path):
   with jax.default_prng_impl('rbg'):
     stopped(toy_runs.config(), tmp_path, 3)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from method_runs import ALIKE
 
 from dfkd_jax import augment, synth, tasks
 from dfkd_jax.messages import FieldError
@@ -61,18 +62,18 @@ def serves(name, kind):
   return KINDS[kind][3].keys() <= set(synth.parameters(name)) and refusal(name, kind) is None
 
 
-# They share all with CuDFKD and ZSKT but the factors: one kind shows that these are taken.
-ALIKE = ('dafl', 'dfad', 'dfq')
 PAIRS = [(name, kind) for name in NAMES for kind in KINDS if serves(name, kind)]
 
 
-def for_each(pairs):
+def for_each(*seldom):
+  """Parametrizes by `PAIRS`; kinds of `seldom`, and of methods in `ALIKE`, are exhaustive."""
+  is_further = lambda name, kind: kind in seldom or (name in ALIKE and kind != 'classification')
   return pytest.mark.parametrize(('name', 'kind'), [
-      pytest.param(*pair, marks=pytest.mark.exhaustive)
-      if pair[0] in ALIKE and pair[1] != 'classification' else pair for pair in pairs])
+      pytest.param(*pair, marks=pytest.mark.exhaustive) if is_further(*pair) else pair
+      for pair in PAIRS])
 
 
-each = for_each(PAIRS)
+each = for_each()
 each_method = pytest.mark.parametrize('name', NAMES)
 
 
@@ -242,7 +243,7 @@ def test_a_generator_can_be_taken_over(name, kind):
   assert not equal(method.generator(state), other)
 
 
-@for_each([pair for pair in PAIRS if pair[1] != 'averaged'])
+@for_each('averaged')
 def test_objective_falls(name, kind):
   """Without an adversary, on a random teacher, the last step of call 5 beats the very first."""
   if 'loss' not in rounds(name, kind)[-1][0]:

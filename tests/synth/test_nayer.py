@@ -128,7 +128,6 @@ def test_a_generator_is_drawn_as_it_draws_itself_or_narrowly(std):
       kernel.std(), 0.3 if std else 1 / np.sqrt(3 * kernel.shape[0]), rtol=0.05)
 
 
-@pytest.mark.exhaustive
 def test_four_devices_equal_four_tasks(x64):
   """Each task has noisy layers of its own, and the generator goes on from their average."""
   networks = toys.float64(toys.teacher())

@@ -150,7 +150,6 @@ def test_golden_teacher_survives_the_round_trip():
     np.testing.assert_array_equal(again[name], arrays[name])
 
 
-@pytest.mark.exhaustive
 def test_a_published_resnet56_scores_as_published():
   path, loader = SHARED / 'teachers' / 'resnet56_cifar10.th', SHARED / 'data' / 'load.py'
   if not (path.exists() and loader.exists()):
