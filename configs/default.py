@@ -32,9 +32,7 @@ def get_config(arguments: str = ''):
                           schedule='cosine_by_step', end_value=8e-5, warmup_steps=50)
   config.evaluate.update(every=25, batch_size=1000)
   config.checkpoint.every = 20
-  config.control = True
   METHODS[picked['method']].quickstart(config)
   if picked['length'] == 'smoke':
     config.distill.rounds //= 4
-    config.control = False
   return config

@@ -31,7 +31,7 @@ def environment(monkeypatch):
 
 def test_kills_change_nothing(arguments, tmp_path, capsys):
   """Of every kind; benchmarks/kill.py has more of them, of the quick start."""
-  status = kill.main(['--kills=4', '--a_run=3', f'--workdir={tmp_path / "kills"}', *arguments])
+  status = kill.main(['--kills=4', '--a_run=4', f'--workdir={tmp_path / "kills"}', *arguments])
   found = json.loads((tmp_path / 'kills' / 'kills.json').read_text())
   assert status == 0, capsys.readouterr().out
   assert len(found['kills']) == 4

@@ -41,7 +41,7 @@ def test_redraw():
 def test_the_generator_is_drawn_anew_for_each_call():
   """At rates of 0 it is what was drawn, and does not depend on what was there."""
   method = cmi(
-      num_steps=1, generator_lr=0.0, latent_lr=0.0, generator=toys.generator(width=5),
+      num_steps=1, generator_lr=0.0, latent_lr=0.0, generator=toys.package_generator(width=5),
       factors=Factors(contrast=0.8))
   state = toys.jit(method.init)(jax.random.key(0), toys.teacher())
   synthesize = toys.jit(method.synthesize)

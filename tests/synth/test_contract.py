@@ -251,7 +251,7 @@ def test_objective_falls(name, kind):
   rates = dict(generator_lr=1e-2, latent_lr=1e-2, num_steps=15)
   method = create(
       name, kind, factors=synth.Factors(one_hot=1.0, batch_norm=1.0), augment=augment.identity,
-      **rates)
+      generator=toys.package_generator(), **rates)
   teacher, student = networks(kind)
   state = toys.jit(method.init)(jax.random.key(0), teacher)
   synthesize, losses = toys.jit(method.synthesize), []

@@ -130,7 +130,8 @@ def test_the_adversary_counts_after_its_calls():
 
 def test_the_reset_draws_four_tensors_anew_and_only_once():
   # At rate 0 nothing else moves.
-  states, _ = run(toys.fast_dfkd(num_steps=1, meta_lr=0.0, reset_after=2), calls=5)
+  states, _ = run(toys.fast_dfkd(
+      generator=toys.package_generator(), num_steps=1, meta_lr=0.0, reset_after=2), calls=5)
   flat = [traverse_util.flatten_dict(state.meta_params, sep='/') for state in states]
   changed = [{name for name in before if not np.array_equal(before[name], after[name])}
              for before, after in itertools.pairwise(flat)]
@@ -146,9 +147,10 @@ def test_the_reset_draws_four_tensors_anew_and_only_once():
 
 def test_reset_touches_biases_that_have_been_learnt():
   shapes = jax.eval_shape(
-      lambda key: generators.init(toys.generator(), key, (2, 7))['params'], jax.random.key(0))
+      lambda key: generators.init(toys.package_generator(), key, (2, 7))['params'],
+      jax.random.key(0))
   params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
-  after = generators.redraw(jax.random.key(1), params, layers=toys.generator().first_layers)
+  after = generators.redraw(jax.random.key(1), params, layers=toys.package_generator().first_layers)
   changed = {path for path, leaf in traverse_util.flatten_dict(after, sep='/').items()
              if not np.all(leaf == 1)}
   assert changed == {'l1_0/kernel', 'l1_0/bias', 'conv_blocks_0/scale', 'conv_blocks_0/bias'}

@@ -97,7 +97,7 @@ def test_two_calls_by_hand():
   assert_close(
       metrics[0], jax.tree.map(lambda term: term[None], {'loss': loss, **terms}), rtol=1e-4)
   distances = toys.distances(gradient(first), grads)
-  # A batch norm follows l1_0, so only rounding is left of the gradient of its bias's mean.
+  # A batch norm follows Dense_0, so only rounding is left of the gradient of its bias's mean.
   assert max(distances.values()) < 1e-3, distances
   biased = {path: (0.1 * found.mean, 0.9 + 0.1 * found.var) for path, found in moments.items()}
   for path, (mean, var) in biased.items():
@@ -118,11 +118,11 @@ def test_two_calls_by_hand():
 def test_the_first_running_moments_are_biased():
   """By numpy, from the dense layer that feeds the first batch norm."""
   (begin, first, _), _ = fixed()
-  dense, stats = begin.params['l1_0'], first.batch_stats['conv_blocks_0']
-  # Of shape [B, C, h w].
-  fed = (LATENTS @ np.asarray(dense['kernel']) + np.asarray(dense['bias'])).reshape(4, 4, -1)
-  np.testing.assert_allclose(stats['mean'], 0.1 * fed.mean((0, 2)), rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * fed.var((0, 2)), rtol=1e-4)
+  dense, stats = begin.params['Dense_0'], first.batch_stats['BatchNorm_0']
+  fed = LATENTS @ np.asarray(dense['kernel']) + np.asarray(dense['bias'])
+  fed = fed.reshape(-1, stats['mean'].size)
+  np.testing.assert_allclose(stats['mean'], 0.1 * fed.mean(0), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(stats['var'], 0.9 + 0.1 * fed.var(0), rtol=1e-4)
 
 
 def test_adam_goes_on_from_call_to_call():

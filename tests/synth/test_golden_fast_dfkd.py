@@ -70,7 +70,9 @@ def check_parameters(params, archive, call):
         found, reference[key], rtol=1e-9, atol=1e-11, err_msg=f'{key} after call {call}')
 
 
-@pytest.mark.parametrize('name', SCENARIOS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.exhaustive if name == 'maml_noadv' else ())
+    for name in SCENARIOS])
 def test_whole_trajectories(name, x64):
   archive, start = golden(f'fast_{name}'), below(golden('fast_g0'), 'g0/')
   teacher, student = cast(wide_resnet('teacher_wrn16_1')), cast(wide_resnet('student_wrn16_1'))

@@ -122,7 +122,7 @@ def test_it_is_the_loop_of_fast_dfkd_with_other_latents():
 @pytest.mark.parametrize('std', [None, 0.3])
 def test_a_generator_is_drawn_as_it_draws_itself_or_narrowly(std):
   (first,) = called(
-      created(generator=toys.generator(width=8), redraw_std=std, generator_lr=0.0), 1)[1:]
+      created(generator=toys.package_generator(width=8), redraw_std=std, generator_lr=0.0), 1)[1:]
   kernel = first.meta_params['l1_0']['kernel']
   np.testing.assert_allclose(
       kernel.std(), 0.3 if std else 1 / np.sqrt(3 * kernel.shape[0]), rtol=0.05)

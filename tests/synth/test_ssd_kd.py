@@ -184,7 +184,8 @@ def test_the_priority_of_new_images(new_priority):
 @functools.cache
 def toy_run():
   """Two rounds: method, student, states after synthesis and distillation, metrics, programs."""
-  method, tx = ssd_kd(num_steps=2, capacity=16, sample_batch_size=4), optax.sgd(1e-4)
+  method = ssd_kd(generator=toys.package_generator(), num_steps=2, capacity=16, sample_batch_size=4)
+  tx = optax.sgd(1e-4)
   synthesize = toys.jit(method.synthesize)
   train = toys.jit(functools.partial(
       distill.distill, synthesizer=method, tx=tx, num_steps=24, temperature=4.0,
