@@ -3,8 +3,8 @@ r"""Compares all methods, or the ablations of SSD-KD, at equal time on the embed
 python benchmarks/methods.py --seconds=300 --seeds 0 1 2 --workdir=runs/methods
 python benchmarks/methods.py --ablations --seconds=300 --seeds 0 1 2 --workdir=runs/ablations
 
-Each run is `python main.py --config=configs/default.py:METHOD` without the control. A short run of
-the same config measures first how many rounds fill the time, so the learning rate schedule fits.
+Each run is `python main.py --config=configs/default.py:METHOD`. A short run of the same config
+measures first how many rounds fill the time, so the learning rate schedule fits.
 The time counts synthesis and student steps, not evaluation and compilation, which differ by a few
 seconds. With --at_once=2, two runs share the cores (Linux).
 
@@ -80,7 +80,7 @@ class Pool:
 
   def summary_of(self, method: str, workdir: pathlib.Path, fields: tuple[str, ...]) -> dict:
     """Runs a config unless its summary exists; returns the summary."""
-    fields, path = ('control=false', *fields), workdir / 'summary.json'
+    path = workdir / 'summary.json'
     if path.exists():
       config = json.loads(json.dumps(config_of(method, fields).to_dict()))
       if json.loads(path.read_text())['config'] != config:

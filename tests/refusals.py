@@ -12,8 +12,8 @@ from hypothesis import Phase, settings
 
 from dfkd_jax import cli
 
+is_exhaustive = False  # Set by --exhaustive; without it, at most 20 inputs of each kind.
 # Bad inputs of each kind; the first half in test_bad_inputs, the other in test_bad_files.
-is_exhaustive = False  # Set by --exhaustive; without it, at most 20 of each.
 COUNTS = {
     'numbers': 50, 'types': 25, 'names': 40, 'fields': 15, 'pairs': 30, 'config files': 45,
     'workdirs': 14, 'damaged weights': 45, 'unfit weights': 45, 'data sets': 20, 'embeddings': 20,

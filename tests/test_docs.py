@@ -41,7 +41,7 @@ SMALL = {  # Replaced in a page's Python, so that it takes seconds.
         'num_steps=100': 'num_steps=2', 'range(100)': 'range(2)'}}
 NUM_CLASSES = {'no_real_images.md': 37}  # Of `my_linen_module`.
 TINY_FLAGS = (  # For the quick start in a process of its own.
-    '--config.distill.rounds=2', '--config.distill.steps_per_round=2', '--config.control=False',
+    '--config.distill.rounds=2', '--config.distill.steps_per_round=2',
     '--config.distill.batch_size=4', '--config.optimizer.warmup_steps=0',
     '--config.dataset.test_split=test[:20]')
 

@@ -115,7 +115,7 @@ class Generator(nn.Module):
   """A dense layer, a batch norm and a convolution, which compile faster than the package's."""
 
   first_layers: ClassVar = ('Dense_0',)
-  width: int = 2
+  width: int
 
   @nn.compact
   def __call__(self, latents, train: bool = True):

@@ -151,7 +151,7 @@ def test_golden_teacher_survives_the_round_trip():
 
 
 @pytest.mark.parametrize(('number', 'share', 'within'), [
-    (1_500, 0.934, 0.015),  # Two standard deviations.
+    (1_500, 0.934, 0.015),  # More than two standard deviations.
     pytest.param(10_000, 0.9339, 0.0002, marks=pytest.mark.exhaustive)])
 def test_a_published_resnet56_scores_as_published(number, share, within):
   path, loader = SHARED / 'teachers' / 'resnet56_cifar10.th', SHARED / 'data' / 'load.py'
