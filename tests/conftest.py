@@ -31,7 +31,6 @@ import refusals
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / 'shared'
-jax.config.update('jax_debug_key_reuse', True)
 # Files of minutes, begun first, so that no worker waits for the other at the end.
 _LONGEST = (
     'runs/test_changed_configs.py', 'config/test_configs.py', 'test_docs.py',
@@ -39,6 +38,10 @@ _LONGEST = (
     'synth/test_host_replay.py', 'synth/test_contract.py', 'runs/test_resume.py',
     'runs/test_storage_faults.py', 'synth/test_fast_dfkd.py', 'synth/test_cmi.py',
     'synth/test_ssd_kd.py', 'weights/test_loading.py')
+# Files that use every method and augmentation. In these a key that is used twice is an error. The
+# check takes an eighth of the time; --exhaustive makes it everywhere.
+_KEYS_CHECKED = ('synth/test_contract.py', 'jobs/test_methods.py', 'distill/test_distill.py',
+                 'test_augment.py')
 # Traces allocate much and leave little for the collector to find.
 gc.set_threshold(100_000, 50, 50)
 
@@ -58,6 +61,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not item.get_closest_marker('exhaustive')]
   ranks = {HERE / name: rank for rank, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_runtest_setup(item):
+  is_checked = item.config.getoption('--exhaustive') or any(
+      item.path == HERE / name for name in _KEYS_CHECKED)
+  jax.config.update('jax_debug_key_reuse', is_checked)
 
 
 @pytest.fixture
