@@ -69,6 +69,16 @@ def pytest_runtest_setup(item):
   jax.config.update('jax_debug_key_reuse', is_checked)
 
 
+@pytest.fixture(autouse=True, scope='module')
+def _few_maps():
+  """Drops compiled programs before the process has 65,530 parts of memory, which Linux allows."""
+  yield
+  maps = pathlib.Path('/proc/self/maps')  # Some 60 lines for a program.
+  if maps.exists() and maps.read_text().count('\n') > 25_000:
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture
 def x64():
   """Float64 for the length of a test."""
