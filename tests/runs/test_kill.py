@@ -31,11 +31,11 @@ def environment(monkeypatch):
 
 def test_kills_change_nothing(arguments, tmp_path, capsys):
   """Of every kind; benchmarks/kill.py has more of them, of the quick start."""
-  status = kill.main(['--kills=4', '--a_run=4', f'--workdir={tmp_path / "kills"}', *arguments])
+  status = kill.main(['--kills=3', '--a_run=3', f'--workdir={tmp_path / "kills"}', *arguments])
   found = json.loads((tmp_path / 'kills' / 'kills.json').read_text())
   assert status == 0, capsys.readouterr().out
-  assert len(found['kills']) == 4
-  assert sum(run['kills'] for run in found['runs']) == 4
+  assert len(found['kills']) == 3
+  assert sum(run['kills'] for run in found['runs']) == 3
   assert found['results'] > 30
   assert all(run['differing'] == [] for run in found['runs'])
 
@@ -83,6 +83,7 @@ def get_config():
 """
 
 
+@pytest.mark.exhaustive  # A process that is asked to stop ends both in tests/parallel too.
 def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
   monkeypatch.setenv('PJRT_NPROC', '32')
