@@ -51,7 +51,7 @@ ABLATIONS = {
     'gamma = 5': ('method.gamma=5.0',),
 }
 PARTS = ('synthesis', 'student', 'evaluation', 'compile')
-PLANNED = ('seed', 'control', 'distill.rounds', 'evaluate.every')  # Not allowed in --set.
+PLANNED = ('seed', 'distill.rounds', 'evaluate.every')  # Not allowed in --set.
 SHORT, WARMUP = 10, 2  # Rounds of the short run, and how many of them have no student steps.
 
 

@@ -40,8 +40,8 @@ _LONGEST = (
     'synth/test_ssd_kd.py', 'weights/test_loading.py')
 # Files that use every method and augmentation. In these a key that is used twice is an error. The
 # check takes an eighth of the time; --exhaustive makes it everywhere.
-_KEYS_CHECKED = ('synth/test_contract.py', 'jobs/test_methods.py', 'distill/test_distill.py',
-                 'test_augment.py')
+_KEYS_CHECKED = [HERE / name for name in (
+    'synth/test_contract.py', 'jobs/test_methods.py', 'distill/test_distill.py', 'test_augment.py')]
 # Traces allocate much and leave little for the collector to find.
 gc.set_threshold(100_000, 50, 50)
 
@@ -64,14 +64,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_setup(item):
-  is_checked = item.config.getoption('--exhaustive') or any(
-      item.path == HERE / name for name in _KEYS_CHECKED)
+  is_checked = item.config.getoption('--exhaustive') or item.path in _KEYS_CHECKED
   jax.config.update('jax_debug_key_reuse', is_checked)
 
 
 @pytest.fixture(autouse=True, scope='module')
 def _few_maps():
-  """Drops compiled programs before the process has 65,530 parts of memory, which Linux allows."""
+  """Drops compiled programs before the process has more memory maps than Linux allows, 65,530."""
   yield
   maps = pathlib.Path('/proc/self/maps')  # Some 60 lines for a program.
   if maps.exists() and maps.read_text().count('\n') > 25_000:

@@ -4,8 +4,10 @@ python one_process.py JOBS PROCESS_ID
 """
 
 import json
+import os
 import pathlib
 import pickle
+import signal
 import sys
 
 from ml_collections import config_dict
@@ -25,6 +27,19 @@ def stop_after(rounds: int | None) -> None:
     original(self, **numbers)
 
   if rounds is not None:
+    report.Progress.update = update
+
+
+def signal_to(where: int | None, process_id: int) -> None:
+  """Sends SIGTERM to one process in its first round."""
+  original = report.Progress.update
+
+  def update(self, **numbers):
+    report.Progress.update = original
+    os.kill(os.getpid(), signal.SIGTERM)
+    original(self, **numbers)
+
+  if where == process_id:
     report.Progress.update = update
 
 
@@ -50,9 +65,10 @@ def main(jobs: pathlib.Path, process_id: int) -> None:
     config = config_dict.ConfigDict(fields)
     config.distributed.process_id = process_id
     stop_after(job['stop_after'])
+    signal_to(job['signalled'], process_id)
     refuse_metrics(job['full'], process_id)
     try:
-      results.append(train.run(config, job['workdir']))
+      results.append(train.run(config, job['workdir'], signals=True))
     except (ValueError, KeyboardInterrupt) as error:
       results.append(f'{type(error).__name__}: {error}')
   jobs.with_name(f'results-{process_id}.json').write_text(json.dumps(results))

@@ -31,10 +31,10 @@ def teacher_config(**changes):
       optimizer__schedule='cosine_by_step', **changes))
 
 
-def job(config, workdir, stop_after=None, changes=None, full=None):
+def job(config, workdir, stop_after=None, changes=None, full=None, signalled=None):
   return {
       'config': config.to_dict(), 'workdir': str(workdir), 'stop_after': stop_after,
-      'changes': changes or {}, 'full': full}
+      'changes': changes or {}, 'full': full, 'signalled': signalled}
 
 
 def in_processes(jobs, folder, number=2, devices=2):
@@ -92,7 +92,7 @@ def several(tmp_path_factory):
       job(config(), folder / 'lacking', changes={1: {'dataset': lacking}}),
       job(config(), folder / 'differing', changes={1: {'seed': 6}}),
       job(config(), folder / 'whole'), job(config(), folder / 'full', full=0),
-      job(config(), folder / 'full'),
+      job(config(), folder / 'full'), job(config(), folder / 'signalled', signalled=1),
   ], folder)
   return folder, results, streams
 
@@ -181,6 +181,13 @@ def test_all_processes_have_the_result_and_the_first_alone_speaks(several):
   assert 'round 3/3' in err
   assert json.loads((folder / 'whole' / 'summary.json').read_text()) == results[0][0]
   assert results[0][5] == results[1][5] == results[0][0]  # It had finished: nothing was done again.
+
+
+def test_a_signal_to_one_of_two_processes_ends_both(several):
+  folder, results, _ = several
+  assert [(of_process[8]['stopped'], of_process[8]['done']) for of_process in results] == [
+      ('SIGTERM', 1)] * 2
+  assert contents(folder / 'signalled')[0] == 1
 
 
 def test_a_run_of_two_processes_goes_on_in_one(several, single, capsys):

@@ -83,7 +83,7 @@ def get_config():
 """
 
 
-@pytest.mark.exhaustive  # A process that is asked to stop ends both in tests/parallel too.
+@pytest.mark.exhaustive  # As commands; tests/parallel has it within processes that run anyway.
 def test_a_signal_to_one_of_two_processes_ends_both(tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
   monkeypatch.setenv('PJRT_NPROC', '32')
