@@ -36,7 +36,7 @@ import numpy as np
 from dfkd_jax import weights
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KINDS = ('any', 'compile', 'write', 'any', 'any')
+KINDS = ('any', 'compile', 'write', 'any', 'any')  # In turn; the first three are all there are.
 FILES = ('student.safetensors', 'student_best.safetensors', 'images.png')
 # Kills are up to this many times a run's share for a kill apart, because starting and repeating
 # lost work takes most of the time.
