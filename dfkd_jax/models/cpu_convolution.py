@@ -171,10 +171,33 @@ def upsampled_conv(inputs: Array, kernel: Array) -> Array:
   outputs. The sums are the same, in another order.
   """
 
-  def fold(taps):  # [3, ...] into [2, ...], for the even and the odd one of two upsampled pixels.
+  def fold(taps):
     even = jnp.stack([taps[0], taps[1] + taps[2]])
     return even, jnp.stack([taps[0] + taps[1], taps[2]])
 
+  return _conv_to_double(inputs, kernel, fold)
+
+
+def transposed_conv(inputs: Array, kernel: Array) -> Array:
+  """Computes a transposed convolution of stride 2, [B, H, W, I] to [B, 2H, 2W, O].
+
+  The kernel is [2, 2, O, I], or [4, 4, O, I] with a padding of 1, as in PyTorch.
+  """
+  kernel = kernel.swapaxes(2, 3)
+  if kernel.shape[0] == 4:
+    fold = lambda taps: (jnp.stack([taps[3], taps[1]]), jnp.stack([taps[2], taps[0]]))
+    return _conv_to_double(inputs, kernel, fold)
+  (batch, height, width, channels), outputs = inputs.shape, kernel.shape[-1]
+  matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+  pixels = _matmul(inputs, matrix, None).reshape(batch, height, width, 2, 2 * outputs)
+  return pixels.swapaxes(2, 3).reshape(batch, 2 * height, 2 * width, outputs)
+
+
+def _conv_to_double(inputs: Array, kernel: Array, fold) -> Array:
+  """Convolves to maps of twice the size; `fold` maps taps along an axis to those of two pixels.
+
+  `fold` takes [k, ...] to two of [2, ...]: the taps of the even and of the odd one of two pixels.
+  """
   (batch, height, width, _), outputs = inputs.shape, kernel.shape[-1]
   kernels = [
       columns.swapaxes(0, 1) for rows in fold(kernel) for columns in fold(rows.swapaxes(0, 1))]

@@ -47,16 +47,19 @@ class UpsampledConv(nn.Module):
 
 
 def conv_norm(module: nn.Module, x: Array, width: int, size: int, strides: int = 1, *, train: bool,
-              names: tuple[str, str], use_bias: bool = False, padding: str | None = None,
-              kernel_init: nn.initializers.Initializer = he_fan_out, **options: Any) -> Array:
+              names: tuple[str, str], use_bias: bool = False, padding: str | int | None = None,
+              rate: int = 1, kernel_init: nn.initializers.Initializer = he_fan_out,
+              **options: Any) -> Array:
   """Applies a convolution and its batch norm to maps: [B, H, W, I] to [B, H', W', width].
 
-  Both are submodules of `module`, called `names`, with its dtype, epsilon and momentum. The padding
-  is `size // 2` by default. Further options are passed to `nn.Conv`.
+  Both are submodules of `module`, called `names`, with its dtype, epsilon and momentum. The kernel
+  is dilated by `rate`, and the padding is `rate * (size // 2)` by default. Further options are
+  passed to `nn.Conv`.
   """
   conv = Conv(
-      width, (size, size), strides, size // 2 if padding is None else padding, use_bias=use_bias,
-      kernel_init=kernel_init, dtype=module.dtype, name=names[0], **options)
+      width, (size, size), strides, rate * (size // 2) if padding is None else padding,
+      kernel_dilation=rate, use_bias=use_bias, kernel_init=kernel_init, dtype=module.dtype,
+      name=names[0], **options)
   norm = BatchNorm(use_running_average=not train, epsilon=getattr(module, 'epsilon', 1e-5),
                    momentum=getattr(module, 'momentum', 0.9), dtype=module.dtype, name=names[1])
   return norm(conv(x))

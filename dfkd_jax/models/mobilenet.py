@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from dfkd_jax.messages import check_choice
@@ -12,7 +13,7 @@ from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
 # Table 2 of MobileNetV2: expansion, channels, blocks and strides of each stage.
-_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
+STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
               (6, 160, 3, 2), (6, 320, 1, 1))
 # Table 1 of EfficientNet: size of the depthwise kernel, strides, expansion, channels and blocks.
 _EFFICIENTNET = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
@@ -41,7 +42,8 @@ class InvertedResidual(nn.Module):
   strides: int = 1
   expansion: int = 6  # Inner channels per input channel; 1 leaves the first convolution out.
   size: int = 3  # Of the depthwise kernel, which has the strides.
-  padding: str = 'torch'  # One of `PADDINGS`.
+  rate: int = 1  # Dilation of the depthwise kernel.
+  padding: str = 'torch'  # One of `PADDINGS`; 'input' pads the block's input by the rate instead.
   names: str = 'torchvision'  # Library that names the submodules.
   epsilon: float = 1e-5
   momentum: float = 0.9
@@ -50,13 +52,17 @@ class InvertedResidual(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     conv_norm = functools.partial(layers.conv_norm, self, train=train)
-    inner, y = self.expansion * x.shape[-1], x
+    inner, y, padding = self.expansion * x.shape[-1], x, 0
+    if self.padding == 'input':
+      y = jnp.pad(x, ((0, 0), (self.rate,) * 2, (self.rate,) * 2, (0, 0)))
+    else:
+      padding = PADDINGS[self.padding]
     *expand, depthwise, project = _NAMES[self.names][self.expansion == 1]
     for names in expand:
       y = nn.relu6(conv_norm(y, inner, 1, names=names))
     y = nn.relu6(conv_norm(
         y, inner, self.size, self.strides, names=depthwise, feature_group_count=inner,
-        padding=PADDINGS[self.padding]))
+        rate=self.rate, padding=padding))
     y = conv_norm(y, self.width, 1, names=project)
     return x + y if self.strides == 1 and x.shape[-1] == self.width else y
 
@@ -80,7 +86,7 @@ class MobileNetV2(nn.Module):
         [functools.partial(
             InvertedResidual, round_channels(channels * self.width), 1 if i else strides,
             expansion, epsilon=self.epsilon, dtype=self.dtype, name=next(names))
-         for i in range(blocks)] for expansion, channels, blocks, strides in _MOBILENET]
+         for i in range(blocks)] for expansion, channels, blocks, strides in STAGES]
     x = layers.apply_stages(self, stages, x, train)
     last, name = round_channels(1280 * max(1.0, self.width)), next(names)
     x = nn.relu6(conv_norm(x, last, 1, names=(f'{name}_0', f'{name}_1')))
@@ -112,8 +118,8 @@ class EfficientNetLite(nn.Module):
     stages = [
         [functools.partial(
             InvertedResidual, round_channels(channels * self.width), 1 if j else strides, expansion,
-            size, self.padding, 'timm', self.epsilon, self.momentum, self.dtype,
-            name=f'blocks_{i}_{j}')
+            size, padding=self.padding, names='timm', epsilon=self.epsilon, momentum=self.momentum,
+            dtype=self.dtype, name=f'blocks_{i}_{j}')
          for j in range(math.ceil((self.depth if 0 < i < 6 else 1) * blocks))]
         for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET)]
     x = layers.apply_stages(self, stages, x, train)

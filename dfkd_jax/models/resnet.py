@@ -36,6 +36,7 @@ class Block(nn.Module):
   kernel_init: Callable[..., Array] = layers.uniform_fan_in
   stride_in: str = '3x3'  # Convolution of a bottleneck that has the strides, or the first '1x1'.
   use_bias: bool = False  # Of the convolutions.
+  rate: int = 1  # Dilation of the 3x3 convolutions.
   epsilon: float = 1e-5
   dtype: Any = None
 
@@ -52,7 +53,8 @@ class Block(nn.Module):
       plan = [(inner, 1, first), (inner, 3, second), (self.width, 1, 1)]
     y = x
     for i, (width, size, strides) in enumerate(plan, 1):
-      y = conv_norm(nn.relu(y) if i > 1 else y, width, size, strides, names=(f'conv{i}', f'bn{i}'))
+      y = conv_norm(nn.relu(y) if i > 1 else y, width, size, strides, names=(f'conv{i}', f'bn{i}'),
+                    rate=self.rate if size == 3 else 1)
     if self.strides != 1 or x.shape[-1] != self.width:
       if self.shortcut == 'pad':
         x = shrink_and_pad(x, self.width, self.strides)

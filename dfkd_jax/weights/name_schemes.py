@@ -32,13 +32,15 @@ def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     'conv2_block1_1_conv', get torchvision's names.
   * The EfficientNets of lukemelas, '_blocks.3._expand_conv.weight': get timm's names
     ('blocks.2.0.conv_pw.weight'). A stage begins where the number of channels changes.
+  * ESPNet, whose down-samplers 'level2_0' would clash with the blocks 'level2.0': 'down2'.
   """
   keras = {name: name.removesuffix(':0').split('/')[-2:] for name in arrays}
   if arrays and all(len(end) == 2 and end[1] in _KERAS_LEAVES for end in keras.values()):
     names = [f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}' for layer, leaf in keras.values()]
     arrays = {name: to_torch_layout(arrays[name], leaf) for name, (_, leaf) in keras.items()}
   else:
-    names = _lukemelas_names(arrays) if '_conv_stem.weight' in arrays else arrays
+    names = _lukemelas_names(arrays) if '_conv_stem.weight' in arrays else [
+        re.sub(r'\blevel([23])_0\.', r'down\1.', name) for name in arrays]
   olds = {}
   for old, new in zip(arrays, names, strict=True):
     if olds.setdefault(new, old) != old:
