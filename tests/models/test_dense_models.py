@@ -1,0 +1,109 @@
+"""Networks that predict a class per pixel, and their building blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED
+from flax import linen as nn
+
+from dfkd_jax import models, weights
+from dfkd_jax.models import dense_layers, espnet
+
+ESPNET = SHARED / 'teachers' / 'espnet_p2_q8_camvid.pth'
+
+
+def shapes(name, num_classes, size=(40, 56), **options):
+  module = models.create(name, num_classes, **options)
+  images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+  return jax.eval_shape(module.init_with_output, jax.random.key(0), images)
+
+
+def count(variables):
+  return (sum(leaf.size for leaf in jax.tree.leaves(variables['params'])),
+          len(jax.tree.leaves(variables['batch_stats'])) // 2)
+
+
+@pytest.mark.parametrize(('name', 'num_classes', 'options', 'expected'), [
+    ('espnet', 12, {}, (354_517, 21)),  # the authors' file
+    ('espnet', 20, {'skip': 'plain'}, (364_569, 21)),
+    # torchvision: 42,004,074 less its auxiliary head of 2,365,205
+    ('deeplabv3_resnet50', 21, {}, (39_638_869, 60)),
+    ('deeplabv3_mobilenet', 13, {}, (5_111_821, 58)),
+])
+def test_sizes(name, num_classes, options, expected):
+  logits, variables = shapes(name, num_classes, **options)
+  assert count(variables) == expected
+  assert logits.shape == (2, 40, 56, num_classes)
+
+
+@pytest.mark.parametrize('name', ['espnet', 'espnet_c', 'deeplabv3_mobilenet'])
+def test_any_size_keeps_its_size(name):
+  logits, _ = shapes(name, 5, size=(37, 51))
+  assert logits.shape == (2, 37, 51, 5)
+  assert logits.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('size', [2, 4])
+def test_a_transposed_convolution_is_the_sum_over_its_taps(size):
+  x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+  kernel = jax.random.normal(jax.random.key(1), (size, size, 3, 4))
+  padding = (size - 2) // 2
+  full = np.zeros((2, 2 * 2 + size, 2 * 4 + size, 3))
+  for i in range(3):
+    for j in range(5):
+      full[:, 2 * i:2 * i + size, 2 * j:2 * j + size] += np.einsum(
+          'bi,pqoi->bpqo', x[:, i, j], kernel)
+  expected = full[:, padding:full.shape[1] - padding, padding:full.shape[2] - padding]
+  module = dense_layers.TransposedConv(3, size)
+  np.testing.assert_allclose(module.apply({'params': {'kernel': kernel}}, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [(6, 8), (7, 9)])
+def test_average_pooling_counts_zeros_beyond_the_border(size):
+  x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+  expected = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), count_include_pad=True)
+  np.testing.assert_allclose(dense_layers.average_pool(x), expected, atol=1e-6)
+
+
+def test_prelu_has_a_slope_a_channel():
+  x = jnp.array([[-2.0, 3.0], [4.0, -5.0]])
+  weight = jnp.array([0.5, 0.1])
+  result = dense_layers.PReLU().apply({'params': {'weight': weight}}, x)
+  np.testing.assert_allclose(result, [[-1.0, 3.0], [4.0, -0.5]])
+
+
+def test_padding_repeats_the_last_row_and_column():
+  x = jnp.arange(6.0).reshape(1, 2, 3, 1)
+  padded = dense_layers.pad_to_multiple(x, 4)[0, :, :, 0]
+  np.testing.assert_array_equal(padded, [[0, 1, 2, 2], [3, 4, 5, 5], [3, 4, 5, 5], [3, 4, 5, 5]])
+
+
+def test_branches_of_an_esp_block_are_added_up_from_the_smallest_rate():
+  block = espnet.ESPBlock(11)
+  x = jax.random.normal(jax.random.key(0), (1, 40, 36, 4))
+  variables = block.init(jax.random.key(1), x)
+  params = variables['params']
+  conv = lambda x, name, rate: jax.lax.conv_general_dilated(
+      x, params[name]['kernel'], (1, 1), [(rate, rate)] * 2 if rate else [(0, 0)] * 2,
+      rhs_dilation=(max(rate, 1),) * 2, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  reduced = conv(x, 'c1_conv', 0)
+  d1, d2, d4, d8, d16 = (conv(reduced, f'd{rate}_conv', rate) for rate in (1, 2, 4, 8, 16))
+  assert d1.shape[-1] == 3
+  assert d2.shape[-1] == 2
+  y = jnp.concatenate([d1, d2, d2 + d4, d2 + d4 + d8, d2 + d4 + d8 + d16], -1)
+  y /= np.sqrt(1 + 1e-3)  # fresh running moments
+  np.testing.assert_allclose(block.apply(variables, x), jnp.where(y > 0, y, y / 4), atol=1e-5)
+
+
+@pytest.mark.skipif(not ESPNET.exists(), reason='needs the shared public teachers')
+def test_a_published_espnet_is_read_by_its_names():
+  module = models.create('espnet', 12)
+  variables = weights.load(ESPNET, module, (48, 64, 3))
+  stored = weights.read(ESPNET)
+  kernel = variables['params']['encoder']['level2_0']['d4_conv']['kernel']
+  np.testing.assert_array_equal(
+      kernel, stored['encoder.level2.0.d4.conv.weight'].transpose(2, 3, 1, 0))
+  kernel = variables['params']['encoder']['down2']['d4_conv']['kernel']
+  np.testing.assert_array_equal(
+      kernel, stored['encoder.level2_0.d4.conv.weight'].transpose(2, 3, 1, 0))
