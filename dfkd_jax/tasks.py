@@ -97,9 +97,20 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
 
   A map of classes cannot be requested without real maps at hand. The targets are therefore the
   teacher's own predictions at each pixel: `sample_labels` returns zeros, and `labels_from`
-  ignores them. Metrics skip unlabelled pixels, which have the label `ignore`. The mean
-  intersection over union is over the classes that occur, in truth or prediction.
+  ignores them.
+
+  Three rules of the mean intersection over union (IoU) are in use, and all are reported:
+
+  * `mean_iou` drops unlabelled pixels, and skips classes that neither truth nor prediction has;
+  * `mean_iou_void` counts unlabelled pixels as false positives of the class predicted there;
+  * `mean_iou_absent_0` is `mean_iou` with an IoU of 0 for skipped classes.
+
+  Args:
+    num_classes: K, outputs of the network.
+    ignore: Label of unlabelled pixels. Below K it is an output of the network, void, which has no
+      IoU of its own. A labelled pixel that is predicted as void is a miss.
   """
+  classes = np.array([label for label in range(num_classes) if label != ignore])
 
   def sample_labels(key, batch_size, histogram=None):
     return jnp.zeros(batch_size, jnp.int32)
@@ -114,23 +125,34 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
   def metrics(logits, labels):
     labels = labels.astype(jnp.int32)
     is_known = labels != ignore
-    cells = jnp.where(is_known, labels * num_classes + _argmax(logits), num_classes**2)
-    counts = jnp.zeros(num_classes**2, jnp.int32).at[cells].add(1, mode='drop')
-    return {'confusion': counts.reshape(num_classes, num_classes),  # true class, prediction
+    rows = jnp.where(is_known, labels, num_classes)  # The last row has unlabelled pixels.
+    cells = rows * num_classes + _argmax(logits)
+    counts = jnp.zeros((num_classes + 1) * num_classes, jnp.int32).at[cells].add(1, mode='drop')
+    return {'confusion': counts.reshape(num_classes + 1, num_classes),  # true class, prediction
             'cross_entropy': cross_entropy(logits, labels, ignore).sum(),
             'count': is_known.sum()}
 
   def summarize(sums):
     count = _count_labelled(sums)
     confusion = np.asarray(sums['confusion'], np.float64)
-    both = np.diagonal(confusion)
-    either = confusion.sum(axis=0) + confusion.sum(axis=1) - both
-    occurs = either > 0
-    mean_iou = float(np.mean(both[occurs] / either[occurs]))
-    return {'mean_iou': mean_iou, 'pixel_accuracy': float(both.sum()) / count,
-            'cross_entropy': float(sums['cross_entropy']) / count}
+    hits, truth = np.diagonal(confusion)[classes], confusion[:-1].sum(axis=1)[classes]
+    either = truth + confusion[:-1].sum(axis=0)[classes] - hits
+    either_or_void = either + confusion[-1][classes]
+    iou, iou_void = _ratios(hits, either), _ratios(hits, either_or_void)
+    return {'mean_iou': float(np.nanmean(iou)), 'mean_iou_void': float(np.nanmean(iou_void)),
+            'mean_iou_absent_0': float(np.nan_to_num(iou).mean()),
+            'pixel_accuracy': float(hits.sum()) / count,
+            'class_accuracy': float(np.nanmean(_ratios(hits, truth))),
+            'cross_entropy': float(sums['cross_entropy']) / count,
+            **{f'iou_{label}': float(value) for label, value in zip(classes, iou, strict=True)
+               if not np.isnan(value)}}
 
   return Task(num_classes, sample_labels, labels_from, predicted, metrics, summarize, asks=False)
+
+
+def _ratios(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+  """Returns parts / totals, NaN where the total is 0."""
+  return np.divide(parts, totals, out=np.full(len(parts), np.nan), where=totals > 0)
 
 
 def _argmax(scores: Array) -> Array:

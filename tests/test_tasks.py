@@ -151,3 +151,33 @@ def test_segmentation_metrics_equal_brute_force(seed, num_classes):
   chosen = np.take_along_axis(shifted, np.where(known, labels, 0)[..., None].astype(int), -1)[
       ..., 0]
   np.testing.assert_allclose(summary['cross_entropy'], -chosen[known].mean(), rtol=1e-4)
+
+
+def summarize(task, truth, predictions, num_classes):
+  logits = jax.nn.one_hot(jnp.asarray(predictions), num_classes)
+  return task.summarize(task.metrics(logits[None], jnp.asarray(truth)[None]))
+
+
+def test_the_rules_of_the_mean_iou_differ_on_void_pixels_and_absent_classes():
+  truth = [[0, 0, 0, 1], [1, 255, 255, 2]]
+  predictions = [[0, 0, 1, 1], [1, 0, 2, 3]]
+  summary = summarize(tasks.segmentation(5), truth, predictions, 5)
+  # Class 4 occurs nowhere. Void pixels are seen as 0 and 2.
+  np.testing.assert_allclose(summary['mean_iou'], (2 / 3 + 2 / 3 + 0 + 0) / 4)
+  np.testing.assert_allclose(summary['mean_iou_void'], (2 / 4 + 2 / 3 + 0 + 0) / 4)
+  np.testing.assert_allclose(summary['mean_iou_absent_0'], (2 / 3 + 2 / 3) / 5)
+  np.testing.assert_allclose(summary['pixel_accuracy'], 4 / 6)
+  np.testing.assert_allclose(summary['class_accuracy'], (2 / 3 + 1 + 0) / 3)
+  assert summary['iou_1'] == pytest.approx(2 / 3)
+  assert 'iou_4' not in summary
+
+
+@pytest.mark.parametrize('void', [3, 0])
+def test_an_output_for_void_has_no_iou_but_a_miss_where_it_is_predicted(void):
+  first, second, third = (label for label in range(4) if label != void)
+  truth = [[first, first, second, void]]
+  predictions = [[first, void, second, third]]
+  summary = summarize(tasks.segmentation(4, ignore=void), truth, predictions, 4)
+  np.testing.assert_allclose(summary['mean_iou'], (1 / 2 + 1) / 2)
+  np.testing.assert_allclose(summary['mean_iou_void'], (1 / 2 + 1 + 0) / 3)
+  assert f'iou_{void}' not in summary
