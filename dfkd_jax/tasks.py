@@ -14,6 +14,9 @@ import numpy as np
 from dfkd_jax.losses.divergence import cross_entropy
 from dfkd_jax.types import Array, Metrics
 
+_AGREEMENT = ('agreement', 'agreement', '.2%')
+_CROSS_ENTROPY = ('cross_entropy', 'cross-entropy', '.4f')
+
 
 class Task(NamedTuple):
   """A task, as a tuple of functions.
@@ -29,6 +32,10 @@ class Task(NamedTuple):
   metrics: Callable[[Array, Array], Metrics]  # (logits, labels) -> sums over this batch
   # (sums, added up over batches) -> metrics to report. Higher is better, except for the loss.
   summarize: Callable[[Metrics], dict[str, float]]
+  columns: tuple[tuple[str, str, str], ...]  # metrics that reports show: name, title and format
+  selection: str  # the metric that picks the best round
+  label_axes: int = 0  # 2 if labels are masks [H, W]
+  ignore: int = -1  # label that metrics and losses skip
   asks: bool = True  # whether a class can be requested; if not, `sample_labels` is not used
 
   def reduce(self, per_element: Array) -> Array:
@@ -76,7 +83,9 @@ def classification(num_classes: int, *, balanced: bool = False, stratified: bool
     count = _count_labelled(sums)
     return {name: float(sums[name]) / count for name in ('top1', 'top5', 'cross_entropy')}
 
-  return Task(num_classes, sample_labels, labels_from, _argmax, metrics, summarize)
+  columns = (('top1', 'top-1', '.2%'), ('top5', 'top-5', '.2%'), _AGREEMENT, _CROSS_ENTROPY)
+  return Task(num_classes, sample_labels, labels_from, _argmax, metrics, summarize, columns, 'top1',
+              ignore=ignore)
 
 
 def shortfall(histogram: Array) -> Array:
@@ -92,7 +101,7 @@ def shortfall(histogram: Array) -> Array:
   return jnp.where(counts.max() > 0, odds, 1.0)
 
 
-def segmentation(num_classes: int, ignore: int = 255) -> Task:
+def segmentation(num_classes: int, ignore: int = 255, *, count_void: bool = False) -> Task:
   """Makes the task of one class per pixel.
 
   A map of classes cannot be requested without real maps at hand. The targets are therefore the
@@ -109,6 +118,7 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
     num_classes: K, outputs of the network.
     ignore: Label of unlabelled pixels. Below K it is an output of the network, void, which has no
       IoU of its own. A labelled pixel that is predicted as void is a miss.
+    count_void: Whether `mean_iou_void` picks the best round, in place of `mean_iou`.
   """
   classes = np.array([label for label in range(num_classes) if label != ignore])
 
@@ -147,7 +157,12 @@ def segmentation(num_classes: int, ignore: int = 255) -> Task:
             **{f'iou_{label}': float(value) for label, value in zip(classes, iou, strict=True)
                if not np.isnan(value)}}
 
-  return Task(num_classes, sample_labels, labels_from, predicted, metrics, summarize, asks=False)
+  columns = (('mean_iou', 'mIoU', '.4f'), ('mean_iou_void', 'mIoU with void', '.4f'),
+             ('pixel_accuracy', 'pixels', '.2%'), ('class_accuracy', 'classes', '.2%'),
+             _AGREEMENT, _CROSS_ENTROPY)
+  return Task(num_classes, sample_labels, labels_from, predicted, metrics, summarize, columns,
+              'mean_iou_void' if count_void else 'mean_iou', label_axes=2, ignore=ignore,
+              asks=False)
 
 
 def _ratios(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:
