@@ -32,11 +32,16 @@ class Task(NamedTuple):
   metrics: Callable[[Array, Array], Metrics]  # (logits, labels) -> sums over this batch
   # (sums, added up over batches) -> metrics to report. Higher is better, except for the loss.
   summarize: Callable[[Metrics], dict[str, float]]
-  columns: tuple[tuple[str, str, str], ...]  # metrics that reports show: name, title and format
-  selection: str  # the metric that picks the best round
+  # Metrics that reports show: name, title and format. The first one picks the best round.
+  columns: tuple[tuple[str, str, str], ...]
   label_axes: int = 0  # 2 if labels are masks [H, W]
   ignore: int = -1  # label that metrics and losses skip
   asks: bool = True  # whether a class can be requested; if not, `sample_labels` is not used
+
+  @property
+  def selection(self) -> str:
+    """Metric that picks the best round."""
+    return self.columns[0][0]
 
   def reduce(self, per_element: Array) -> Array:
     """Mean over all axes but the batch: [B, ...] -> [B]."""
@@ -84,7 +89,7 @@ def classification(num_classes: int, *, balanced: bool = False, stratified: bool
     return {name: float(sums[name]) / count for name in ('top1', 'top5', 'cross_entropy')}
 
   columns = (('top1', 'top-1', '.2%'), ('top5', 'top-5', '.2%'), _AGREEMENT, _CROSS_ENTROPY)
-  return Task(num_classes, sample_labels, labels_from, _argmax, metrics, summarize, columns, 'top1',
+  return Task(num_classes, sample_labels, labels_from, _argmax, metrics, summarize, columns,
               ignore=ignore)
 
 
@@ -157,12 +162,12 @@ def segmentation(num_classes: int, ignore: int = 255, *, count_void: bool = Fals
             **{f'iou_{label}': float(value) for label, value in zip(classes, iou, strict=True)
                if not np.isnan(value)}}
 
-  columns = (('mean_iou', 'mIoU', '.4f'), ('mean_iou_void', 'mIoU with void', '.4f'),
+  rules = [('mean_iou', 'mIoU', '.4f'), ('mean_iou_void', 'mIoU, void', '.4f')]
+  columns = (*(rules[::-1] if count_void else rules),
              ('pixel_accuracy', 'pixels', '.2%'), ('class_accuracy', 'classes', '.2%'),
              _AGREEMENT, _CROSS_ENTROPY)
   return Task(num_classes, sample_labels, labels_from, predicted, metrics, summarize, columns,
-              'mean_iou_void' if count_void else 'mean_iou', label_axes=2, ignore=ignore,
-              asks=False)
+              label_axes=2, ignore=ignore, asks=False)
 
 
 def _ratios(parts: np.ndarray, totals: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Makes networks, data sets, optimizers and the mesh of devices from resolved settings."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,21 @@ def module(network: NetworkSettings) -> nn.Module:
   images = jax.ShapeDtypeStruct((1, *network.input_shape), jnp.float32)
   try:
     made = set_compute(models.create(name, network.num_classes, **options), network)
-    jax.eval_shape(made.init, jax.random.key(0), images)
+    outputs, _ = jax.eval_shape(made.init_with_output, jax.random.key(0), images)
   except Exception as error:  # options of another type or size may raise anything
     raise FieldError(f'{role}.options', f'{role}.options is {options}: model {name!r} cannot take '
                      f'images {images.shape[1:]}: {error}') from error
+  check_kind(outputs.ndim, network.task, f'{role}.name', name)
   return made
+
+
+def check_kind(logits_ndim: int, task: str, field: str, value: Any) -> None:
+  """Raises a FieldError if logits with so many axes are of the other kind of task."""
+  kinds = {2: ('classification', 'each image'), 4: ('segmentation', 'each pixel')}
+  found, each = kinds.get(logits_ndim, ('', 'neither image nor pixel'))
+  if found != task:
+    raise FieldError(field, f'{field} is {value!r}, which predicts a class for {each}, but task is '
+                     f'{task!r}.' + f' --config.task={found} would fit.' * bool(found))
 
 
 def set_compute(made: nn.Module, settings: NetworkSettings) -> nn.Module:

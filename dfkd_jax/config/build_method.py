@@ -97,8 +97,11 @@ def generator(settings: NetworkSettings) -> nn.Module:
   shape, options = settings.image_shape, settings.options
   try:
     if settings.name == 'spatial_generator':
-      return set_compute(models.SpatialGenerator(channels=shape[-1], **options), settings)
-    return set_compute(models.Generator(image_shape=shape, **options), settings)
+      made = models.SpatialGenerator(channels=shape[-1], size=shape[:2], **options)
+    else:
+      kinds = {'generator': models.Generator, 'dfad_generator': models.DFADGenerator}
+      made = kinds[settings.name](image_shape=shape, **options)
+    return set_compute(made, settings)
   except (TypeError, ValueError) as error:
     raise FieldError('generator.options', f'generator.options is {options}: {error}') from error
 

@@ -184,12 +184,10 @@ def _check_generator(method: MethodSettings) -> None:
   shape, generator = method.generator.image_shape, build_method.generator(method.generator)
   latents = jax.ShapeDtypeStruct(build_method.latent_shape(method, 2), jnp.float32)
   try:
-    images, _ = jax.eval_shape(generator.init_with_output, jax.random.key(0), latents)
+    jax.eval_shape(generator.init, jax.random.key(0), latents)
   except Exception as error:  # a width of 0, or of another type, may raise anything
     raise wrong_value('generator.options', method.generator.options, 'options with which generator '
                       f'{method.generator.name!r} makes images {shape}: {error}') from error
-  if images.shape[1:] != shape:
-    raise wrong_value('dataset.image_shape', shape, f'{images.shape[1:]}, as the generator makes.')
 
 
 def _check_arguments(settings: Settings) -> Iterator[FieldError]:
@@ -211,15 +209,16 @@ def _check_arguments(settings: Settings) -> Iterator[FieldError]:
 
 def _check_augmentations(settings: Settings, problems: Problems) -> Iterator[FieldError]:
   """Yields options of the augmentations that do not suit the images."""
-  shape, size = settings.dataset.image_shape, max(settings.dataset.image_shape[:2])
-  for field, options, jobs in (
-      ('augment.synthesis', settings.method.augment, ['distill']),
-      ('augment.student', settings.augment, ['distill', 'train'])):
+  synthesised = settings.method.generator.image_shape
+  learnt = synthesised if settings.job == 'distill' else settings.dataset.image_shape
+  for shape, field, options, jobs in (
+      (synthesised, 'augment.synthesis', settings.method.augment, ['distill']),
+      (learnt, 'augment.student', settings.augment, ['distill', 'train'])):
     if settings.job not in jobs or problems.affect(field):
       continue
     pad, scale = options.get('pad', 0), options.get('scale', (0, 1))
-    if pad >= size:
-      yield wrong_value(f'{field}.pad', pad, f'below {size}, the size of the images.')
+    if pad >= max(shape[:2]):
+      yield wrong_value(f'{field}.pad', pad, f'below {max(shape[:2])}, the size of the images.')
     if scale[0] > scale[1]:
       yield wrong_value(f'{field}.scale', scale, '(least, most) of an image.')
     try:

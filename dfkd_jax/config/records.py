@@ -66,8 +66,9 @@ class NetworkSettings(NamedTuple):
   options: dict[str, Any]  # arguments of the model
   source: str | None  # weights
   preprocessing: dict[str, Any]  # arguments of `models.bind`: mean, std, bgr, resize
-  image_shape: tuple[int, int, int]  # of the data set
+  image_shape: tuple[int, int, int]  # of the data set, or of synthesised images
   num_classes: int
+  task: str
   dtype: str | None
   remat: bool
   needs_moments: bool  # whether its batch-norm moments must come from training
@@ -130,10 +131,7 @@ class Settings(NamedTuple):
 def resolve(config: ConfigDict) -> Settings:
   """Returns the records of a config, which must have all fields; does not check their values."""
   values = FrozenConfigDict(config).to_dict()  # with tuples in place of lists
-  labels = values['labels']
-  task = tasks.classification(values['dataset']['num_classes'], balanced=labels == 'balanced',
-                              stratified=labels == 'stratified')
-  numbers = _without_none(values['method'])
+  task, numbers = _task(values), _without_none(values['method'])
   method = MethodSettings(
       numbers.pop('name', None), numbers, Factors(**values['factors']), task,
       _network(values, 'generator'), _without_none(values['augment']['synthesis']),
@@ -151,12 +149,22 @@ def resolve(config: ConfigDict) -> Settings:
   return Settings(*first, **others)
 
 
+def _task(values: dict[str, Any]) -> tasks.Task:
+  dataset, labels = values['dataset'], values['labels']
+  if values['task'] == 'segmentation':
+    return tasks.segmentation(
+        dataset['num_classes'], dataset['ignore'], count_void=dataset['count_void'])
+  return tasks.classification(dataset['num_classes'], balanced=labels == 'balanced',
+                              stratified=labels == 'stratified')
+
+
 def _network(values: dict[str, Any], role: str) -> NetworkSettings:
   section, dataset = values[role], values['dataset']
   return NetworkSettings(
       role, section['name'], _without_none(section['options']), section.get('source'),
       {name: section.get(name) for name in ('mean', 'std', 'bgr', 'resize')},
-      dataset['image_shape'], dataset['num_classes'], values['compute_dtype'], values['remat'],
+      section.get('image_shape') or dataset['image_shape'], dataset['num_classes'],
+      values['task'], values['compute_dtype'], values['remat'],
       needs_moments=role != 'teacher' or not values['preflight']['fallback'])
 
 

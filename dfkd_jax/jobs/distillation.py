@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dfkd_jax import augment, distill, parallel
@@ -48,6 +49,9 @@ class _Distillation:
     with self.ledger.part('setup'):
       if teacher is None:
         teacher, source = build.trained_network(settings.teacher), settings.teacher.source
+      else:
+        logits = jax.eval_shape(teacher, jnp.zeros((1, *settings.dataset.image_shape))).logits
+        build.check_kind(logits.ndim, settings.student.task, 'teacher', type(teacher.module).__name__)
       self.teacher, self.judge, self.card = teacher, None, build.make_card(teacher, source)
       if settings.judge.source is not None:
         self.judge = build.trained_network(settings.judge)
@@ -164,11 +168,16 @@ class _Distillation:
     settings, experiment = self.settings, self.experiment
     files = experiment.write_networks('student', state.student.network, settings.student)
     images = sample_images.show(experiment, self.plan, settings.grid, state.synthesis,
-                                self.teacher, self.judge, self.picture_key)
+                                self.teacher, state.student.network, self.judge,
+                                self.picture_key)
+    if experiment.test is not None and settings.task.label_axes:
+      networks = {'teacher': self.teacher, 'student': state.student.network}
+      sample_images.show_test_images(experiment, networks, settings.grid.columns)
+      files += ('test_images.png',)
     control = None
     if settings.control:
       control = noise_control.run(experiment, self.plan, self.student, self.teacher,
-                                  settings.dataset.image_shape, self.control_key)
+                                  self.method.generator.image_shape, self.control_key)
     # Rates of the compiled programs: images times inner steps a second, images a second.
     seconds, method, rounds = self.ledger.seconds(), self.method, self.rounds
     image_steps = rounds.total_calls * method.images_per_call * method.numbers.get('num_steps', 0)

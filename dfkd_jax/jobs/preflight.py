@@ -69,7 +69,7 @@ def _measure(
   key = jax.random.fold_in(jax.random.key(settings.run.seed), 1 << 30)  # the run splits the seed's
   measurement = loss_terms.measure(
       key, teacher, student, generator=generator, latent_shape=latent_shape,
-      image_shape=settings.dataset.image_shape, task=settings.task, factors=measured)
+      image_shape=method.generator.image_shape, task=settings.task, factors=measured)
   return measurement, loss_terms.suggest_factors(
       measurement, teacher, factors, momentum=method.numbers.get('moments_momentum', 0.0),
       fallback=settings.preflight.fallback)

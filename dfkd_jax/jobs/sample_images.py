@@ -1,5 +1,8 @@
 """The images at the end of a run: a picture of them, and the opinion of a judge."""
 
+import os
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -15,11 +18,12 @@ JUDGED = 1000  # images that a judge sees at least
 
 
 def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teacher: Network,
-         judge: Network | None, key: PRNGKey) -> dict[str, float] | None:
+         student: Network, judge: Network | None, key: PRNGKey) -> dict[str, float] | None:
   """Writes images.png, with images in turn from every class, and the teacher's labels.
 
+  In segmentation, rows of images alternate with rows of the teacher's and the student's masks.
   With a judge, returns the fractions of at least 1,000 images on which the teacher's class is the
-  judge's top-1, or in its top-5.
+  judge's top-1, or in its top-5; in segmentation the fraction of pixels of the same class.
   """
   number = max(4 * grid.columns * grid.rows, 0 if judge is None else JUDGED)
   images, labels = _draw(experiment, plan, synthesis, teacher, key, number)
@@ -27,15 +31,69 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
   for label in np.unique(labels):
     turn[labels == label] = np.arange((labels == label).sum())
   order = np.lexsort((labels, turn))[:grid.columns * grid.rows]
-  names = [str(label) if experiment.test is None else experiment.test.class_names[label]
-           for label in labels[order]]
-  with parallel.raise_on_all_processes():
-    report.image_grid(experiment.workdir / 'images.png', images[order], names, grid.columns)
+  names, batch_size = _class_names(experiment), experiment.settings.evaluate_batch_size
+  path, is_dense = experiment.workdir / 'images.png', experiment.task.label_axes > 0
+  if is_dense:
+    order = order[:grid.columns * max(1, grid.rows // 3)]
+    networks = {'teacher': teacher, 'student': student}
+    masks = {name: evaluate.predict(network, images[order], batch_size=batch_size, shared=True)
+             for name, network in networks.items()}
+    with parallel.raise_on_all_processes():
+      draw_masks(path, images[order], masks, names, grid.columns)
+  else:
+    with parallel.raise_on_all_processes():
+      labelled = [names[label] for label in labels[order]]
+      report.image_grid(path, images[order], labelled, grid.columns)
   if judge is None:
     return None
-  metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task,
-                              batch_size=experiment.settings.evaluate_batch_size)
+  if is_dense:
+    labels = evaluate.predict(teacher, images, batch_size=batch_size)
+  metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task, batch_size=batch_size)
+  if is_dense:
+    return {'judge_top1': metrics['pixel_accuracy'], 'count': metrics['count']}
   return {'judge_top1': metrics['top1'], 'judge_top5': metrics['top5'], 'count': metrics['count']}
+
+
+def show_test_images(experiment: Experiment, networks: dict[str, Network], columns: int) -> None:
+  """Writes test_images.png: test images from all over the split, their masks, and predictions."""
+  test = experiment.test
+  rows = np.linspace(0, len(test.images) - 1, min(columns, len(test.images))).round().astype(int)
+  images, truth = test.images[rows], test.labels[rows]
+  masks = {'labels': truth} | {
+      name: evaluate.predict(network, images, shared=True,
+                             batch_size=experiment.settings.evaluate_batch_size)
+      for name, network in networks.items()}
+  with parallel.raise_on_all_processes():
+    draw_masks(experiment.workdir / 'test_images.png', images, masks, _class_names(experiment),
+               columns, ignore=experiment.task.ignore)
+
+
+def draw_masks(path: str | os.PathLike, images: np.ndarray, masks: dict[str, np.ndarray],
+               names: Sequence[str], columns: int, ignore: int = -1) -> None:
+  """Writes a PNG of images [N, H, W, C], and of masks [N, H, W] by title under each of them.
+
+  Pixels of the class `ignore` are black.
+  """
+  if images.dtype != np.uint8:
+    images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+  images = np.broadcast_to(images, (*images.shape[:3], 3))
+  pictures = {'image': images} | {
+      title: np.where((mask == ignore)[..., None], 0, report.color_masks(mask)).astype(np.uint8)
+      for title, mask in masks.items()}
+  tiles, titles = [], []
+  for start in range(0, len(images), columns):
+    for title, of_title in pictures.items():
+      row = of_title[start:start + columns]
+      blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
+      tiles += [row, blank]
+      titles += [title] * len(row) + [''] * len(blank)
+  report.image_grid(path, np.concatenate(tiles), titles, columns, classes=names)
+
+
+def _class_names(experiment: Experiment) -> list[str]:
+  """Returns the names of the data set's classes, or numbers; further classes are numbers too."""
+  names = list(experiment.test.class_names) if experiment.test is not None else []
+  return names + [str(label) for label in range(len(names), experiment.task.num_classes)]
 
 
 def _draw(experiment, plan, synthesis, teacher, key, number):

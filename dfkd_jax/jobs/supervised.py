@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 from dfkd_jax import augment, distill, parallel
 from dfkd_jax.config import build
 from dfkd_jax.config.records import Settings
 from dfkd_jax.losses import divergence
+from dfkd_jax.losses import labels as label_losses
 from dfkd_jax.runs import init_from, non_finite
 from dfkd_jax.runs.loop import Experiment, Start, round_key
 from dfkd_jax.types import Array, PRNGKey
@@ -38,6 +38,7 @@ class _Training:
 
   def __init__(self, settings: Settings, start: Start):
     self.settings, self.train, self.role = settings, settings.train, settings.train.network
+    self.task, self.class_weights = settings.task, None
     self.network = getattr(settings, self.role)
     self.init_key, self.run_key = jax.random.split(jax.random.key(settings.run.seed))
     self.experiment = experiment = Experiment(settings, start, 'epoch')
@@ -59,6 +60,9 @@ class _Training:
       if not self.steps:
         raise ValueError(f'train.batch_size is {batch_size}, must be at most {self.num_images} '
                          'images.')
+      if self.train.class_weights == 'median_frequency':
+        self.class_weights = jnp.asarray(label_losses.median_frequency(
+            images.labels, self.task.num_classes, self.task.ignore))
       self.images, self.labels = parallel.place(
           self.mesh, (images.images, images.labels), parallel.REPLICATED)
       network = init_from.load_student(self.network, self.init_key, self.unread.student)
@@ -112,26 +116,47 @@ class _Training:
 
   def _epoch(self, student, images, labels, order, key, teacher, *, axis):
     """Trains on uint8 images [N, H, W, C] in the order [steps, B]."""
-    train = self.train
-    augment_batch = parallel.by_task(augment.create(**self.settings.augment), 1, axis)
+    train, accuracy = self.train, 'train_pixels' if self.task.label_axes else 'train_top1'
+    augment_batch = parallel.by_task(self._augment, 1, axis)
 
     def step(student, inputs):
       indices, step_key = inputs
-      batch = augment_batch(step_key, images[indices].astype(jnp.float32) / 255)
+      batch, known = augment_batch(
+          step_key, (images[indices].astype(jnp.float32) / 255, labels[indices]))
       targets = teacher(batch).logits if teacher is not None else None
 
       def loss_fn(outputs):
-        logits = outputs.logits
-        one_hot = jax.nn.one_hot(labels[indices], logits.shape[-1])
-        smoothed = optax.smooth_labels(one_hot, train.label_smoothing)
         # label_factor CE + teacher_factor T^2 KL(teacher || student)
-        loss = train.label_factor * optax.softmax_cross_entropy(logits, smoothed).mean()
+        losses = label_losses.focal(outputs.logits, known, gamma=train.focal_gamma,
+                                    smoothing=train.label_smoothing)
+        loss = train.label_factor * self._weighted_mean(losses, known, axis)
         if targets is not None:
-          loss += train.teacher_factor * divergence.kl(logits, targets, train.temperature).mean()
-        return loss, (logits.argmax(-1) == labels[indices]).mean()
+          kl = divergence.kl(outputs.logits, targets, train.temperature)
+          loss += train.teacher_factor * kl.mean()
+        is_known = known != self.task.ignore
+        hits = (outputs.logits.argmax(-1) == known) & is_known
+        return loss, hits.sum() / jnp.maximum(is_known.sum(), 1)
 
       student, loss, hits = distill.train_step(student, batch, loss_fn, self.tx, axis)
-      return student, {'loss': loss, 'train_top1': parallel.pmean(hits, axis)}
+      return student, {'loss': loss, accuracy: parallel.pmean(hits, axis)}
 
     student, metrics = lax.scan(step, student, (order, jax.random.split(key, order.shape[0])))
     return student, jax.tree.map(jnp.mean, metrics) | {'losses': metrics['loss']}
+
+  def _augment(self, key, batch):
+    """Augments images, and their labels if these are masks."""
+    images, labels = batch
+    function = augment.create(**self.settings.augment)
+    if not self.task.label_axes:
+      return function(key, images), labels
+    return augment.with_masks(function, key, images, labels, num_classes=self.task.num_classes,
+                              ignore=self.task.ignore)
+
+  def _weighted_mean(self, losses, labels, axis):
+    """Averages losses over the labelled pixels of all devices, weighed by class."""
+    if not self.task.label_axes and self.class_weights is None:
+      return losses.mean()
+    weights = jnp.ones(self.task.num_classes) if self.class_weights is None else self.class_weights
+    weights = jnp.where(labels == self.task.ignore, 0.0, weights[labels.clip(0, len(weights) - 1)])
+    total = parallel.pmean(weights.sum(), axis)
+    return (weights * losses).sum() / jnp.maximum(total, 1e-6)

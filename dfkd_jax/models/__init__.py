@@ -20,7 +20,7 @@ from flax import linen as nn
 from dfkd_jax.messages import check_choice
 from dfkd_jax.models.deeplab import DeepLabV3, DeepLabV3MobileNet
 from dfkd_jax.models.espnet import ESPEncoder, ESPNet
-from dfkd_jax.models.generator import Generator, SpatialGenerator
+from dfkd_jax.models.generator import DFADGenerator, Generator, SpatialGenerator
 from dfkd_jax.models.mobilenet import EfficientNetLite, MobileNetV2
 from dfkd_jax.models.network import Network, bind
 from dfkd_jax.models.network import create as create_network

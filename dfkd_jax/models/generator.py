@@ -1,4 +1,4 @@
-"""Generators: latents to images in [0, 1]."""
+"""Generators: latents to images in [0, 1], cut from the next larger size that they make."""
 
 import functools
 import math
@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from dfkd_jax.messages import check_choice
 from dfkd_jax.models import layers
+from dfkd_jax.models.dense_layers import TransposedConv
 from dfkd_jax.types import Array
 
 
@@ -20,28 +21,52 @@ class Generator(nn.Module):
   parameters alone and `mutable=['batch_stats']`, and drops the new running moments.
   """
 
-  image_shape: tuple[int, int, int] = (32, 32, 3)  # (H, W, C); H and W divisible by 4.
+  image_shape: tuple[int, int, int] = (32, 32, 3)  # (H, W, C).
   width: int = 64  # Channels of the last hidden convolution; the first has twice as many.
   stem_width: int | None = None  # Channels before them (256: DataFree's "large"), or 2 * width.
   dtype: Any = None
   first_layers: ClassVar[tuple[str, ...]] = ('l1_0', 'conv_blocks_0')  # FastDFKD redraws them once.
 
-  def __post_init__(self) -> None:
-    if self.image_shape[0] % 4 or self.image_shape[1] % 4:
-      raise ValueError(
-          f'A generator makes images divisible by 4 on both axes, not {self.image_shape[:2]}.')
-    super().__post_init__()
-
   @nn.compact
   def __call__(self, latents: Array, train: bool = True) -> Array:
-    shape = (self.stem_width or 2 * self.width, self.image_shape[0] // 4, self.image_shape[1] // 4)
+    shape = (self.stem_width or 2 * self.width, *_divided(self.image_shape, 4))
     dense = layers.dense(math.prod(shape), latents.shape[-1], dtype=self.dtype, name='l1_0')
     # Channel-major, as in published weights.
     x = dense(latents).reshape(-1, *shape).transpose(0, 2, 3, 1)
     norm = layers.BatchNorm(use_running_average=not train, dtype=self.dtype, name='conv_blocks_0')
     x = _conv_block(self, norm(x), 2 * self.width, 2, train)
     x = _conv_block(self, x, self.width, 6, train)
-    return _to_image(self, x, self.image_shape[-1], 9)
+    return _cut(_to_image(self, x, self.image_shape[-1], 9), self.image_shape)
+
+
+class DFADGenerator(nn.Module):
+  """Latents [B, Z] to images [B, H, W, C] in (0, 1) by four transposed convolutions.
+
+  DFAD's generator for segmentation (arXiv:1912.11006), published for 128x128 pixels: 11,243,203
+  parameters with a latent of 256. Its tanh is in the space of images of mean and std 0.5. The same
+  images in (0, 1) are the sigmoid of twice the last maps.
+  """
+
+  image_shape: tuple[int, int, int] = (128, 128, 3)  # (H, W, C).
+  widths: tuple[int, ...] = (512, 256, 128, 64, 64)  # Of the first maps, then of each convolution.
+  dtype: Any = None
+  first_layers: ClassVar[tuple[str, ...]] = ('linear', 'bn0')
+
+  @nn.compact
+  def __call__(self, latents: Array, train: bool = True) -> Array:
+    (first, *widths), normal = self.widths, nn.initializers.normal(0.02)
+    shape = (first, *_divided(self.image_shape, 2**len(widths)))
+    settings = {'dtype': self.dtype, 'kernel_init': normal}
+    norm = functools.partial(
+        layers.BatchNorm, use_running_average=not train, dtype=self.dtype,
+        scale_init=lambda *arguments: 1 + normal(*arguments))
+    x = nn.Dense(math.prod(shape), name='linear', **settings)(latents)
+    x = norm(name='bn0')(x.reshape(-1, *shape).transpose(0, 2, 3, 1))  # Channel-major, as in PyTorch.
+    for i, width in enumerate(widths, 1):
+      x = TransposedConv(width, 4, name=f'deconv{i}', **settings)(x)
+      x = nn.leaky_relu(norm(name=f'bn{i}')(x), 0.2)
+    x = layers.Conv(self.image_shape[-1], (3, 3), padding=1, name='conv', **settings)(x)
+    return _cut(nn.sigmoid(2 * layers.at_least_float32(x)), self.image_shape)
 
 
 class SpatialGenerator(nn.Module):
@@ -56,6 +81,7 @@ class SpatialGenerator(nn.Module):
 
   widths: tuple[int, ...] = (128, 128, 64, 64, 64)  # Of the convolutions; upsamples between them.
   channels: int = 3  # Of the image.
+  size: tuple[int, int] | None = None  # (H, W) that images are cut to.
   last: str = 'conv'  # As published, or 'subpixel'.
   remat: bool = False
   dtype: Any = None
@@ -70,16 +96,11 @@ class SpatialGenerator(nn.Module):
 
   def latent_shape(
       self, image_shape: tuple[int, int, int], latent_dim: int) -> tuple[int, int, int]:
-    """Shape (h, w, Z) of the latents of one image (H, W, C). A ValueError says which ones fit."""
-    height, width, channels = image_shape
-    scale = 2 ** (len(self.widths) - 1)
-    if height % scale or width % scale:
+    """Shape (h, w, Z) of the latents of one image (H, W, C). Raises ValueError for another C."""
+    if image_shape[-1] != self.channels:
       raise ValueError(
-          f'A spatial generator of {len(self.widths)} widths makes images divisible by {scale} '
-          f'on both axes, not {(height, width)}.')
-    if channels != self.channels:
-      raise ValueError(f'This generator makes images of {self.channels} channels, not {channels}.')
-    return height // scale, width // scale, latent_dim
+          f'This generator makes images of {self.channels} channels, not {image_shape[-1]}.')
+    return *_divided(image_shape, 2 ** (len(self.widths) - 1)), latent_dim
 
   @nn.compact
   def __call__(self, latents: Array, train: bool = True) -> Array:
@@ -90,7 +111,17 @@ class SpatialGenerator(nn.Module):
       run = functools.partial(
           _conv_block, self, width=width, index=4 * i, train=train, upsample=i > 0)
       x = layers.apply_block(self, run, x)
-    return _to_image(self, x, self.channels, 4 * len(widths) - 1, factor)
+    images = _to_image(self, x, self.channels, 4 * len(widths) - 1, factor)
+    return images if self.size is None else _cut(images, self.size)
+
+
+def _divided(shape, scale):
+  """Returns height and width of the maps that, enlarged by `scale`, cover an image."""
+  return -(-shape[0] // scale), -(-shape[1] // scale)
+
+
+def _cut(images, shape):
+  return images[:, :shape[0], :shape[1]]
 
 
 def _conv_block(module, x, width, index, train, upsample=True):

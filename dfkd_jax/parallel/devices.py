@@ -67,7 +67,8 @@ def by_task(function: Callable[[PRNGKey, Array], Array], num_tasks: int,
     if num_tasks == 1:
       return function(keys[0], images)
     shares = images.reshape(num_tasks, -1, *images.shape[1:])
-    return jax.vmap(function)(keys, shares).reshape(images.shape)
+    results = jax.vmap(function)(keys, shares)
+    return results.reshape(-1, *results.shape[2:])
 
   return apply
 

@@ -4,7 +4,7 @@ import json
 import os
 from typing import Any, NotRequired, TypedDict
 
-from dfkd_jax import parallel
+from dfkd_jax import parallel, tasks
 from dfkd_jax.messages import short_repr
 from dfkd_jax.report.files import replace_file, reporting_disk_errors, to_json
 
@@ -14,9 +14,9 @@ _FIRST = ('student', 'teacher', 'control', 'parameters', 'seconds', 'wall_second
           'command', 'workdir')  # The first keys of the file; the others follow by name.
 
 
-# Metrics of a network in a round: round, top1, top5, cross_entropy, and agreement with the teacher
-# on real test images (agreement) and on fresh synthetic images (held_out_agreement). Fractions are
-# in [0, 1]. None: not measured.
+# Metrics of a network in a round: round, the metrics of the task, and agreement with the teacher on
+# real test images (agreement) and on fresh synthetic images (held_out_agreement). Fractions are in
+# [0, 1]. None: not measured.
 Result = dict[str, float | None]
 
 
@@ -27,6 +27,7 @@ class Summary(TypedDict):
   config: dict
   weights: dict  # SHA-256 by network.
   changed: list  # Changes of the config on resuming.
+  columns: NotRequired[list]  # Metrics to show, see `tasks.Task`; the first one is compared.
   teacher: NotRequired[Result]
   control: NotRequired[Result]  # A student of noise images.
   network: NotRequired[str]  # 'teacher' if `student` describes the training of a teacher.
@@ -69,17 +70,19 @@ def format_summary(summary: Summary) -> str:
   """Formats the last lines of a run: results, ratios, sizes, time by part, files."""
   last, best = summary['student']['last'], summary['student'].get('best') or {}
   teacher, rows = summary.get('teacher') or {}, []
+  headline = _columns(summary)[0][0]
   if last.get('held_out_agreement') is not None:
     rows.append(('synthetic images', 'agreement with the teacher '
                  f'{last["held_out_agreement"]:.2%} last, '
                  f'best {best.get("held_out_agreement", 0):.2%} at round {best.get("round", 0)}'))
-  if teacher.get('top1'):
-    ratios = [f'{result["top1"] / teacher["top1"]:.3f} {name}'
+  if teacher.get(headline):
+    ratios = [f'{result[headline] / teacher[headline]:.3f} {name}'
               for name, result in (('last', last), ('best', best)) if result]
     rows.append(('student / teacher', ', '.join(ratios)))
   if images := summary.get('images'):
-    rows.append(('images', f'judge and teacher agree on {images["judge_top1"]:.2%} (top-1) and '
-                 f'{images["judge_top5"]:.2%} (top-5) of {images["count"]:.0f} samples'))
+    top5 = f' and {images["judge_top5"]:.2%} (top-5)' if 'judge_top5' in images else ''
+    rows.append(('images', f'judge and teacher agree on {images["judge_top1"]:.2%} (top-1){top5} '
+                 f'of {images["count"]:.0f} samples'))
   sizes = summary.get('parameters') or {}
   if sizes.get('student'):
     text = f'{summary.get("network", "student")} {sizes["student"]:,}'
@@ -104,23 +107,46 @@ def format_summary(summary: Summary) -> str:
 
 def _table(summary: Summary) -> list[str]:
   """Formats a row of metrics for each network."""
-  student, name = summary['student'], summary.get('network', 'student')
-  if student['last'].get('top1') is None:
+  student, name, columns = summary['student'], summary.get('network', 'student'), _columns(summary)
+  if student['last'].get(columns[0][0]) is None:
     return ['no real test images']
   rows = [
       ('teacher', summary.get('teacher'), ''), (f'{name}, last', student['last'], ''),
       (f'{name}, best', student.get('best'), 'best is selected on the test set'),
       ('control', summary.get('control'),
        'same student and steps, on noise images labelled by the teacher')]
-  lines = [('on real test images', 'top-1', 'top-5', 'agreement', 'cross-entropy', '')]
-  forms = {'top1': '.2%', 'top5': '.2%', 'agreement': '.2%', 'cross_entropy': '.4f'}
+  widths = [max(11, len(title) + 2) for _, title, _ in columns]
+  lines = [('on real test images', *(title for _, title, _ in columns), '')]
   for label, result, note in rows:
     if result:
       cells = ['' if result.get(key) is None else f'{float(result[key]):{form}}'
-               for key, form in forms.items()]
+               for key, _, form in columns]
       chosen = '' if result.get('round') is None else f'round {result["round"]}'
       lines.append((label, *cells, '; '.join(filter(None, [chosen, note]))))
-  return ['{:21}{:>11}{:>11}{:>11}{:>15}  {}'.format(*line).rstrip() for line in lines]
+  form = ''.join(['{:21}', *(f'{{:>{width}}}' for width in widths), '  {}'])
+  lines = [form.format(*line).rstrip() for line in lines]
+  return lines + _iou_by_class(summary)
+
+
+def _columns(summary: Summary) -> list[tuple[str, str, str]]:
+  """Returns the columns of the table; summaries of earlier versions are of classification."""
+  return summary.get('columns') or list(tasks.classification(2).columns)
+
+
+def _iou_by_class(summary: Summary) -> list[str]:
+  """Formats the IoU of each class, of student and teacher, if the task has any."""
+  networks = {summary.get('network', 'student'): summary['student']['last'],
+              'teacher': summary.get('teacher') or {}}
+  names = [name for name in networks if any(key.startswith('iou_') for key in networks[name])]
+  if not names:
+    return []
+  keys = [key for key in networks[names[0]] if key.startswith('iou_')]
+  cells = lambda name: [f'{networks[name][key]:.3f}' if key in networks[name] else '-'
+                        for key in keys]
+  rows = [('IoU by class', [key.removeprefix('iou_') for key in keys]),
+          *((name, cells(name)) for name in names)]
+  width = max(len(cell) for _, row in rows for cell in row) + 2
+  return ['', *(f'{title:21}' + ''.join(f'{cell:>{width}}' for cell in row) for title, row in rows)]
 
 
 def _time_rows(seconds: dict[str, float], wall: float | None) -> list[tuple[str, str]]:

@@ -18,13 +18,11 @@ from dfkd_jax.runs import signals as run_signals
 from dfkd_jax.runs.state import RunState
 from dfkd_jax.types import PRNGKey, PyTree
 
-_SHOWN = ('loss', 'top1', 'agreement', 'held_out_agreement', 'judge_top1')  # by the progress bar
 # Reasons to end early; a later one wins.
 _REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
-_NOTES = {  # on how the best student is picked
-    'top1': 'student.best is picked on the test images; student.last is not.',
-    'held_out_agreement': 'No real image was seen: student.best is picked by held_out_agreement, '
-                          'on fresh synthetic images.'}
+_PICKED_ON_TEST = 'student.best is picked on the test images; student.last is not.'
+_PICKED_ON_SYNTHETIC = ('No real image was seen: student.best is picked by held_out_agreement, '
+                        'on fresh synthetic images.')
 
 
 class Start(NamedTuple):
@@ -57,7 +55,8 @@ class Experiment:
       self.test = None if settings.dataset.name is None else build.load_split(
           settings.dataset, settings.dataset.test_split, parallel.process_shard())
     # The metric that picks the best round.
-    self.selection = 'held_out_agreement' if self.test is None else 'top1'
+    self.selection = 'held_out_agreement' if self.test is None else self.task.selection
+    self._shown = ('loss', self.task.selection, 'agreement', 'held_out_agreement', 'judge_top1')
     self._index = 0  # of the current round
     self._teacher_metrics: dict[str, float] | None = None
     self._teacher_predictions: np.ndarray | None = None  # on the test images
@@ -124,7 +123,7 @@ class Experiment:
         seconds = {f'seconds_{part}': value for part, value in self.ledger.seconds().items()}
         with parallel.raise_on_all_processes():
           writer.write(done, **numbers, **seconds)
-        progress.update(**{name: numbers[name] for name in _SHOWN if name in numbers})
+        progress.update(**{name: numbers[name] for name in self._shown if name in numbers})
         reason = self.stop_reason(minutes=done < total, images=done < total)
         if reason or done == total or done % self.settings.save_every == 0:
           with parallel.raise_on_all_processes():
@@ -216,7 +215,8 @@ class Experiment:
     meta = self.store.meta
     faults = sorted(path.name for path in self.workdir.glob('fault*.json'))
     summary = results | self._results() | {
-        'note': _NOTES[self.selection], 'seed': self.settings.seed, 'config_hash': meta['hash'],
+        'note': _PICKED_ON_SYNTHETIC if self.test is None else _PICKED_ON_TEST,
+        'columns': self.task.columns, 'seed': self.settings.seed, 'config_hash': meta['hash'],
         **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
         'versions': report.versions(), 'device': report.device() | {'count': self.mesh.size},
         'command': self._command, 'workdir': str(self.workdir), 'teacher': self._teacher_metrics,
