@@ -15,6 +15,7 @@ from dfkd_jax.synth import latents, objective, schedules
 from dfkd_jax.synth.synthesizer import Synthesizer
 from dfkd_jax.weights import read_embeddings
 
+_SCHEDULE = ('generator_schedule', 'generator_milestones', 'generator_gamma')
 SHARED = {'capacity', 'bank_size'}  # numbers that all tasks share
 _MAKERS = {  # of an argument from the section or file of its name
     'adversary': lambda section: objective.Adversary(**section),
@@ -31,7 +32,7 @@ def synthesizer(
   """
   taken, numbers = parameters(method), method.numbers
   for name in numbers:
-    if name not in taken and name != 'generator_schedule':
+    if name not in taken and name not in _SCHEDULE:
       raise FieldError(f'method.{name}', f'{name!r} is no argument of {method.name}.'
                        f'{nearest(name, taken)} It takes {", ".join(taken)}.')
   local_tasks = parallel.even_share(method.num_tasks, num_devices, 'method.num_tasks')
@@ -66,9 +67,14 @@ def parameters(method: MethodSettings) -> tuple[str, ...]:
 def _arguments(method: MethodSettings) -> dict[str, Any]:
   """Returns the numbers as the constructor takes them."""
   numbers = dict(method.numbers)
-  if numbers.pop('generator_schedule', None) == 'cosine':
+  schedule, milestones, gamma = (numbers.pop(name, None) for name in _SCHEDULE)
+  if schedule == 'cosine':
     numbers['generator_lr'] = optax.cosine_decay_schedule(
         numbers['generator_lr'], method.distill.total_calls * numbers['num_steps'])
+  if schedule == 'steps':
+    steps_per_round = method.distill.calls_per_round * numbers['num_steps']
+    numbers['generator_lr'] = optax.piecewise_constant_schedule(
+        numbers['generator_lr'], {round * steps_per_round: gamma for round in milestones})
   if 'latent_dim' in numbers:
     numbers['latent_dim'] = latent_dim(method)
   for name in _MAKERS.keys() & numbers.keys():

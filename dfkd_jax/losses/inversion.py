@@ -28,18 +28,20 @@ def adversarial(student_logits: Array, teacher_logits: Array, *, masked: bool = 
   Args:
     masked: Whether only agreement counts. The mean over a batch divides by the batch, not by the
       number of agreements.
-    divergence: 'kl' (with its T^2), 'l1' (of logits; no temperature) or 'js'; otherwise raises a
-      ValueError.
+    divergence: 'kl' (with its T^2), 'l1' (of logits; no temperature), 'js', or 'log_l1': every
+      element is log(1 + mean of l1), as in DFAD's segmentation. Otherwise raises a ValueError.
     temperature: T, above 0.
   """
   measures = {'kl': functools.partial(divergences.kl, temperature=temperature),
-              'l1': divergences.l1,
+              'l1': divergences.l1, 'log_l1': divergences.l1,
               'js': functools.partial(divergences.js, temperature=temperature)}
   check_option('divergence', divergence, tuple(measures))
   distance = measures[divergence](student_logits, teacher_logits)
-  if not masked:
-    return -distance
-  return -jnp.where(divergences.agreement(student_logits, teacher_logits), distance, 0)
+  if masked:
+    distance = jnp.where(divergences.agreement(student_logits, teacher_logits), distance, 0)
+  if divergence == 'log_l1':
+    distance = jnp.full_like(distance, jnp.log1p(distance.mean()))
+  return -distance
 
 
 def balance(logits: Array, temperature: float | Array = 1.0) -> Array:

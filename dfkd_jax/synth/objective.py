@@ -14,9 +14,10 @@ from dfkd_jax.types import Array, Metrics, Moments, Outputs
 class Adversary(NamedTuple):
   """Divergence of student and teacher in the adversarial term; `losses.inversion.adversarial`."""
 
-  divergence: str = 'kl'  # 'kl', 'js' or 'l1'
+  divergence: str = 'kl'  # 'kl', 'js', 'l1' or 'log_l1'
   temperature: float = 1.0
   masked: bool = True  # only images on which both predict the same class count
+  train_mode: bool = False  # whether the student's batch norms take the moments of this batch
 
 
 class History(NamedTuple):
@@ -134,10 +135,11 @@ def terms(
     if student is None:
       raise ValueError('student is None, must be a Network where the factor adversarial or '
                        'student_batch_norm is above 0.')
-    answer = student(images)
+    answer, _ = student.forward(images, train=adversary.train_mode)
   if factors.active('adversarial'):
     computed['adversarial'] = reduce(
-        inversion.adversarial(answer.logits, outputs.logits, **adversary._asdict()))
+        inversion.adversarial(answer.logits, outputs.logits, masked=adversary.masked,
+                              divergence=adversary.divergence, temperature=adversary.temperature))
   if factors.active('student_batch_norm'):
     computed['student_batch_norm'] = -inversion.batch_norm(answer.moments, student.running())
   if factors.active('balance'):

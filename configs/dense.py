@@ -1,0 +1,40 @@
+"""What the configs of segmentation share: a size for two CPU cores, and DFAD's protocol.
+
+DFAD (arXiv:1912.11006) and FastDFKD (arXiv:2112.06253) distil DeepLabv3 over ResNet-50 into
+DeepLabv3 over MobileNetV2. Only DFAD's code for it is public. Its protocol: images of 128x128
+pixels, 300 rounds of 50 times 5 student steps and 1 generator step of 64 images, mean and standard
+deviation of 0.5; test images whole, with a short side of 256. FastDFKD's and SSD-KD's numbers for
+segmentation are not public; these are ours.
+"""
+
+from configs import common
+
+HALF = (0.5,)
+DFAD_RATES = (12, 24, 32)
+
+
+def published(config, method: str, *, weight_decay: float, gamma: float):
+  """Sets the networks and numbers of DFAD's protocol; other methods get as many student steps."""
+  config.task = 'segmentation'
+  config.teacher.update(
+      name='deeplabv3_resnet50', options=dict(rates=DFAD_RATES), mean=HALF, std=HALF)
+  config.student.update(
+      name='deeplabv3_mobilenet', mean=HALF, std=HALF,
+      options=dict(rates=DFAD_RATES, plan='dfad', stem_padding=1))
+  config.generator.update(name='dfad_generator', image_shape=(128, 128, 3))
+  config.augment.student.name = 'none'
+  config.distill.update(rounds=300, calls_per_round=50, steps_per_round=250, distill_after=0,
+                        batch_size=64, temperature=1.0, divergence='l1')
+  config.optimizer.update(name='sgd', learning_rate=0.1, momentum=0.9, weight_decay=weight_decay,
+                          schedule='steps', milestones=(100, 200), gamma=gamma)
+  config.evaluate.batch_size = 8
+  config.grid.update(columns=5, rows=6)
+  if method == 'dfad':
+    config.method.update(
+        name='dfad', num_steps=1, latent_dim=256, generator_lr=1e-3, generator_schedule='steps',
+        generator_milestones=(100, 200), generator_gamma=gamma, adam_b1=0.9, adam_b2=0.999,
+        sample_by='batch', batch_size=64, num_tasks=1,
+        adversary=dict(divergence='log_l1', temperature=1.0, masked=False, train_mode=True),
+        **common.averaged())
+    config.factors.adversarial = 1.0
+  return config
