@@ -55,6 +55,23 @@ def crop_and_flip(key: PRNGKey, images: Array, pad: int = 4) -> Array:
   return flip(flip_key, crop(crop_key, images, pad))
 
 
+def random_crop(key: PRNGKey, images: Array, size: tuple[int, int]) -> Array:
+  """Cuts a box of `size`, (h, w), at a random place of each image: [B, H, W, C] -> [B, h, w, C].
+
+  Images that are smaller are padded at the right and at the bottom first.
+  """
+  missing = [max(side - length, 0) for side, length in zip(size, images.shape[1:3], strict=True)]
+  images = jnp.pad(images, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
+  ends = jnp.array([images.shape[1] - size[0] + 1, images.shape[2] - size[1] + 1])
+  return _cut(images, jax.random.randint(key, (images.shape[0], 2), 0, ends), size)
+
+
+def random_crop_and_flip(key: PRNGKey, images: Array, size: tuple[int, int]) -> Array:
+  """`random_crop`, then `flip`: for training on photos with masks."""
+  crop_key, flip_key = jax.random.split(key)
+  return flip(flip_key, random_crop(crop_key, images, size))
+
+
 def resized_crop(key: PRNGKey, images: Array, scale: tuple[float, float] = _SCALE,
                  ratio: tuple[float, float] = _RATIO, align_corners: bool = True) -> Array:
   """Resizes a box of random area and shape from each image to full size.
@@ -91,6 +108,33 @@ def roll_and_flip(key: PRNGKey, images: Array, pixels: int = 4) -> Array:
   return flip_where(jnp.roll(images, offsets, axis=(1, 2)), flags)
 
 
+def with_masks(function: Callable[[PRNGKey, Array], Array], key: PRNGKey, images: Array,
+               masks: Array, *, num_classes: int, ignore: int) -> tuple[Array, Array]:
+  """Applies a random augmentation to images and to their masks, with the same geometry.
+
+  A mask goes through `function` as one channel for each class. The new class of a pixel is the
+  channel with the largest value. A pixel is unlabelled where the channels sum to less than 1/2:
+  outside of the image, and where unlabelled pixels were.
+
+  Args:
+    function: A function of this module, or the result of `create`. Its random numbers must not
+      depend on the number of channels.
+    images: [B, H, W, C] float.
+    masks: [B, H, W] integers: classes in 0..K-1. Any other label is unlabelled.
+    num_classes: K.
+    ignore: Label of unlabelled pixels; may be below K.
+
+  Returns:
+    (images, masks): the images are function(key, images); the masks are int32.
+  """
+  masks = masks.astype(jnp.int32)
+  channels = jax.nn.one_hot(jnp.where(masks == ignore, num_classes, masks), num_classes)
+  channels = function(jax.random.clone(key), channels)
+  is_known = channels.sum(axis=-1) >= 0.5
+  masks = jnp.where(is_known, jnp.argmax(channels, axis=-1), ignore).astype(jnp.int32)
+  return function(key, images), masks
+
+
 def crop_at(images: Array, offsets_xy: Array, pad: int) -> Array:
   """Pads images [B, H, W, C] by `pad` zeros on each side, then cuts each at its offset.
 
@@ -98,8 +142,14 @@ def crop_at(images: Array, offsets_xy: Array, pad: int) -> Array:
   `pad` leaves the image unchanged.
   """
   padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-  cut = lambda image, offset: lax.dynamic_slice(image, (offset[1], offset[0], 0), images.shape[1:])
-  return jax.vmap(cut)(padded, offsets_xy)
+  return _cut(padded, offsets_xy[:, ::-1], images.shape[1:3])
+
+
+def _cut(images: Array, corners: Array, size: tuple[int, int]) -> Array:
+  """Cuts a box of `size` from each image [B, H, W, C]; `corners` [B, 2] are row and column."""
+  shape = (*size, images.shape[-1])
+  cut = lambda image, corner: lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
+  return jax.vmap(cut)(images, corners)
 
 
 def flip_where(images: Array, flags: Array) -> Array:
@@ -137,5 +187,6 @@ def resize_boxes(
 
 
 _BY_NAME = {function.__name__: function for function in (
-    crop, flip, crop_and_flip, resized_crop, resized_crop_and_flip, roll_and_flip)}
+    crop, flip, crop_and_flip, random_crop, random_crop_and_flip, resized_crop,
+    resized_crop_and_flip, roll_and_flip)}
 _BY_NAME |= {'none': identity, 'identity': identity, 'shift': shift}

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from dfkd_jax import augment
 
+SIZES = {'random_crop': (7, 9), 'random_crop_and_flip': (13, 4)}  # of images of 12 x 10
 NAMES = [
     'none', 'crop', 'flip', 'crop_and_flip', 'resized_crop', 'resized_crop_and_flip',
-    'roll_and_flip']
+    'roll_and_flip', *SIZES]
+
+
+def create(name):
+  return augment.create(name, **({'size': SIZES[name]} if name in SIZES else {}))
 
 
 def ramp(*shape):
@@ -88,6 +93,33 @@ def test_crop_and_flip_is_a_crop_then_a_flip():
     seen.update(which := [place for place, view in views.items() if (view == image).all()])
     assert len(which) == 1
   assert len(seen) > 10
+
+
+def test_random_crop_cuts_every_box_equally_often():
+  images = ramp(3000, 4, 5, 1)
+  boxes = np.asarray(augment.random_crop(jax.random.key(0), images, size=(3, 2)))
+  assert boxes.shape == (3000, 3, 2, 1)
+  corners = boxes[:, 0, 0, 0] - np.asarray(images)[:, 0, 0, 0]
+  np.testing.assert_array_equal(
+      boxes[..., 0] - boxes[:, :1, :1, 0], np.tile([[0, 1], [5, 6], [10, 11]], (3000, 1, 1)))
+  places, counts = np.unique(corners, return_counts=True)
+  assert places.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+  assert ((counts - 375) ** 2 / 375).sum() < 24.3  # Chi-square with 7 degrees, p = 0.001.
+
+
+def test_random_crop_pads_small_images_at_the_right_and_bottom():
+  images = ramp(30, 4, 5, 2)
+  boxes = np.asarray(augment.random_crop(jax.random.key(1), images, size=(6, 3)))
+  padded = np.pad(images, ((0, 0), (0, 2), (0, 0), (0, 0)))
+  first = [next(x for x in range(3) if (image[:, x:x + 3] == box).all())
+           for image, box in zip(padded, boxes, strict=True)]
+  assert set(first) == {0, 1, 2}
+  whole = augment.random_crop(jax.random.key(1), images, size=(6, 7))
+  np.testing.assert_array_equal(whole, np.pad(images, ((0, 0), (0, 2), (0, 2), (0, 0))))
+  flipped = np.asarray(augment.random_crop_and_flip(jax.random.key(1), images, size=(4, 5)))
+  mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+  assert 5 < mirrored.sum() < 25
+  assert (mirrored ^ (flipped == images).all(axis=(1, 2, 3))).all()
 
 
 def test_roll_and_flip_is_one_draw_for_the_batch():
@@ -178,7 +210,7 @@ def test_resized_crop_that_cannot_fit_is_cut_down():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_transformation_of_jax_applies(name):
-  view = augment.create(name)
+  view = create(name)
 
   @jax.jit
   def transformed(to_scan, to_vmap, to_differentiate, key, images):
@@ -197,13 +229,14 @@ def test_every_transformation_of_jax_applies(name):
   assert grad.shape == images.shape
   assert np.isfinite(grad).all()
   assert (grad != 0).any()
-  assert (half.dtype, half.shape) == (jnp.bfloat16, images.shape)
+  shape = (3, *SIZES.get(name, (12, 10)), 2)
+  assert (half.dtype, half.shape) == (jnp.bfloat16, shape)
   np.testing.assert_allclose(half.astype(jnp.float32), vmapped[0], atol=0.02)
 
 
 @pytest.mark.parametrize('name', [name for name in NAMES if name != 'none'])
 def test_keys_decide(name):
-  view = jax.jit(augment.create(name))
+  view = jax.jit(create(name))
   first, again, other = (
       np.asarray(view(jax.random.key(seed), ramp(9, 12, 10, 2))) for seed in (0, 0, 3))
   np.testing.assert_array_equal(first, again)
@@ -220,5 +253,7 @@ def test_create_takes_options_and_names_what_is_wrong():
     augment.create('crop_and_filp')
   with pytest.raises(ValueError, match=r"Unknown option of 'crop' 'padding'\..* Known: pad\."):
     augment.create('crop', padding=4)
+  cropped = augment.create('random_crop', size=(3, 2))(jax.random.key(0), images)
+  assert cropped.shape == (2, 3, 2, 1)
   with pytest.raises(ValueError, match=r"Unknown option of 'flip' 'images'\."):
     augment.create('flip', images=images)
