@@ -6,14 +6,14 @@ import os
 import pathlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dfkd_jax import messages, paths
-from dfkd_jax.data.images import BATCH_SIZE, MODES, Shape, decode_image, map_in_threads
+from dfkd_jax.data.images import BATCH_SIZE, MODES, Shape, decode_image, decode_mask, map_in_threads
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tensorflow_datasets'
 _WELL_KNOWN = {'cifar10', 'cifar100', 'fashion_mnist', 'kmnist', 'mnist'}
@@ -23,17 +23,19 @@ class Dataset(NamedTuple):
   """A split of a data set, in the order of its records."""
 
   images: np.ndarray  # [N, H, W, C] uint8
-  labels: np.ndarray  # [N] int32
-  class_names: tuple[str, ...]  # K
+  labels: np.ndarray  # [N] int32, or masks [N, H, W] uint8
+  class_names: tuple[str, ...]  # K; () if a data set of masks has none
 
 
 def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
          image_shape: Shape | None = None, crop: float | None = None,
-         shard: tuple[int, int] = (0, 1)) -> Dataset:
+         resize: bool = False, shard: tuple[int, int] = (0, 1)) -> Dataset:
   """Decodes a prepared data set into memory; never downloads.
 
-  Only the decoded images stay in memory: 50,000 of 224 x 224 x 3 take 7.5 GB. Raises ValueError
-  if a split is not prepared or cannot be read, or if its images differ in shape.
+  A data set has images with a class, or images with a mask: a `LabeledImage`, or an image of one
+  channel. If it has both, the classes are loaded. Only the decoded images stay in memory: 50,000
+  of 224 x 224 x 3 take 7.5 GB. Raises ValueError if a split is not prepared or cannot be read, if
+  its images differ in shape, or if a mask differs in size from its image.
 
   Args:
     name: Name in TFDS, such as `cifar10`, `cifar10:3.0.2` or `imagenet_resized/32x32`. Without a
@@ -45,13 +47,19 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
     crop: Fraction of the short side to keep, in (0, 1]. ImageNet's 0.875 resizes the short side
       to 256 pixels for crops of 224, like torchvision's Resize (bilinear) and CenterCrop. The
       short side becomes round(max(H, W) / crop). If C is 3, grey, palette and CMYK images are
-      converted to RGB and alpha is dropped. None: images are not resized.
+      converted to RGB and alpha is dropped. Not for masks. None: images are not cropped.
+    resize: Whether to resize images (bilinear) to `image_shape` and masks (nearest) to its (H, W).
+      The aspect ratio may change. Images are converted to C channels as with `crop`.
     shard: (index, count). Loads the records index, index + count, ... of the split.
   """
   if crop is not None and not 0 < crop <= 1:
     raise ValueError(f'crop is {crop}, must be in (0, 1].')
-  if crop is not None and (image_shape is None or image_shape[-1] not in MODES):
-    raise ValueError(f'image_shape is {image_shape}, must be (H, W, 1, 3 or 4) with crop.')
+  if crop is not None and resize:
+    raise ValueError(f'crop is {crop}, must be None with resize.')
+  is_resized = resize or crop is not None
+  if is_resized and (image_shape is None or image_shape[-1] not in MODES):
+    raise ValueError(f'image_shape is {image_shape}, must be (H, W, 1, 3 or 4) with '
+                     f'{"resize" if resize else "crop"}.')
   if not 0 <= shard[0] < shard[1]:
     raise ValueError(f'shard is {shard}, must be (index, count) with 0 <= index < count.')
   builder = _make_builder(name, find_prepared(name, split, data_dir))
@@ -59,24 +67,35 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
     rows = range(builder.info.splits[split].num_examples)[shard[0]::shard[1]]
   if not rows:
     raise ValueError(f'Split {split!r} of {name!r} has no image for shard {shard}.')
-  features = builder.info.features
-  channels = features['image'].shape[-1] if crop is None else image_shape[-1]
+  features = dict(builder.info.features.items())
+  target, is_mask = _find_labels(features)
+  if is_mask and crop is not None:
+    raise ValueError(f'crop is {crop}, must be None for {name!r}, which has masks: use resize.')
+  channels = image_shape[-1] if is_resized else features['image'].shape[-1]
 
   def decode(item):
     row, record = item
+    raw, label = record['image'], record[target]
     with messages.reporting_read_errors(f'Image {row} of data set {name!r}'):
-      return row, decode_image(record['image'], channels, image_shape, crop), record['label']
+      image = decode_image(raw, channels, image_shape, crop, resize)
+    if is_mask:
+      with messages.reporting_read_errors(f'Mask {row} of data set {name!r}'):
+        label = decode_mask(label, raw, image_shape[:2] if resize else None)
+    return row, image, label
 
-  images, labels = None, np.empty(len(rows), np.int32)
-  for row, image, label in map_in_threads(decode, _read_records(name, builder, split, rows)):
+  images, encoded = None, ('image', target)[:1 + is_mask]
+  records = _read_records(name, builder, split, rows, encoded)
+  for row, image, label in map_in_threads(decode, records):
     if images is None:
       shape = tuple(image_shape or image.shape)
       images = np.empty((len(rows), *shape), np.uint8)
+      labels = np.empty((len(rows), *shape[:2] * is_mask), np.uint8 if is_mask else np.int32)
     if image.shape != shape:
       source = 'image_shape' if image_shape else 'the shape of the first image'
       raise ValueError(f'Data set {name!r} has an image {image.shape}, must be {shape}, {source}.')
     images[row], labels[row] = image, label
-  return Dataset(images, labels, tuple(features['label'].names))
+  has_names = getattr(features[target], 'num_classes', None) is not None
+  return Dataset(images, labels, tuple(features[target].names) if has_names else ())
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
@@ -138,17 +157,36 @@ def _make_builder(name: str, folder: pathlib.Path) -> Any:
                      "array_record, or tfrecord with TensorFlow: pip install 'dfkd_jax[tf]'.")
   features = dict(builder.info.features.items())
   is_uint8 = getattr(features.get('image'), 'np_dtype', None) == np.uint8
-  if not is_uint8 or not hasattr(features.get('label'), 'names'):
-    raise ValueError(f'Data set {name!r} has {sorted(features)}, needs a uint8 image and a label.')
+  if not is_uint8 or _find_labels(features) is None:
+    raise ValueError(f'Data set {name!r} has {sorted(features)}, needs a uint8 image, and a label '
+                     'or one mask.')
   return builder
 
 
-def _read_records(
-    name: str, builder: Any, split: str, rows: range) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Yields the records of rows with encoded images, in order and numbered from 0."""
+def _find_labels(features: Mapping[str, Any]) -> tuple[str, bool] | None:
+  """Returns the key of the labels and whether they are masks, or None if there is no such key.
+
+  A `LabeledImage` is preferred to other images of one channel.
+  """
   import tensorflow_datasets as tfds
 
-  encoded = {'image': tfds.decode.SkipDecoding()}
+  images = {key: feature for key, feature in features.items()
+            if isinstance(feature, tfds.features.Image)}
+  if 'label' not in images and hasattr(features.get('label'), 'names'):
+    return 'label', False
+  masks = [key for key, feature in images.items()
+           if key != 'image' and feature.shape[-1] == 1 and feature.np_dtype == np.uint8]
+  labeled = [key for key in masks if isinstance(images[key], tfds.features.LabeledImage)]
+  masks = labeled or masks
+  return (masks[0], True) if len(masks) == 1 else None
+
+
+def _read_records(name: str, builder: Any, split: str, rows: range,
+                  encoded: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+  """Yields the records of rows, in order and numbered from 0; `encoded` features as bytes."""
+  import tensorflow_datasets as tfds
+
+  encoded = {key: tfds.decode.SkipDecoding() for key in encoded}
   with messages.reporting_read_errors(f'Data set {name!r}'):
     if builder.info.file_format.value == 'tfrecord':
       config = tfds.ReadConfig(interleave_cycle_length=1)  # Keeps the order.

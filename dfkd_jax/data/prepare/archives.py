@@ -29,6 +29,7 @@ def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> _Conten
 
   `source` is a directory of IDX files, the archive of CIFAR's binary version, or an .npz file
   with `<split>_images` uint8 [N, H, W, C], `<split>_labels` int [N] and optionally `class_names`.
+  Masks are labels int [N, H, W].
   Raises ValueError if it cannot be read, or has no such split.
   """
   source = paths.expand_path(source, 'source')
@@ -41,7 +42,10 @@ def read(name: str, source: str | os.PathLike, splits: Iterable[str]) -> _Conten
 
 
 def read_arrays(name: str, source: str | os.PathLike, split: str = 'test') -> _Contents:
-  """Reads a split from an .npz file with `images`, `labels` and optionally `class_names`."""
+  """Reads a split from an .npz file with `images`, `labels` and optionally `class_names`.
+
+  Labels are int [N], or masks int [N, H, W].
+  """
   return _read_npz(name, paths.expand_path(source, 'source'), {split: ('images', 'labels')})
 
 

@@ -1,4 +1,4 @@
-"""Reads folders of photos: one sub-folder for each class, or one folder with a list of labels."""
+"""Reads folders of photos with one sub-folder for each class, a list of labels, or masks."""
 
 import os
 import pathlib
@@ -6,7 +6,9 @@ import pathlib
 import numpy as np
 
 from dfkd_jax import messages
-from dfkd_jax.data.prepare.writer import Files, Split
+from dfkd_jax.data.images import UNLABELLED, check_pair, map_in_threads
+from dfkd_jax.data.prepare.files import Files, MaskFiles
+from dfkd_jax.data.prepare.writer import Split
 from dfkd_jax.paths import expand_path
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
@@ -29,9 +31,7 @@ def read_folder(source: str | os.PathLike, *, classes: str | os.PathLike | None 
     labels: A file with lines 'filename label'; the rest of a line is ignored. A label is the name
       or the number of a class. The file names all images of the folder.
   """
-  source = expand_path(source, 'source')
-  if not source.is_dir():
-    raise ValueError(f'There is no folder {str(source)!r}.')
+  source = _find_folder(source)
   names = classes and _read_lines(classes)
   images = _read_classes(source) if labels is None else _read_list(source, labels)
   if not names and labels is not None and all(label.isdecimal() for label in images.values()):
@@ -45,6 +45,58 @@ def read_folder(source: str | os.PathLike, *, classes: str | os.PathLike | None 
   columns = {'file_name': np.array([os.path.basename(path) for path in images])}
   labels = np.array([indices[label] for label in images.values()])
   return Split(Files(images), labels, columns), names
+
+
+def read_pairs(source: str | os.PathLike, masks: str | os.PathLike, *,
+               classes: str | os.PathLike | None = None, first_label: int = 0,
+               ) -> tuple[Split, list[str] | None]:
+  """Returns a split of photos with masks and the column `file_name`, and K class names or None.
+
+  An image and its mask have equal names, without suffix, in equal sub-folders. They may have any
+  size; `write` reads them. Raises ValueError if an image or a mask is alone, if the two differ in
+  size, or if a mask has no class indices.
+
+  Args:
+    source: A folder of images, which may have sub-folders. Images are ordered by path.
+    masks: A folder of masks: grey or palette images with one class index a pixel.
+    classes: A file with one class name a line, in the order of the labels. None: no names.
+    first_label: The value v of a mask is class v - first_label. Values below it, and 255, are
+      unlabelled.
+  """
+  if not 0 <= first_label < UNLABELLED:
+    raise ValueError(f'first_label is {first_label}, must be in 0..{UNLABELLED - 1}.')
+  images, labels = (_find_by_name(_find_folder(folder)) for folder in (source, masks))
+  for paths, others, kind, missing, folder in (
+      (images, labels, 'Image', 'mask', masks), (labels, images, 'Mask', 'image', source)):
+    if alone := [path for name, path in paths.items() if name not in others]:
+      raise ValueError(f'{kind} {alone[0]!r} has no {missing} of the same name in {str(folder)!r}.')
+  pairs = [(path, labels[name]) for name, path in images.items()]
+  for _ in map_in_threads(lambda pair: check_pair(*pair), pairs):
+    pass
+  images, labels = zip(*pairs, strict=True)
+  columns = {'file_name': np.array([os.path.basename(path) for path in images])}
+  names = classes and _read_lines(classes)
+  return Split(Files(images), MaskFiles(labels, first_label), columns), names
+
+
+def _find_folder(folder: str | os.PathLike) -> pathlib.Path:
+  folder = expand_path(folder, 'source')
+  if not folder.is_dir():
+    raise ValueError(f'There is no folder {str(folder)!r}.')
+  return folder
+
+
+def _find_by_name(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the paths of images in a folder, by their path in it without suffix."""
+  paths = {}
+  for path in _find_images(folder):
+    name = os.path.splitext(os.path.relpath(path, folder))[0]
+    if name in paths:
+      raise ValueError(f'{paths[name]!r} and {path!r} have the same name, must be one file.')
+    paths[name] = path
+  if not paths:
+    raise ValueError(f'There is no image in {str(folder)!r}.')
+  return paths
 
 
 def _read_classes(source: pathlib.Path) -> dict[str, str]:

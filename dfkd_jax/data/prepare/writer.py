@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dfkd_jax import messages, paths
-from dfkd_jax.data.images import JPEG, encode_file, encode_png, map_in_threads
+from dfkd_jax.data.images import JPEG, UNLABELLED, encode_file, encode_png, map_in_threads
+from dfkd_jax.data.prepare.files import Files, MaskFiles, read_masks
 
 _MOST_CLASSES = 2**20  # Without class names. Larger labels are a mistake and would fill the memory.
 _DIGITS = ('3.0.1', (28, 28, 1), list('0123456789'))
@@ -27,23 +28,20 @@ _DEFINITIONS = {  # Version, image shape and class names in TFDS, which new file
     'imagenet2012': ('5.1.0', (None, None, 3), None)}
 
 
-class Files(tuple[str | os.PathLike, ...]):
-  """Paths of N images of any size. Has the attributes of an array uint8 [N, None, None, 3]."""
-
-  dtype, ndim = np.dtype(np.uint8), 4
-
-  @property
-  def shape(self) -> tuple[int, None, None, int]:
-    """(N, None, None, 3)."""
-    return len(self), None, None, 3
-
-
 class Split(NamedTuple):
-  """A split to write: images, labels and further columns, each of N items."""
+  """A split to write: images, labels and further columns, each of N items.
+
+  A pixel of a mask with label 255 is unlabelled.
+  """
 
   images: np.ndarray | Files  # uint8 [N, H, W, C] with C of 1, 3 or 4
-  labels: np.ndarray  # int [N], from 0
+  labels: np.ndarray | MaskFiles  # int [N], from 0; or masks int [N, H, W] in 0..255
   columns: Mapping[str, Any] = types.MappingProxyType({})  # Of integers or strings [N].
+
+  @property
+  def target(self) -> str:
+    """The key of the labels in TFDS."""
+    return 'segmentation_label' if self.labels.ndim == 3 else 'label'
 
 
 def write(name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *,
@@ -59,7 +57,7 @@ def write(name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *
     splits: `Split`s by name, such as `train` and `test`. Plain tuples are accepted.
     data_dir: Folder of data sets, created if missing.
     class_names: K names in the order of the labels. None takes the names of the existing data
-      set, of TFDS' definition, or numbers.
+      set, of TFDS' definition, or numbers. Masks may have labels that are no class, such as void.
   """
   for identifier in (name, *splits):
     if not re.fullmatch(r'[a-z][a-z0-9_]*', identifier):
@@ -68,7 +66,8 @@ def write(name: str, splits: Mapping[str, Split], data_dir: str | os.PathLike, *
   folder = paths.expand_path(data_dir, 'data_dir').absolute() / name / version
   info = _read_info(folder, name, splits)
   splits = _check_splits(name, splits, image_shape, info)
-  stored = info and list(info.features['label'].names)
+  target = next(iter(splits.values())).target
+  stored = info and list(info.features[target].names)
   class_names = _choose_class_names(name, splits, class_names, stored, defined)
   parent = next(path for path in folder.parents if path.exists())
   with tempfile.TemporaryDirectory(prefix=f'.{name}.incomplete-', dir=parent) as unfinished:
@@ -85,46 +84,63 @@ def _check_splits(name: str, splits: Mapping[str, tuple], image_shape: tuple | N
                   info: Any) -> dict[str, Split]:
   """Returns splits as arrays, if TFDS can read them together with the existing splits."""
   image_shape = image_shape or (info and info.features['image'].shape)
-  stored = info and {column: 'strings' if np.dtype(feature.np_dtype) == 'O' else 'integers'
+  stored = info and {column: _kind(np.dtype(feature.np_dtype), len(feature.shape))
                      for column, feature in info.features.items() if column != 'image'}
   checked = {}
   for key, split in splits.items():
     images, labels, columns = Split(*split)
     images = images if isinstance(images, Files) else np.asarray(images)
-    labels, title = np.asarray(labels), f'split {key!r} of {name!r}'
+    labels = labels if isinstance(labels, MaskFiles) else np.asarray(labels)
+    title = f'split {key!r} of {name!r}'
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
       raise ValueError(f'Images of {title} must be uint8 [N, H, W, 1, 3 or 4], '
                        f'got {images.dtype} {images.shape}.')
-    if labels.dtype.kind not in 'iu' or labels.shape != images.shape[:1] or not labels.size:
-      raise ValueError(f'Labels of {title} must be {len(images)} > 0 integers, '
-                       f'got {labels.dtype} {labels.shape}.')
+    shapes = images.shape[:1], images.shape[:3]
+    if labels.dtype.kind not in 'iu' or labels.shape not in shapes or not len(images):
+      raise ValueError(f'Labels of {title} must be {len(images)} > 0 integers, or masks of shape '
+                       f'{images.shape[:3]}, got {labels.dtype} {labels.shape}.')
+    if labels.ndim == 3 and isinstance(labels, np.ndarray):
+      lowest, highest = labels.min(), labels.max()
+      if lowest < 0 or highest > UNLABELLED:
+        raise ValueError(f'Masks of {title} are {lowest}..{highest}, must be 0..{UNLABELLED}.')
     image_shape = image_shape or images.shape[1:]
     if images.shape[1:] != image_shape:
       raise ValueError(f'Images of {title} must be {image_shape} each, got {images.shape[1:]}.')
     columns = {column: np.asarray(columns[column]) for column in columns}
-    kinds = {'label': 'integers'}
+    checked[key] = Split(images, labels, columns)
+    kinds = {checked[key].target: _kind(labels.dtype, labels.ndim - 1)}
     for column, values in columns.items():
-      if values.dtype.kind not in 'iuU' or values.shape != labels.shape:
+      if values.dtype.kind not in 'iuU' or values.shape != images.shape[:1]:
         raise ValueError(f'Column {column!r} of {title} must be {len(images)} integers or strings, '
                          f'got {values.dtype} {values.shape}.')
-      kinds[column] = 'strings' if values.dtype.kind == 'U' else 'integers'
+      kinds[column] = _kind(values.dtype)
     stored = stored or kinds
     if kinds != stored:
       raise ValueError(f'Columns of {title} must be {stored} as in other splits, got {kinds}.')
-    checked[key] = Split(images, labels, columns)
   return checked
+
+
+def _kind(dtype: np.dtype, ndim: int = 0) -> str:
+  """Returns the kind of a column from the dtype and the number of axes of an item."""
+  if dtype.kind in 'UO':
+    return 'strings'
+  return 'masks' if ndim else 'integers'
 
 
 def _choose_class_names(name: str, splits: Mapping[str, Split], class_names: Sequence[str] | None,
                         stored: Sequence[str] | None, defined: Sequence[str] | None) -> list[str]:
   """Returns the given, existing or defined class names, or numbers."""
-  lowest = min(int(split.labels.min()) for split in splits.values())
-  highest = max(int(split.labels.max()) for split in splits.values())
   names = class_names or stored or defined or ()
-  num_classes = len(names) or _MOST_CLASSES
-  if lowest < 0 or highest >= num_classes:
-    raise ValueError(f'Labels of {name!r} are {lowest}..{highest}, must be 0..{num_classes - 1}.')
-  names = [str(item) for item in names or range(1 + highest)]
+  if all(split.labels.ndim == 3 for split in splits.values()):
+    names = names or range(1 + _highest_class(name, splits))
+  else:
+    lowest = min(int(split.labels.min()) for split in splits.values())
+    highest = max(int(split.labels.max()) for split in splits.values())
+    num_classes = len(names) or _MOST_CLASSES
+    if lowest < 0 or highest >= num_classes:
+      raise ValueError(f'Labels of {name!r} are {lowest}..{highest}, must be 0..{num_classes - 1}.')
+    names = names or range(1 + highest)
+  names = [str(item) for item in names]
   if defined and len(names) != len(defined):
     raise ValueError(f'{name!r} has {len(defined)} classes, got {len(names)} class names.')
   if len(set(names)) < len(names):
@@ -133,6 +149,15 @@ def _choose_class_names(name: str, splits: Mapping[str, Split], class_names: Seq
     if old != new:
       raise ValueError(f'Class {i} of {name!r} is {new!r}, must be {old!r} as in other splits.')
   return names
+
+
+def _highest_class(name: str, splits: Mapping[str, Split]) -> int:
+  """Returns the highest label of masks below 255."""
+  masks = itertools.chain.from_iterable(read_masks(split.labels) for split in splits.values())
+  labels = set().union(*(np.unique(mask).tolist() for mask in masks)) - {UNLABELLED}
+  if not labels:
+    raise ValueError(f'Masks of {name!r} have no class: all pixels are {UNLABELLED}.')
+  return max(labels)
 
 
 def _read_info(folder: pathlib.Path, name: str, new_splits: Iterable[str]) -> Any:
@@ -160,9 +185,12 @@ def _write_folder(folder: pathlib.Path, name: str, version: str, splits: Mapping
 
   split_infos = list(stored.splits.values()) if stored else []
   all_jpeg = stored is None or stored.features['image'].encoding_format == 'jpeg'
-  for split, (images, labels, columns) in splits.items():
+  for split, data in splits.items():
+    images, labels, columns = data
     path = folder / f'{name}-{split}.array_record-00000-of-00001'
-    num_bytes, jpeg = _write_records(os.fspath(path), images, {'label': labels, **columns})
+    if labels.ndim == 3:
+      labels = map_in_threads(lambda mask: encode_png(mask[..., None]), read_masks(labels))
+    num_bytes, jpeg = _write_records(os.fspath(path), images, {data.target: labels, **columns})
     split_infos.append(tfds.core.SplitInfo(
         name=split, shard_lengths=[len(images)], num_bytes=num_bytes, filename_template=None))
     all_jpeg &= jpeg
@@ -175,17 +203,21 @@ def _write_folder(folder: pathlib.Path, name: str, version: str, splits: Mapping
     else:
       num_classes = getattr(stored.features[key], 'num_classes', 0) if stored else 0
       features[key] = tfds.features.ClassLabel(num_classes=max(num_classes, int(column.max()) + 1))
-  features['label'] = tfds.features.ClassLabel(names=list(class_names))
+  if data.target == 'label':
+    features[data.target] = tfds.features.ClassLabel(names=list(class_names))
+  else:
+    features[data.target] = tfds.features.LabeledImage(
+        labels=list(class_names), shape=(*images.shape[1:3], 1), encoding_format='png')
   info = tfds.core.DatasetInfo(
       builder=tfds.core.DatasetIdentity(name, tfds.core.Version(version), os.fspath(folder), ''),
-      features=tfds.features.FeaturesDict(features), supervised_keys=('image', 'label'))
+      features=tfds.features.FeaturesDict(features), supervised_keys=('image', data.target))
   info.set_file_format('array_record')
   info.set_splits(tfds.core.SplitDict(split_infos))
   info.write_to_directory(folder)
 
 
 def _write_records(
-    path: str, images: np.ndarray | Files, columns: Mapping[str, np.ndarray]) -> tuple[int, bool]:
+    path: str, images: np.ndarray | Files, columns: Mapping[str, Iterable]) -> tuple[int, bool]:
   """Writes `tf.train.Example`s; returns their bytes, and whether all images are JPEG."""
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
@@ -202,8 +234,9 @@ def _write_records(
       features = example.features.feature
       features['image'].bytes_list.value.append(image)
       for key, value in zip(columns, values, strict=True):
-        if isinstance(value, str):
-          features[key].bytes_list.value.append(value.encode())
+        if isinstance(value, (str, bytes)):
+          value = value.encode() if isinstance(value, str) else value
+          features[key].bytes_list.value.append(value)
         else:
           features[key].int64_list.value.append(int(value))
       record = example.SerializeToString(deterministic=True)
