@@ -13,7 +13,8 @@ from dfkd_jax import cli, models, train, weights
 from dfkd_jax.cli import override
 from dfkd_jax.config import fields
 from dfkd_jax.config.check import check_values
-from dfkd_jax.config.fields import is_inside, leaves
+from dfkd_jax.config.field import is_inside
+from dfkd_jax.config.fields import leaves
 from dfkd_jax.config.problems import Problems, raise_problems
 from dfkd_jax.config.records import resolve
 from dfkd_jax.runs import signals as run_signals

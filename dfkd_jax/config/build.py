@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -111,11 +112,28 @@ def make_card(network: Network, source: str | None, role: str = 'teacher') -> we
 def load_split(dataset: Dataset, split: str, shard: tuple[int, int] = (0, 1)) -> data.Dataset:
   """Loads a split of a data set, or a shard; raises a ValueError for other images or classes."""
   loaded = data.load(dataset.name, split, dataset.data_dir, image_shape=dataset.image_shape,
-                     crop=dataset.crop, shard=shard)
-  if len(loaded.class_names) != dataset.num_classes:
+                     crop=dataset.crop, resize=dataset.resize, shard=shard)
+  if loaded.labels.ndim == 3:
+    _check_masks(dataset, split, loaded.labels)
+  elif len(loaded.class_names) != dataset.num_classes:
     raise wrong_value('dataset.num_classes', dataset.num_classes,
                       f'{len(loaded.class_names)}, as {dataset.name!r} has.')
   return loaded
+
+
+def _check_masks(dataset: Dataset, split: str, masks: np.ndarray) -> None:
+  """Raises a FieldError unless labels are below `num_classes` or `ignore`, and not all ignored."""
+  name, ignore, num_classes = dataset.name, dataset.ignore, dataset.num_classes
+  pixels = sum(np.bincount(mask.ravel(), minlength=256) for mask in masks)
+  pixels[ignore] = 0
+  if not pixels.any():
+    raise wrong_value('dataset.ignore', ignore, f'another label: masks of split {split!r} of '
+                      f'{name!r} have no other.')
+  highest = int(np.flatnonzero(pixels)[-1])
+  if highest >= num_classes:
+    raise wrong_value(
+        'dataset.num_classes', num_classes, f'at least {highest + 1}: masks of {name!r} have label '
+        f'{highest} (dataset.ignore is {ignore}).')
 
 
 def optimizer(

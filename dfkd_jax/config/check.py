@@ -127,6 +127,8 @@ def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldErro
     if not is_wrong('distill.steps_per_round', 'distill.calls_per_round') and steps % calls:
       yield wrong_value('distill.steps_per_round', steps,
                         f'a multiple of {calls}, distill.calls_per_round.')
+  if settings.dataset.resize and settings.dataset.crop is not None:
+    yield wrong_value('dataset.crop', settings.dataset.crop, 'None with dataset.resize.')
   if (optimizer.warmup_steps and optimizer.schedule != 'cosine_by_step'
       and not is_wrong('optimizer.warmup_steps', 'optimizer.schedule')):
     yield wrong_value('optimizer.warmup_steps', optimizer.warmup_steps,

@@ -1,6 +1,7 @@
 """Documents all fields: python -m dfkd_jax.config.docs > docs/configuration.md."""
 
-from dfkd_jax.config.fields import BY_NAME, METHOD_FIELDS, NO_DEFAULT, RUN_FIELDS, Field
+from dfkd_jax.config.field import NO_DEFAULT, Field
+from dfkd_jax.config.fields import BY_NAME, METHOD_FIELDS, RUN_FIELDS
 
 _HEAD = """# Configuration
 

@@ -2,72 +2,14 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import config_dict
 
-from dfkd_jax.messages import nearest, short_repr
+from dfkd_jax.config.field import ABOVE_0, ANY, DECAY, FROM_0, FROM_1, NO_DEFAULT, SHARE, Field
 
-NO_DEFAULT = object()  # the field is in a config only if its method has it
-LARGEST = 2**31 - 1  # JAX counts in 32 bits
-_TYPES = {int: 'whole number', float: 'number', bool: 'True or False', str: 'text', dict: 'section'}
-FROM_1, FROM_0, ABOVE_0, ANY = '[1, inf)', '[0, inf)', '(0, inf)', '(-inf, inf)'
-SHARE, DECAY = '(0, 1]', '[0, 1)'
 PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
 SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
-
-
-class Field(NamedTuple):
-  """One row of the table of fields."""
-
-  name: str  # dotted, such as 'distill.rounds'
-  default: Any
-  kind: type  # int, float, bool, str, or dict for a section without fixed fields
-  allowed: str | tuple[str, ...]  # interval of numbers such as '[0, 1)', or the choices, or ''
-  doc: str
-  flags: str = ''  # 'none': may be None; 'path': names a file; 'free': may change on resume
-  length: int | None = None  # of a tuple; 0: any length; None: no tuple
-
-  def describe(self) -> str:
-    """Returns the allowed values in words, such as 'a whole number in [1, inf)'."""
-    kind, none = _TYPES[self.kind], ' or None' * ('none' in self.flags)
-    if isinstance(self.allowed, tuple):
-      return f'one of {", ".join(self.allowed)}{none}'
-    if self.length is not None:
-      kind = f'a tuple of {f"{self.length} " * bool(self.length)}{kind}s'
-    elif self.kind in (int, float, dict):
-      kind = f'a {kind}'
-    return f'{kind}{f" in {self.allowed}" * bool(self.allowed)}{none}'
-
-  def error(self, value: Any) -> str | None:
-    """Returns why a value is not allowed, or None if it is allowed."""
-    if value is None and 'none' in self.flags:
-      return None
-    values = (value,) if self.length is None else value
-    has_length = self.length is None or (
-        isinstance(value, (tuple, list)) and self.length in (0, len(value)))
-    if not has_length or not all(map(self._allows, values)):
-      hint = nearest(str(value), self.allowed) if isinstance(self.allowed, tuple) else ''
-      return f'{self.name} is {short_repr(value)}, must be {self.describe()}.{hint}'
-    if self.kind is int and self.allowed.endswith('inf)') and max(values, default=0) > LARGEST:
-      return f'{self.name} is {short_repr(value)}, must be at most {LARGEST}.'
-    return None
-
-  def _allows(self, value: Any) -> bool:
-    """Whether one value has the right type and is allowed."""
-    kinds = (int, float) if self.kind is float else (self.kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and self.kind is not bool):
-      return False
-    if isinstance(self.allowed, tuple):
-      return value in self.allowed
-    return not self.allowed or is_inside(value, self.allowed)
-
-
-def is_inside(number: float, interval: str) -> bool:
-  """Whether a number lies in an interval such as '[0, 1)'."""
-  low, high = map(float, interval[1:-1].split(','))
-  return (low <= number if interval[0] == '[' else low < number) and (
-      number <= high if interval[-1] == ']' else number < high)
 
 
 def _network(role: str, doc: str, is_trained: bool = True) -> tuple[Field, ...]:
@@ -89,6 +31,7 @@ def _augmentation(name: str) -> tuple[Field, ...]:
   return (
       Field(f'{name}.name', 'crop_and_flip', str, '', 'a function of dfkd_jax/augment.py'),
       Field(f'{name}.pad', None, int, FROM_0, 'pixels of its border', 'none'),
+      Field(f'{name}.size', None, int, FROM_1, '(height, width) of a crop', 'none', 2),
       Field(f'{name}.scale', None, float, SHARE, '(least, most) area of a crop', 'none', 2),
       Field(f'{name}.align_corners', None, bool, '', 'how it resizes a crop', 'none'))
 
@@ -113,11 +56,13 @@ RUN_FIELDS = (
           "TFDS' folder", 'none path free'),
     Field('dataset.image_shape', (32, 32, 3), int, FROM_1, '(height, width, channels)', '', 3),
     Field('dataset.num_classes', 10, int, '[2, inf)', 'number of classes'),
+    Field('dataset.ignore', 255, int, '[0, 255]', 'label of unlabelled pixels, in masks'),
     Field('dataset.train_split', 'train', str, '', 'split to train on'),
     Field('dataset.test_split', 'test', str, '', 'split to evaluate on'),
     Field('dataset.count_void', False, bool, '',
           'whether unlabelled pixels count as misses in the mean IoU that picks the best round'),
     Field('dataset.crop', None, float, SHARE, 'share of the short side of photos', 'none'),
+    Field('dataset.resize', False, bool, '', 'whether images and masks are resized to image_shape'),
     *_network('teacher', 'the teacher'), *_network('student', 'the student', is_trained=False),
     *_network('judge', 'a second trained network that looks at the images'),
     Field('generator.name', 'generator', str,

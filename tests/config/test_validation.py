@@ -11,7 +11,7 @@ from configs import default
 from dfkd_jax import synth, train
 from dfkd_jax.config import build, docs, fields
 from dfkd_jax.config.check import is_single_process
-from dfkd_jax.config.fields import NO_DEFAULT, is_inside
+from dfkd_jax.config.field import NO_DEFAULT, is_inside
 from dfkd_jax.config.problems import InvalidError
 from dfkd_jax.config.records import Distributed, resolve
 from dfkd_jax.jobs import distillation
