@@ -43,7 +43,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
     split: Split in the notation of TFDS, such as `test`, `train[:90%]` or `train+test`.
     data_dir: Folder of prepared data sets. None searches the data sets embedded in this package
       (the test set of Fashion-MNIST), then TFDS_DATA_DIR or ~/tensorflow_datasets.
-    image_shape: (H, W, C) that images must have. With `crop`, images are brought to this shape.
+    image_shape: (H, W, C) that images must have. With `crop` or `resize`, images are brought to it.
     crop: Fraction of the short side to keep, in (0, 1]. ImageNet's 0.875 resizes the short side
       to 256 pixels for crops of 224, like torchvision's Resize (bilinear) and CenterCrop. The
       short side becomes round(max(H, W) / crop). If C is 3, grey, palette and CMYK images are
@@ -52,16 +52,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
       The aspect ratio may change. Images are converted to C channels as with `crop`.
     shard: (index, count). Loads the records index, index + count, ... of the split.
   """
-  if crop is not None and not 0 < crop <= 1:
-    raise ValueError(f'crop is {crop}, must be in (0, 1].')
-  if crop is not None and resize:
-    raise ValueError(f'crop is {crop}, must be None with resize.')
-  is_resized = resize or crop is not None
-  if is_resized and (image_shape is None or image_shape[-1] not in MODES):
-    raise ValueError(f'image_shape is {image_shape}, must be (H, W, 1, 3 or 4) with '
-                     f'{"resize" if resize else "crop"}.')
-  if not 0 <= shard[0] < shard[1]:
-    raise ValueError(f'shard is {shard}, must be (index, count) with 0 <= index < count.')
+  _check_options(image_shape, crop, resize, shard)
   builder = _make_builder(name, find_prepared(name, split, data_dir))
   with messages.reporting_read_errors(f'Split {split!r} of {name!r}'):
     rows = range(builder.info.splits[split].num_examples)[shard[0]::shard[1]]
@@ -71,6 +62,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
   target, is_mask = _find_labels(features)
   if is_mask and crop is not None:
     raise ValueError(f'crop is {crop}, must be None for {name!r}, which has masks: use resize.')
+  is_resized = resize or crop is not None
   channels = image_shape[-1] if is_resized else features['image'].shape[-1]
 
   def decode(item):
@@ -83,19 +75,23 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
         label = decode_mask(label, raw, image_shape[:2] if resize else None)
     return row, image, label
 
-  images, encoded = None, ('image', target)[:1 + is_mask]
-  records = _read_records(name, builder, split, rows, encoded)
-  for row, image, label in map_in_threads(decode, records):
-    if images is None:
-      shape = tuple(image_shape or image.shape)
-      images = np.empty((len(rows), *shape), np.uint8)
-      labels = np.empty((len(rows), *shape[:2] * is_mask), np.uint8 if is_mask else np.int32)
-    if image.shape != shape:
-      source = 'image_shape' if image_shape else 'the shape of the first image'
-      raise ValueError(f'Data set {name!r} has an image {image.shape}, must be {shape}, {source}.')
-    images[row], labels[row] = image, label
+  records = _read_records(name, builder, split, rows, ('image', target)[:1 + is_mask])
+  images, labels = _stack(name, map_in_threads(decode, records), len(rows), image_shape)
   has_names = getattr(features[target], 'num_classes', None) is not None
   return Dataset(images, labels, tuple(features[target].names) if has_names else ())
+
+
+def _check_options(image_shape: Shape | None, crop: float | None, resize: bool,
+                   shard: tuple[int, int]) -> None:
+  if crop is not None and not 0 < crop <= 1:
+    raise ValueError(f'crop is {crop}, must be in (0, 1].')
+  if crop is not None and resize:
+    raise ValueError(f'crop is {crop}, must be None with resize.')
+  if (resize or crop is not None) and (image_shape is None or image_shape[-1] not in MODES):
+    raise ValueError(f'image_shape is {image_shape}, must be (H, W, 1, 3 or 4) with '
+                     f'{"resize" if resize else "crop"}.')
+  if not 0 <= shard[0] < shard[1]:
+    raise ValueError(f'shard is {shard}, must be (index, count) with 0 <= index < count.')
 
 
 def is_prepared(name: str, data_dir: str | os.PathLike | None = None) -> bool:
@@ -179,6 +175,22 @@ def _find_labels(features: Mapping[str, Any]) -> tuple[str, bool] | None:
   labeled = [key for key in masks if isinstance(images[key], tfds.features.LabeledImage)]
   masks = labeled or masks
   return (masks[0], True) if len(masks) == 1 else None
+
+
+def _stack(name: str, examples: Iterable[tuple[int, np.ndarray, Any]], count: int,
+           image_shape: Shape | None) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the images and labels of (row, image, label); raises ValueError if shapes differ."""
+  images = None
+  for row, image, label in examples:
+    if images is None:
+      shape, is_mask = tuple(image_shape or image.shape), np.ndim(label) == 2
+      images = np.empty((count, *shape), np.uint8)
+      labels = np.empty((count, *np.shape(label)), np.uint8 if is_mask else np.int32)
+    if image.shape != shape:
+      source = 'image_shape' if image_shape else 'the shape of the first image'
+      raise ValueError(f'Data set {name!r} has an image {image.shape}, must be {shape}, {source}.')
+    images[row], labels[row] = image, label
+  return images, labels
 
 
 def _read_records(name: str, builder: Any, split: str, rows: range,
