@@ -67,7 +67,9 @@ class _Distillation:
       self.student = jax.tree.map(np.array, student)
     if settings.preflight.enabled and findings is None:
       with self.ledger.part('preflight'):
-        findings = preflight.report(settings, self.teacher, self.student, self.card)
+        test = self.experiment.test
+        findings = preflight.report(settings, self.teacher, self.student, self.card,
+                                    None if test is None else test.images)
     self.store.meta['preflight'] = findings
     self.factors = findings and Factors(**findings['factors'])  # None: the settings' own
 

@@ -5,14 +5,16 @@ any scale, differs by up to four orders of magnitude. Then it drowns the request
 drown it. So each term's gradient is measured on images of a fresh generator, where the run begins.
 """
 
+import re
 from typing import Any
 
 import jax
+import numpy as np
 
 from dfkd_jax import weights
 from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import Settings
-from dfkd_jax.evaluate import loss_terms
+from dfkd_jax.evaluate import input_scale, loss_terms
 from dfkd_jax.evaluate.loss_terms import MOMENTS, Measurement, Verdict
 from dfkd_jax.models.network import Network
 from dfkd_jax.report import note
@@ -27,16 +29,39 @@ def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
   key = jax.random.split(jax.random.key(settings.run.seed), 5)[0]  # the run's own
   student = build.fresh_network(settings.student, key) if settings.student.name else None
   teacher = build.trained_network(settings.teacher) if teacher is None else teacher
-  return report(settings, teacher, student, build.make_card(teacher, source))
+  return report(settings, teacher, student, build.make_card(teacher, source),
+                _load_images(settings))
 
 
-def report(settings: Settings, teacher: Network, student: Network | None,
-           card: weights.Card) -> dict[str, Any]:
+def _load_images(settings: Settings) -> np.ndarray | None:
+  """Loads the first images of the test split, or returns None if there are none at hand."""
+  if settings.dataset.name is None:
+    return None
+  split = re.match(r'\w*', settings.dataset.test_split)[0]
+  for part in (f'{split}[:{settings.preflight.batch_size}]', split):  # all, if there are fewer
+    try:
+      return build.load_split(settings.dataset, part).images
+    except ValueError:
+      continue
+  return None
+
+
+def report(settings: Settings, teacher: Network, student: Network | None, card: weights.Card,
+           images: np.ndarray | None = None) -> dict[str, Any]:
   """Measures, prints the findings, and returns them as JSON, with the `factors` to go on with.
 
-  Leaves out terms that lack a student. Raises ValueError if there is nothing to invert.
+  Leaves out terms that lack a student. Real `images` [N, H, W, C], uint8 or float in [0, 1], tell
+  whether the teacher's mean and std fit. Raises ValueError if there is nothing to invert.
   """
-  measurement, verdict = _measure(settings, teacher, student)
+  scale = input_scale.check(teacher, images, settings.preflight.batch_size,
+                            settings.method.generator.image_shape)
+  try:
+    measurement, verdict = _measure(settings, teacher, student)
+  except ValueError:
+    if scale:
+      note(f'note: {scale}')  # a likely reason
+    raise
+  verdict = verdict._replace(notes=verdict.notes + (scale,) * bool(scale))
   note('\n'.join(card.lines() + lines(measurement, verdict)))
   records = {'noise': measurement.noise._asdict(), 'generated': measurement.generated._asdict(),
              'values': measurement.values, 'gradient_norms': measurement.gradient_norms,

@@ -206,7 +206,11 @@ def _unstack(path: Sequence[str], tree: PyTree, shape: Sequence[int]) -> dict[st
   """One tree for each index into the leading axes `shape`, by path; the tree itself if ()."""
   entries = {}
   for index in np.ndindex(*shape):
-    # Escaped as in JSON pointers (RFC 6901), since names may contain a slash.
-    parts = [part.replace('~', '~0').replace('/', '~1') for part in (*path, *map(str, index))]
-    entries['/'.join(parts)] = jax.tree.map(lambda leaf, at=index: leaf[at] if at else leaf, tree)
+    name = join_path((*path, *map(str, index)))
+    entries[name] = jax.tree.map(lambda leaf, at=index: leaf[at] if at else leaf, tree)
   return entries
+
+
+def join_path(parts: Iterable[str]) -> str:
+  """Joins names with slashes. Slashes in names are escaped as in JSON pointers (RFC 6901)."""
+  return '/'.join(part.replace('~', '~0').replace('/', '~1') for part in parts)
