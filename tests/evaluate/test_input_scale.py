@@ -90,8 +90,8 @@ def test_a_wrong_scale_is_noted_with_one_that_fits(teacher, name, is_real):
   note = check(teacher.replace(mean=mean, std=std), photos() if is_real else None)
   assert "batch norm 'bn1'" in note
   assert ('drawn images' in note) != is_real
-  values = {flag: ast.literal_eval(note.partition(f"--config.teacher.{flag}='")[2].partition("'")[0])
-            for flag in ('mean', 'std')}
+  value = lambda flag: note.partition(f"--config.teacher.{flag}='")[2].partition("'")[0]
+  values = {flag: ast.literal_eval(value(flag)) for flag in ('mean', 'std')}
   repaired = teacher.replace(**values)
   assert check(repaired, photos() if is_real else None) is None
   if name in ('std without its factor', 'std divided twice', 'bytes', 'mean of bytes'):
