@@ -29,12 +29,14 @@ def published(config, method: str, *, weight_decay: float, gamma: float):
                           schedule='steps', milestones=(100, 200), gamma=gamma)
   config.evaluate.batch_size = 8
   config.grid.update(columns=5, rows=6)
+  common.methods('camvid')[method].camvid(config)
+  config.method.update(batch_size=64, latent_dim=256)
   if method == 'dfad':
     config.method.update(
-        name='dfad', num_steps=1, latent_dim=256, generator_lr=1e-3, generator_schedule='steps',
-        generator_milestones=(100, 200), generator_gamma=gamma, adam_b1=0.9, adam_b2=0.999,
-        sample_by='batch', batch_size=64, num_tasks=1,
-        adversary=dict(divergence='log_l1', temperature=1.0, masked=False, train_mode=True),
-        **common.averaged())
-    config.factors.adversarial = 1.0
+        generator_lr=1e-3, generator_schedule='steps', generator_milestones=(100, 200),
+        generator_gamma=gamma, adam_b1=0.9, adam_b2=0.999)
+    config.method.adversary.train_mode = True
+  else:
+    config.distill.update(temperature=2.0, divergence='kl')
+  config.distill.update(calls_per_round=50 if config.method.num_steps == 1 else 1, distill_after=0)
   return config

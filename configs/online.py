@@ -27,6 +27,15 @@ def cifar(config, name: str, *, calls: int, latent_dim: int = 256, divergence: s
                           schedule='cosine_by_round', end_value=2e-4)
 
 
+def camvid(config, name: str, **factors: float):
+  """Sets numbers for CamVid on a CPU: five steps of the generator in a round."""
+  config.method.update(
+      name=name, num_steps=1, latent_dim=64, generator_lr=1e-3, generator_schedule='cosine',
+      sample_by='batch', batch_size=16, num_tasks=1, **common.averaged())
+  config.factors.update(**factors)
+  config.distill.update(calls_per_round=5, distill_after=0)
+
+
 def quickstart(config, name: str, *, calls: int, **factors: float):
   """Sets numbers for the quick start; `calls` is the generator's steps in a round."""
   config.method.update(

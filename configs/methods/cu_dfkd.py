@@ -52,6 +52,17 @@ def cifar(config):
                           schedule='cosine_by_round', end_value=0.0)
 
 
+def camvid(config):
+  """Sets numbers for CamVid on a CPU."""
+  online.camvid(config, 'cu_dfkd', relative_batch_norm=1.0, one_hot=0.5, balance=2.0,
+                adversarial=1.0)
+  rounds = config.distill.rounds
+  config.method.update(
+      curriculum_kind='log', threshold_start=2.0, threshold_growth=1e-3, balance_temperature=1.0,
+      adversary=dict(divergence='kl', temperature=3.0, masked=True),
+      adversarial=dict(init_value=0.0, slope=0.05, begin=rounds // 4, end=rounds * 3 // 4, every=5))
+
+
 def quickstart(config):
   """Sets numbers for the quick start."""
   online.quickstart(

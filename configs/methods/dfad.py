@@ -16,6 +16,13 @@ def cifar(config):
   online.cifar(config, 'dfad', calls=80, divergence='l1', adversarial=1.0)
 
 
+def camvid(config):
+  """Sets numbers for CamVid on a CPU."""
+  online.camvid(config, 'dfad', adversarial=1.0)
+  config.method.adversary = dict(divergence='log_l1', temperature=1.0, masked=False)
+  config.distill.divergence = 'l1'
+
+
 def quickstart(config):
   """Sets numbers for the quick start."""
   online.quickstart(config, 'dfad', calls=2, adversarial=1.0)

@@ -31,6 +31,12 @@ def cifar(config, variant: str):
   config.distill.steps_per_round = 100
 
 
+def camvid(config):
+  """Sets numbers for CamVid on a CPU."""
+  fast_dfkd.camvid(config)
+  config.method.update(name='ssd_kd', capacity=4_000, **NUMBERS | dict(label_source='argmax'))
+
+
 def quickstart(config):
   """Sets numbers for the quick start."""
   fast_dfkd.quickstart(config)

@@ -15,6 +15,7 @@ from dfkd_jax.config.records import Dataset, NetworkSettings, Optimizer, Setting
 from dfkd_jax.messages import FieldError, check_choice
 from dfkd_jax.models.network import Network
 from dfkd_jax.paths import expand_path
+from dfkd_jax.tasks import Task
 from dfkd_jax.types import PRNGKey
 
 TEACHERS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'teachers'
@@ -109,10 +110,15 @@ def make_card(network: Network, source: str | None, role: str = 'teacher') -> we
   return weights.describe(network, source, path)
 
 
-def load_split(dataset: Dataset, split: str, shard: tuple[int, int] = (0, 1)) -> data.Dataset:
-  """Loads a split of a data set, or a shard; raises a ValueError for other images or classes."""
+def load_split(dataset: Dataset, task: Task, split: str,
+               shard: tuple[int, int] = (0, 1)) -> data.Dataset:
+  """Loads a split of a data set, or a shard; raises a ValueError for other images or labels."""
   loaded = data.load(dataset.name, split, dataset.data_dir, image_shape=dataset.image_shape,
                      crop=dataset.crop, resize=dataset.resize, shard=shard)
+  if loaded.labels.ndim != 1 + task.label_axes:
+    found, needed = ('masks', 'classes') if loaded.labels.ndim == 3 else ('classes', 'masks')
+    raise wrong_value('dataset.name', dataset.name, f'a data set of {needed}: this one has {found}, '
+                      'which are of the other --config.task.')
   if loaded.labels.ndim == 3:
     _check_masks(dataset, split, loaded.labels)
   elif len(loaded.class_names) != dataset.num_classes:

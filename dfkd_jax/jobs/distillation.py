@@ -51,7 +51,8 @@ class _Distillation:
         teacher, source = build.trained_network(settings.teacher), settings.teacher.source
       else:
         logits = jax.eval_shape(teacher, jnp.zeros((1, *settings.dataset.image_shape))).logits
-        build.check_kind(logits.ndim, settings.student.task, 'teacher', type(teacher.module).__name__)
+        build.check_kind(
+            logits.ndim, settings.student.task, 'teacher', type(teacher.module).__name__)
       self.teacher, self.judge, self.card = teacher, None, build.make_card(teacher, source)
       if settings.judge.source is not None:
         self.judge = build.trained_network(settings.judge)

@@ -40,7 +40,7 @@ def _load_images(settings: Settings) -> np.ndarray | None:
   split = re.match(r'\w*', settings.dataset.test_split)[0]
   for part in (f'{split}[:{settings.preflight.batch_size}]', split):  # all, if there are fewer
     try:
-      return build.load_split(settings.dataset, part).images
+      return build.load_split(settings.dataset, settings.task, part).images
     except ValueError:
       continue
   return None

@@ -54,7 +54,8 @@ class _Training:
   def load_images_and_student(self) -> distill.Student:
     """Loads the training images onto the devices; returns the network before its first step."""
     with self.ledger.part('setup'):
-      images = build.load_split(self.settings.dataset, self.settings.dataset.train_split)
+      dataset = self.settings.dataset
+      images = build.load_split(dataset, self.task, dataset.train_split)
       self.num_images, batch_size = len(images.labels), self.train.batch_size
       self.steps = self.num_images // batch_size
       if not self.steps:

@@ -61,7 +61,8 @@ class DFADGenerator(nn.Module):
         layers.BatchNorm, use_running_average=not train, dtype=self.dtype,
         scale_init=lambda *arguments: 1 + normal(*arguments))
     x = nn.Dense(math.prod(shape), name='linear', **settings)(latents)
-    x = norm(name='bn0')(x.reshape(-1, *shape).transpose(0, 2, 3, 1))  # Channel-major, as in PyTorch.
+    x = x.reshape(-1, *shape).transpose(0, 2, 3, 1)  # Channel-major, as in PyTorch.
+    x = norm(name='bn0')(x)
     for i, width in enumerate(widths, 1):
       x = TransposedConv(width, 4, name=f'deconv{i}', **settings)(x)
       x = nn.leaky_relu(norm(name=f'bn{i}')(x), 0.2)

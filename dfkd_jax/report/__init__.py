@@ -11,5 +11,5 @@ from dfkd_jax.report.progress import Progress, note, say
 from dfkd_jax.report.summary import PRIVACY, Summary, check_summary, format_summary, write_summary
 
 __all__ = ['COUNTS', 'METRICS', 'PARTS', 'PRIVACY', 'Ledger', 'MetricsWriter', 'Progress',
-           'Summary', 'check_summary', 'color_masks', 'device', 'format_summary', 'image_grid', 'note',
-           'replace_file', 'reporting_disk_errors', 'say', 'versions', 'write_summary']
+           'Summary', 'check_summary', 'color_masks', 'device', 'format_summary', 'image_grid',
+           'note', 'replace_file', 'reporting_disk_errors', 'say', 'versions', 'write_summary']

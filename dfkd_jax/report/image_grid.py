@@ -42,7 +42,8 @@ def image_grid(path: str | os.PathLike, images: Any, labels: Sequence[str], colu
       images = np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)
       images = np.rint(images * 255).astype(np.uint8)
     tiles = np.broadcast_to(images, (count, height, width, 3))
-    sheet = _draw_sheet(tiles.repeat(scale, 1).repeat(scale, 2), labels, min(columns, count), classes)
+    tiles = tiles.repeat(scale, 1).repeat(scale, 2)
+    sheet = _draw_sheet(tiles, labels, min(columns, count), classes)
     with reporting_disk_errors(path), replace_file(path) as file:
       sheet.save(file, format='PNG', optimize=True)
 

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from dfkd_jax.config.fields import FREE
+from dfkd_jax.config.fields import FREE, RUN_FIELDS
 from dfkd_jax.messages import check_choice, short_repr
 from dfkd_jax.runs.checkpoint import saved_steps
 from dfkd_jax.runs.checkpoint_format import hash_json
 
 _SOURCES = ('teacher.source', 'judge.source')  # The digests of their weights are compared instead.
 _MAX_SHOWN = 4  # Differences that an error lists.
+_DEFAULTS = {field.name: field.default for field in RUN_FIELDS}  # of runs before there was a field
 
 
 def run_identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -76,18 +77,19 @@ def differing_fields(stored: dict[str, Any], current: dict[str, Any]) -> dict[st
   """Returns the fields of 'config', 'jax' and 'weights' in which two runs differ.
 
   As {name: {'there': value in `stored`, 'here': value in `current`}}, where a name is such as
-  'distill.rounds', 'jax.enable_x64' or 'weights.teacher'. Older runs have no 'jax' to compare.
+  'distill.rounds', 'jax.enable_x64' or 'weights.teacher'. Older runs have no 'jax' to compare. A
+  field that one of them lacks has its default there.
   """
   parts = {'config', *(stored.keys() & current.keys())}
-  there, here = (_fields({part: record.get(part, {}) for part in parts})
-                 for record in (stored, current))
+  fields = [_fields({part: record.get(part, {}) for part in parts}) for record in (stored, current)]
+  names = sorted(fields[0].keys() | fields[1].keys())
+  there, here = ({name: each.get(name, _DEFAULTS.get(name)) for name in names} for each in fields)
 
   def compared(name, value):  # Of a source only its '#ENTRY', since the file may move.
     return value.split('#')[1:] if name in _SOURCES and isinstance(value, str) else value
 
-  return {name: {'there': there.get(name), 'here': here.get(name)}
-          for name in sorted(there.keys() | here.keys())
-          if compared(name, there.get(name)) != compared(name, here.get(name))}
+  return {name: {'there': there[name], 'here': here[name]} for name in names
+          if compared(name, there[name]) != compared(name, here[name])}
 
 
 def _fields(record: dict[str, Any]) -> dict[str, Any]:

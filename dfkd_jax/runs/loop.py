@@ -53,7 +53,7 @@ class Experiment:
     with self.ledger.part('setup'):
       self.store = RunState(self.settings, self.workdir, self.ledger, start.resume)
       self.test = None if settings.dataset.name is None else build.load_split(
-          settings.dataset, settings.dataset.test_split, parallel.process_shard())
+          settings.dataset, settings.task, settings.dataset.test_split, parallel.process_shard())
     # The metric that picks the best round.
     self.selection = 'held_out_agreement' if self.test is None else self.task.selection
     self._shown = ('loss', self.task.selection, 'agreement', 'held_out_agreement', 'judge_top1')

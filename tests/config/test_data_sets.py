@@ -21,7 +21,9 @@ def load(tmp_path, masks, **changes):
   config = toy_runs.config()
   config.dataset.update(name='camvid', data_dir=str(tmp_path), image_shape=images.shape[1:])
   config.dataset.update(changes)
-  return build.load_split(resolve(config).dataset, 'test')
+  config.task = 'segmentation'
+  settings = resolve(config)
+  return build.load_split(settings.dataset, settings.task, 'test')
 
 
 def masks_with(*labels):

@@ -195,7 +195,8 @@ def test_a_run_crops_as_its_config_says(tmp_path):
   config = common.base()
   config.dataset.update(
       name='tiny', data_dir=str(folder), image_shape=(8, 8, 3), num_classes=2, crop=0.5)
-  read = build.load_split(resolve(config).dataset, 'test')
+  settings = resolve(config)
+  read = build.load_split(settings.dataset, settings.task, 'test')
   expected = photo(30, 20).resize((24, 16), Image.Resampling.BILINEAR).crop((8, 4, 16, 12))
   np.testing.assert_array_equal(read.images[0], np.asarray(expected))
   config.dataset.crop = 1.25
