@@ -22,7 +22,7 @@ PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 BLOCK = re.compile(r'^```([^\n`]*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 FILES = (
     'teacher.safetensors', 'resnet34.pth', 'resnet56_cifar10.th', 'efficientnet-lite0.pth',
-    'ResNet50')
+    'ResNet50', 'espnet_p2_q8_camvid.pth')
 PARSE_ONLY = '''
 import argparse, os, runpy, sys
 
@@ -36,6 +36,7 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 TINY = dict(widths=(2, 3), strides=(2, 2))  # Of a convnet.
+TINY_DENSE = dict(p=0, q=0, widths=(5, 5, 5))  # Of an ESPNet's encoder.
 
 
 def blocks(path):
@@ -58,6 +59,17 @@ def tiny_source(num_classes, channels):
   return str(path)
 
 
+def tiny_dense_source(num_classes):
+  """A file of weights for `TINY_DENSE`."""
+  path = toy_runs.folder() / f'docs_dense_{num_classes}.safetensors'
+  if not path.exists():
+    module = models.create('espnet_c', num_classes, **TINY_DENSE)
+    network = models.create_network(module, jax.random.key(1), (16, 16, 3))
+    weights.save_safetensors(path, {'params': network.params,
+                                    'batch_stats': toy_runs.moved(network.batch_stats)})
+  return str(path)
+
+
 def shrink(config, teacher=None):
   """The same job and method at a size that takes seconds; fewer rounds stay fewer."""
   config = ml_collections.ConfigDict(config.to_dict())
@@ -71,6 +83,12 @@ def shrink(config, teacher=None):
       network.name, network.options = 'convnet', ml_collections.ConfigDict(TINY)
     if network.get('source') is not None:
       network.source = tiny_source(data.num_classes, data.image_shape[-1])
+    if config.task == 'segmentation' and network.name is not None:
+      network.name, network.options = 'espnet_c', ml_collections.ConfigDict(TINY_DENSE)
+      if network.get('source') is not None:
+        network.source = tiny_dense_source(data.num_classes)
+  if config.generator.image_shape is not None:
+    config.generator.image_shape = (16, 16, 3)
   is_spatial = config.generator.name == 'spatial_generator'
   config.generator.options = dict(widths=(2, 2)) if is_spatial else dict(width=2)
   at_most(config.method, num_steps=2, batch_size=4, capacity=8 * tasks, latent_dim=5,
@@ -103,6 +121,10 @@ def fill(folder):
   for label, image in enumerate(images[:37]):
     (folder / f'photos/{label:02}').mkdir(parents=True)
     Image.fromarray(image).save(folder / f'photos/{label:02}/photo.png')
+  for name, arrays in (('test', images[:5]), ('testannot', images[:5, :, :, 0] % 12)):
+    (folder / f'CamVid/{name}').mkdir(parents=True)
+    for index, array in enumerate(arrays):
+      Image.fromarray(array).save(folder / f'CamVid/{name}/{index}.png')
   labels = np.arange(30, dtype=np.uint8)[:, None] % 10
   records = np.concatenate([labels, images[:30].reshape(30, -1)], axis=1).tobytes()
   names = b'\n'.join(b'class%d' % label for label in range(10))

@@ -82,8 +82,8 @@ class CheckedRuns:
       return {}
     small, workdir = doc_pages.shrink(config), pathlib.Path(workdir).absolute()
     kind = (
-        config.job, config.method.name, config.method.get('num_tasks'), config.train.network,
-        config.train.teacher_factor, config.dataset.name is None, config.judge.name is None,
+        config.job, config.task, config.method.name, config.method.get('num_tasks'),
+        config.train.network, config.train.teacher_factor, config.dataset.name is None, config.judge.name is None,
         teacher is None)
     if not (self.may_copy and kind in MADE):
       result = self._run(small, workdir, command, teacher, resume=resume, signals=signals)

@@ -237,8 +237,6 @@ BAD = {
     'schedule': (['--config.optimizer.schedule=cosinus'], ["'cosinus'", 'cosine_by_step']),
     'channels': (['--config.dataset.image_shape=(12,8,3)'], ['(12, 8, 1)', '(12, 8, 3)']),
     'size': (['--config.dataset.image_shape=(8,8,1)'], ['(12, 8, 1)', '(8, 8, 1)']),
-    'size for the generator': (['--config.dataset.image_shape=(10,8,1)'],
-                               ['(10, 8)', 'divisible by 4']),
     'axes': (['--config.dataset.image_shape=(12,8)'],
              ['dataset.image_shape is (12, 8)', '3 whole numbers']),
     'normalisation': (['--config.student.mean=(0.1,0.2)'],

@@ -117,8 +117,8 @@ def load_split(dataset: Dataset, task: Task, split: str,
                      crop=dataset.crop, resize=dataset.resize, shard=shard)
   if loaded.labels.ndim != 1 + task.label_axes:
     found, needed = ('masks', 'classes') if loaded.labels.ndim == 3 else ('classes', 'masks')
-    raise wrong_value('dataset.name', dataset.name, f'a data set of {needed}: this one has {found}, '
-                      'which are of the other --config.task.')
+    raise wrong_value('dataset.name', dataset.name, f'a data set of {needed}: this one has '
+                      f'{found}, which are of the other --config.task.')
   if loaded.labels.ndim == 3:
     _check_masks(dataset, split, loaded.labels)
   elif len(loaded.class_names) != dataset.num_classes:

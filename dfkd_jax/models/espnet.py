@@ -32,7 +32,8 @@ class ESPBlock(nn.Module):
   (section 3.2 of the paper). They follow the branch of rate 1.
 
   Attributes:
-    width: Output channels. A branch has width // 5, the first one the rest.
+    width: Output channels. A branch has width // 5, the first one the rest. With fewer than 5,
+      there is a branch of one channel for each, of the smallest rates.
     strides: 2 for a down-sampler, whose reduction is a 3x3 convolution of this stride.
     residual: Whether to add the input, which must have `width` channels.
   """
@@ -46,12 +47,14 @@ class ESPBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]."""
-    branch, size = self.width // len(RATES), 1 if self.strides == 1 else 3
+    rates, size = RATES[:self.width], 1 if self.strides == 1 else 3
+    branch = self.width // len(rates)
     reduced = _conv(branch, size, 'c1_conv', self.dtype, strides=self.strides)(x)
-    widths = [self.width - 4 * branch, *[branch] * 4]
+    others = [branch] * (len(rates) - 1)
+    widths = [self.width - sum(others), *others]
     branches = [_conv(width, 3, f'd{rate}_conv', self.dtype, rate=rate)(reduced)
-                for rate, width in zip(RATES, widths, strict=True)]
-    for i in range(2, len(RATES)):
+                for rate, width in zip(rates, widths, strict=True)]
+    for i in range(2, len(rates)):
       branches[i] += branches[i - 1]
     y = jnp.concatenate(branches, axis=-1)
     names = 'bn_bn', 'bn_act'

@@ -36,7 +36,8 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
   mean: tuple[float, ...] = _static(default=(0.0,))  # Of images; one for all channels, or one each.
   std: tuple[float, ...] = _static(default=(1.0,))  # Divides images minus the mean, likewise.
   bgr: bool = _static(default=False)  # Whether the module expects channels in reverse order.
-  resize: tuple[int, int] | None = _static(default=None)  # (H, W) that it expects; None: any size.
+  # (H, W) that it expects; None: any size. A class per pixel then comes back to the images' size.
+  resize: tuple[int, int] | None = _static(default=None)
   logits: int | str | None = _static(default=None)  # Index or key, if it returns a tuple or a dict.
 
   def __call__(self, images: Array) -> Outputs:
@@ -62,6 +63,8 @@ class Network(struct.PyTreeNode, eq=False):  # Equal if identical, so `jax.jit(n
             f'The module returns a {type(results).__name__} with entries {entries}: the option '
             f'logits of models.bind must be one of these, not {self.logits!r}.')
       results = results[self.logits]
+    if results.ndim == 4:
+      results = _fit(results, images.shape[1:3])
     sown = new.get('intermediates', {})
     captures = layers.captures_by_path(sown)
     stages = [f'stage_{i}' for i in range(1, len(sown) + 1)]
@@ -125,6 +128,17 @@ def bind(module: nn.Module, variables: Mapping[str, Any], *, mean: tuple[float, 
   return Network(params=variables['params'], batch_stats=variables.get('batch_stats', {}),
                  module=module, mean=tuple(mean), std=tuple(std), bgr=bgr,
                  resize=None if resize is None else tuple(resize), logits=logits)
+
+
+def _fit(logits: Array, size: tuple[int, int]) -> Array:
+  """Brings logits [B, h, w, K] to (H, W): by means of whole blocks, or bilinearly."""
+  if logits.shape[1:3] == tuple(size):
+    return logits
+  (batch, height, width, classes), (rows, columns) = logits.shape, size
+  if height % rows == width % columns == 0:
+    blocks = logits.reshape(batch, rows, height // rows, columns, width // columns, classes)
+    return blocks.mean((2, 4))
+  return jax.image.resize(logits, (batch, rows, columns, classes), 'linear', antialias=True)
 
 
 def _mode(module: nn.Module, train: bool) -> dict[str, bool]:

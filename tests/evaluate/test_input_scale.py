@@ -195,7 +195,8 @@ def run_check(tmp_path, **changes):
 def grey_teacher(tmp_path):
   """Weights that belong to the data set 'grey'."""
   settings = resolve(toy_runs.config(dataset__name='grey'))
-  images = build.load_split(settings.dataset, settings.task, 'train').images.astype(np.float32) / 255
+  split = build.load_split(settings.dataset, settings.task, 'train')
+  images = split.images.astype(np.float32) / 255
   network = trained(build.module(settings.teacher), images, (0.4,), (0.3,))
   path = tmp_path / 'grey.safetensors'
   weights.save_safetensors(path, {'params': network.params, 'batch_stats': network.batch_stats})

@@ -138,9 +138,10 @@ def test_a_spatial_generator_has_the_latents_of_its_images():
   config.generator.name, config.generator.options = 'spatial_generator', dict(widths=(3, 2, 2))
   assert build_method.latent_dim(resolve(config).method) == (6, 2, 7)
   assert build_method.latent_dim(resolve(toy_runs.config()).method) == 7
-  config.dataset.image_shape = (24, 10, 3)
-  with pytest.raises(ValueError, match='divisible by 4'):
-    build_method.latent_dim(resolve(config).method)
+  config.dataset.image_shape = (24, 10, 3)  # The images are cut.
+  assert build_method.latent_dim(resolve(config).method) == (6, 3, 7)
+  config.generator.image_shape = (9, 5, 3)
+  assert build_method.latent_dim(resolve(config).method) == (3, 2, 7)
 
 
 def test_preprocessing_in_terms_of_bytes():

@@ -212,6 +212,10 @@ def test_adversarial_by_hand_for_each_divergence():
         s, t, masked=masked, divergence=n, temperature=3.0)
     np.testing.assert_allclose(call(False), -full, rtol=1e-6)
     np.testing.assert_allclose(call(True), [-full[0], 0], rtol=1e-6)
+  full = np.abs(np.array(s) - np.array(t)).mean(1)
+  log_l1 = lambda masked: inversion.adversarial(s, t, masked=masked, divergence='log_l1')
+  np.testing.assert_allclose(log_l1(False), [-np.log(1 + full.mean())] * 2, rtol=1e-6)
+  np.testing.assert_allclose(log_l1(True), [-np.log(1 + full[0] / 2)] * 2, rtol=1e-6)
   with pytest.raises(ValueError, match=r"divergence is 'wasserstein', must be one of \('kl'"):
     inversion.adversarial(s, t, divergence='wasserstein')
 

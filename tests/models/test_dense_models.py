@@ -44,6 +44,16 @@ def test_any_size_keeps_its_size(name):
   assert logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize('num_classes', [2, 3, 5, 7])
+def test_espnet_takes_few_classes(num_classes):
+  logits, variables = shapes('espnet', num_classes)
+  assert logits.shape == (2, 40, 56, num_classes)
+  branches = variables['params']['combine_l2_l3_1']
+  widths = [branches[name]['kernel'].shape[-1] for name in branches if name[0] == 'd']
+  assert sum(widths) == num_classes
+  assert len(widths) == min(num_classes, 5)
+
+
 @pytest.mark.parametrize('size', [2, 4])
 def test_a_transposed_convolution_is_the_sum_over_its_taps(size):
   x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from conftest import HERE, SHARED, golden
 from flax import traverse_util
 from golden_networks import count, drawn_variables, nhwc, recipe, shapes_of
@@ -207,6 +208,7 @@ def test_generator_gradients(generator_case):
     (models.Generator(), (256,), 2_328_899, 'Generator_nz256_ngf64_img32'),
     (models.Generator(), (512,), 4_426_051, 'Generator_nz512_ngf64_img32'),
     (models.Generator(stem_width=256), (256,), 4_581_955, None),
+    (models.DFADGenerator(), (256,), 11_243_203, None),
     (models.SpatialGenerator(), (14, 14, 256), 1_398_403 - 805_952,
      'DeepGenerator_nz256_ngf64_img224')])
 def test_generators_have_the_published_parameters(module, latents, count_, name):
@@ -251,9 +253,30 @@ def test_generator_of_other_image_shapes(image_shape):
   assert images.std(0).min() > 0  # Every pixel depends on the latents.
 
 
-def test_generator_refuses_sizes_not_divisible_by_four():
-  with pytest.raises(ValueError, match=r'divisible by 4 on both axes, not \(32, 30\)'):
-    models.Generator((32, 30, 3))
+@pytest.mark.parametrize(('kind', 'larger'), [
+    (models.Generator, (12, 8)), (models.DFADGenerator, (16, 16))])
+def test_images_of_other_sizes_are_cut_from_larger_ones(kind, larger):
+  options = {'width': 3} if kind is models.Generator else {'widths': (6, 5, 4, 3, 2)}
+  latents = jax.random.normal(jax.random.key(1), (2, 7))
+  made = [toys.jit(kind((*size, 3), **options).init_with_output)(jax.random.key(0), latents)
+          for size in ((11, 7), larger)]
+  (images, variables), (whole, others) = made
+  np.testing.assert_array_equal(images, whole[:, :11, :7])
+  assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, others)
+
+
+def test_dfads_images_are_its_tanh_moved_to_0_to_1():
+  module = models.DFADGenerator((16, 16, 3), widths=(6, 5, 4, 3, 2))
+  latents = jax.random.normal(jax.random.key(1), (2, 7))
+  (images, variables) = toys.jit(module.init_with_output)(jax.random.key(0), latents)
+  _, state = module.apply(
+      variables, latents, mutable=['intermediates', 'batch_stats'],
+      capture_intermediates=lambda found, _: found.name == 'conv')
+  maps, = state['intermediates']['conv']['__call__']
+  np.testing.assert_allclose(images, (np.tanh(maps) + 1) / 2, atol=1e-6)
+  spread = lambda name: variables['params'][name]['kernel'].std()
+  assert spread('linear') == pytest.approx(0.02, rel=0.1)
+  assert variables['params']['bn1']['scale'].mean() == pytest.approx(1, abs=0.05)
 
 
 def test_generator_is_channel_major():

@@ -75,3 +75,21 @@ def test_grid_refuses_what_is_no_picture(tmp_path, images, options, message):
   with pytest.raises(ValueError, match=message):
     report.image_grid(tmp_path / 'a.png', images, ['a', 'b'], **options)
   assert not os.listdir(tmp_path)
+
+
+def test_masks_have_a_colour_for_each_class_and_a_legend(tmp_path):
+  masks = np.arange(24, dtype=np.uint8).reshape(1, 4, 6) % 12
+  colored = report.color_masks(masks)
+  assert colored.shape == (1, 4, 6, 3)
+  of_class = {tuple(colored[masks == label][0]) for label in range(12)}
+  assert len(of_class) == 12
+  for label in range(12):
+    assert (colored[masks == label] == colored[masks == label][0]).all()
+  report.image_grid(tmp_path / 'a.png', colored, ['mask'], scale=20)
+  report.image_grid(tmp_path / 'b.png', colored, ['mask'], scale=20,
+                    classes=[f'class {label}' for label in range(12)])
+  plain, legend = read(tmp_path / 'a.png'), read(tmp_path / 'b.png')
+  assert legend.shape[0] > plain.shape[0]
+  np.testing.assert_array_equal(legend[:plain.shape[0]], plain)
+  below = {tuple(pixel) for pixel in legend[plain.shape[0]:].reshape(-1, 3)}
+  assert of_class <= below
