@@ -117,3 +117,17 @@ def test_a_published_espnet_is_read_by_its_names():
   kernel = variables['params']['encoder']['down2']['d4_conv']['kernel']
   np.testing.assert_array_equal(
       kernel, stored['encoder.level2_0.d4.conv.weight'].transpose(2, 3, 1, 0))
+
+
+def test_logits_come_back_to_the_size_of_the_images():
+  """Where the network takes larger images, by the mean of each block; else between centres."""
+  module = models.create('espnet_c', 5, p=0, q=0, widths=(5, 5, 5))
+  images = jax.random.uniform(jax.random.key(1), (2, 12, 20, 3))
+  network = models.create_network(module, jax.random.key(0), (12, 20, 3), resize=(24, 40))
+  plain = network.replace(resize=None)
+  larger = plain(jax.image.resize(images, (2, 24, 40, 3), 'linear')).logits
+  blocks = larger.reshape(2, 12, 2, 20, 2, 5).mean((2, 4))
+  np.testing.assert_allclose(network(images).logits, blocks, rtol=1e-4, atol=1e-5)
+  odd = network.replace(resize=(18, 30))(images).logits
+  assert odd.shape == (2, 12, 20, 5)
+  assert np.corrcoef(odd.ravel(), blocks.ravel())[0, 1] > 0.9

@@ -34,7 +34,8 @@ def test_runs_of_before_know_no_settings_of_jax():
   older = {'config': CONFIG}
   with jax.enable_x64(True):
     assert config_diff.differing_fields(older, identity()) == {}
-  assert config_diff.differing_fields({}, identity()).keys() == {'seed', 'teacher.source'}
+  # Without a field there is its default: here the seed is 0, and the source is not None.
+  assert config_diff.differing_fields({}, identity()).keys() == {'teacher.source'}
 
 
 def test_a_precision_of_the_config_counts_instead_of_that_of_jax():
@@ -61,3 +62,9 @@ def test_weights_are_forced_by_the_field_that_names_them(tmp_path):
     config_diff.config_changes(stored, current, tmp_path, 'force:init_from.student')
   changes = config_diff.config_changes(stored, current, tmp_path, 'force:teacher,init_from.student')
   assert changes['weights.teacher'] == {'there': '0' * 64, 'here': '1' * 64}
+
+
+def test_a_run_from_before_there_was_a_field_has_its_default():
+  assert config_diff.differing_fields(identity(), identity(task='classification')) == {}
+  changes = config_diff.differing_fields(identity(), identity(task='segmentation'))
+  assert changes == {'task': {'there': 'classification', 'here': 'segmentation'}}
