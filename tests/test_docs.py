@@ -83,8 +83,8 @@ class CheckedRuns:
     small, workdir = doc_pages.shrink(config), pathlib.Path(workdir).absolute()
     kind = (
         config.job, config.task, config.method.name, config.method.get('num_tasks'),
-        config.train.network, config.train.teacher_factor, config.dataset.name is None, config.judge.name is None,
-        teacher is None)
+        config.train.network, config.train.teacher_factor, config.dataset.name is None,
+        config.judge.name is None, teacher is None)
     if not (self.may_copy and kind in MADE):
       result = self._run(small, workdir, command, teacher, resume=resume, signals=signals)
       MADE[kind] = workdir, result

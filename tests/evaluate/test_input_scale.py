@@ -221,7 +221,8 @@ def test_the_preflight_returns_and_prints_the_note(tmp_path, name, size):
 def test_a_run_compares_with_its_test_images(tmp_path):
   summary = train.run(
       toy_runs.config(dataset__name='grey', teacher__source=grey_teacher(tmp_path),
-                      teacher__std=(0.3 / 255,), distill__rounds=2), tmp_path / 'run')
+                      teacher__std=(0.3 / 255,), distill__rounds=2, preflight__enabled=True),
+      tmp_path / 'run')
   note, = (note for note in summary['preflight']['notes'] if 'mean and std' in note)
   assert 'drawn images' not in note
   assert "--config.teacher.std='(0.3,)'" in note

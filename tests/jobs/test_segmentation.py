@@ -131,7 +131,7 @@ def test_a_network_learns_from_masks(changes, tmp_path):
     (dict(dataset__num_classes=2, dataset__ignore=255),
      "dataset.num_classes is 2, must be at least 4: masks of 'scenes' have label 3"),
     (dict(dataset__name='toy', dataset__data_dir=toy_runs.data_dir(),
-          dataset__image_shape=toy_runs.IMAGE), "dataset.name is 'toy', must be a data set of masks"),
+          dataset__image_shape=toy_runs.IMAGE), "dataset.name is 'toy', must be a data set of mas"),
 ])
 def test_what_does_not_fit_costs_one_line(changes, message, tmp_path):
   made = config(**changes)

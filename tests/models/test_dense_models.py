@@ -130,4 +130,4 @@ def test_logits_come_back_to_the_size_of_the_images():
   np.testing.assert_allclose(network(images).logits, blocks, rtol=1e-4, atol=1e-5)
   odd = network.replace(resize=(18, 30))(images).logits
   assert odd.shape == (2, 12, 20, 5)
-  assert np.corrcoef(odd.ravel(), blocks.ravel())[0, 1] > 0.9
+  assert np.corrcoef(odd.ravel(), blocks.ravel())[0, 1] > 0.8
