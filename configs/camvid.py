@@ -33,9 +33,10 @@ def get_config(arguments: str = ''):
     config.dataset.update(image_shape=(256, 341, 3), num_classes=11, resize=True)
     return dense.published(config, method, weight_decay=5e-4, gamma=0.1)
   config.dataset.update(image_shape=(360, 480, 3), num_classes=12)
-  expected = dict(mean=MEAN, std=STD, bgr=True)
-  config.teacher.update(name='espnet', **expected)
-  config.student.update(name='espnet', options=dict(p=1, q=3, widths=(16, 32, 64)), **expected)
+  config.teacher.update(name='espnet', mean=MEAN, std=STD, bgr=True)
+  # The student's first batch norms need an input of unit size: their epsilon is 1e-3.
+  config.student.update(name='espnet', options=dict(p=1, q=3, widths=(16, 32, 64)), mean=MEAN,
+                        std=tuple(round(std / 255, 5) for std in STD), bgr=True)
   config.evaluate.update(every=25, batch_size=8)
   config.grid.update(columns=4, rows=6)
   config.checkpoint.every = 25

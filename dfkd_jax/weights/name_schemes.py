@@ -38,9 +38,12 @@ def translate_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   if arrays and all(len(end) == 2 and end[1] in _KERAS_LEAVES for end in keras.values()):
     names = [f'{_keras_layer(layer)}.{_KERAS_LEAVES[leaf]}' for layer, leaf in keras.values()]
     arrays = {name: to_torch_layout(arrays[name], leaf) for name, (_, leaf) in keras.items()}
+  elif '_conv_stem.weight' in arrays:
+    names = _lukemelas_names(arrays)
+  elif any(re.search(r'\bdown[23]\.', name) for name in arrays):  # Our own ESPNet.
+    names = list(arrays)
   else:
-    names = _lukemelas_names(arrays) if '_conv_stem.weight' in arrays else [
-        re.sub(r'\blevel([23])_0\.', r'down\1.', name) for name in arrays]
+    names = [re.sub(r'\blevel([23])_0\.', r'down\1.', name) for name in arrays]
   olds = {}
   for old, new in zip(arrays, names, strict=True):
     if olds.setdefault(new, old) != old:

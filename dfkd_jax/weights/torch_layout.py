@@ -59,12 +59,12 @@ def to_variables(state_dict: Mapping[str, np.ndarray], module: nn.Module,
 def from_variables(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
   """Converts variables to a state dict for PyTorch's `load_state_dict`.
 
-  An underscore next to a digit becomes a dot (`block1_layer_0` is `block1.layer.0`). Each batch
-  norm gets a `num_batches_tracked` of 0.
+  An underscore next to a digit or after `backbone` becomes a dot (`block1_layer_0` is
+  `block1.layer.0`). Each batch norm gets a `num_batches_tracked` of 0.
   """
   state_dict = {}
   for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
-    name = re.sub(r'(?<=\d)_|_(?=\d)', '.', '.'.join(path[1:-1]))
+    name = re.sub(r'(?<=\d)_|_(?=\d)|(?<=^backbone)_', '.', '.'.join(path[1:-1]))
     array = to_torch_layout(np.asarray(leaf), path[-1])
     state_dict[f'{name}.{_TORCH_LEAVES.get(path[-1], path[-1])}'] = np.asarray(array, order='C')
     if path[-1] == 'var':

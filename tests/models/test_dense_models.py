@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHARED
+import toys
+from conftest import SHARED, golden
 from flax import linen as nn
+from golden_networks import nhwc, recipe, shapes_of
 
 from dfkd_jax import models, weights
 from dfkd_jax.models import dense_layers, espnet
@@ -35,6 +37,25 @@ def test_sizes(name, num_classes, options, expected):
   logits, variables = shapes(name, num_classes, **options)
   assert count(variables) == expected
   assert logits.shape == (2, 40, 56, num_classes)
+
+
+@pytest.mark.parametrize(('probe', 'gain', 'options'), [
+    ('deeplabv3_resnet50', 1.0, {}),
+    ('deeplabv3_mobilenet_fast', 2.0, {}),
+    ('deeplabv3_mobilenet_dfad', 2.0, dict(rates=(12, 24, 32), plan='dfad', stem_padding=1))])
+def test_deeplab_gives_the_logits_of_pytorch(probe, gain, options):
+  """Of torchvision's DeepLabv3, and of MobileNetV2 in PyTorch by the text of both code bases."""
+  values, size = golden('dense_logits'), (67, 90)
+  module = models.create(probe.removesuffix('_fast').removesuffix('_dfad'), 7, **options)
+  empty = jax.tree.map(
+      lambda s: np.broadcast_to(np.float32(0), s.shape), shapes_of(module, (*size, 3)))
+  shapes = {name: array.shape for name, array in weights.from_variables(empty).items()}
+  variables = weights.to_variables(recipe(shapes.items(), gain), module, (*size, 3))
+  low = values['low']  # Noise of few pixels, which are enlarged.
+  images = low.repeat(14, 2).repeat(23, 3)[:, :, :size[0], :size[1]]
+  logits = toys.jit(module.apply)(variables, nhwc(images))
+  found = np.moveaxis(np.asarray(logits), -1, 1)[:, :, ::4, ::5]
+  np.testing.assert_allclose(found, values[probe], atol=1e-4 * np.abs(values[probe]).max(), rtol=0)
 
 
 @pytest.mark.parametrize('name', ['espnet', 'espnet_c', 'deeplabv3_mobilenet'])
@@ -117,6 +138,16 @@ def test_a_published_espnet_is_read_by_its_names():
   kernel = variables['params']['encoder']['down2']['d4_conv']['kernel']
   np.testing.assert_array_equal(
       kernel, stored['encoder.level2_0.d4.conv.weight'].transpose(2, 3, 1, 0))
+
+
+def test_an_espnet_of_ours_is_read_from_its_own_file(tmp_path):
+  """Its blocks `level3_0` are not the authors' down-samplers of this name."""
+  module = models.create('espnet', 4, p=1, q=2, widths=(3, 5, 6))
+  network = models.create_network(module, jax.random.key(2), (16, 24, 3))
+  variables = {'params': network.params, 'batch_stats': network.batch_stats}
+  weights.save_safetensors(tmp_path / 'student.safetensors', variables)
+  again = weights.load(tmp_path / 'student.safetensors', module, (16, 24, 3))
+  jax.tree.map(np.testing.assert_array_equal, again, variables)
 
 
 def test_logits_come_back_to_the_size_of_the_images():
