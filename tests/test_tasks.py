@@ -172,6 +172,25 @@ def test_the_rules_of_the_mean_iou_differ_on_void_pixels_and_absent_classes():
   assert 'iou_4' not in summary
 
 
+@pytest.mark.parametrize(('ignore', 'mean_iou', 'mean_iou_void', 'mean_iou_absent_0'), [
+    (255, 0.46242240215924424, 0.41952190933676264, 0.3853520017993702),
+    (0, 0.4842265399807836, 0.37977428749739967, 0.3873812319846269),
+    (3, 0.4552410617551463, 0.4198569321254988, 0.364192849404117)])
+def test_the_mean_iou_is_that_of_scikit_learn(
+    ignore, mean_iou, mean_iou_void, mean_iou_absent_0):
+  """`jaccard_score` over the classes that occur, with void as a label of its own, and over all."""
+  rng = np.random.default_rng(11)
+  truth = rng.choice([0, 1, 2, 3, 255], (5, 7, 9), p=[0.3, 0.25, 0.2, 0.1, 0.15])
+  others = rng.choice(5, truth.shape)  # Class 5 occurs nowhere.
+  is_right = (rng.random(truth.shape) < 0.6) & (truth != 255)
+  predictions, truth = np.where(is_right, truth, others), np.where(truth == 255, ignore, truth)
+  task, logits = tasks.segmentation(6, ignore), jax.nn.one_hot(predictions, 6)
+  summary = task.summarize(task.metrics(logits, jnp.asarray(truth)))
+  np.testing.assert_allclose(
+      [summary[name] for name in ('mean_iou', 'mean_iou_void', 'mean_iou_absent_0')],
+      [mean_iou, mean_iou_void, mean_iou_absent_0], rtol=1e-9)
+
+
 @pytest.mark.parametrize('void', [3, 0])
 def test_an_output_for_void_has_no_iou_but_a_miss_where_it_is_predicted(void):
   first, second, third = (label for label in range(4) if label != void)
