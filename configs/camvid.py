@@ -29,6 +29,8 @@ def get_config(arguments: str = ''):
   config, method = common.base(), picked['method']
   config.task = 'segmentation'
   config.dataset.update(name='camvid', ignore=VOID)
+  if (method, picked['size']) == ('scratch', 'published'):
+    raise ValueError("Config arguments 'scratch' and 'published' exclude each other.")
   if picked['size'] == 'published':
     config.dataset.update(image_shape=(256, 341, 3), num_classes=11, resize=True)
     return dense.published(config, method, weight_decay=5e-4, gamma=0.1)
@@ -53,7 +55,7 @@ def get_config(arguments: str = ''):
 
 
 def _scratch(config):
-  """Trains the student on the 367 training images, at half their size, as a row to compare with."""
+  """Trains the student on crops of the 367 training images, as a row to compare with."""
   config.job = 'train'
   config.augment.student.update(name='random_crop_and_flip', size=(192, 256))
   config.train.update(epochs=200, batch_size=8, class_weights='median_frequency')

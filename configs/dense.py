@@ -31,6 +31,10 @@ def published(config, method: str, *, weight_decay: float, gamma: float):
   config.grid.update(columns=5, rows=6)
   common.methods('camvid')[method].camvid(config)
   config.method.update(batch_size=64, latent_dim=256)
+  if method == 'cu_dfkd':  # The threshold grows by as much as in 400 rounds of 20 steps.
+    config.method.threshold_growth *= 400 * 20 / (300 * 250)
+  if method == 'ssd_kd':
+    config.method.capacity = 16_000
   if method == 'dfad':
     config.method.update(
         generator_lr=1e-3, generator_schedule='steps', generator_milestones=(100, 200),

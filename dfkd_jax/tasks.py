@@ -139,7 +139,7 @@ def segmentation(num_classes: int, ignore: int = 255, *, count_void: bool = Fals
 
   def metrics(logits, labels):
     labels = labels.astype(jnp.int32)
-    is_known = labels != ignore
+    is_known = (labels != ignore) & (labels >= 0) & (labels < num_classes)
     rows = jnp.where(is_known, labels, num_classes)  # The last row has unlabelled pixels.
     cells = rows * num_classes + _argmax(logits)
     counts = jnp.zeros((num_classes + 1) * num_classes, jnp.int32).at[cells].add(1, mode='drop')

@@ -114,7 +114,8 @@ def load_split(dataset: Dataset, task: Task, split: str,
                shard: tuple[int, int] = (0, 1)) -> data.Dataset:
   """Loads a split of a data set, or a shard; raises a ValueError for other images or labels."""
   loaded = data.load(dataset.name, split, dataset.data_dir, image_shape=dataset.image_shape,
-                     crop=dataset.crop, resize=dataset.resize, shard=shard)
+                     crop=dataset.crop, resize=dataset.resize, shard=shard,
+                     masks=task.label_axes > 0)
   if loaded.labels.ndim != 1 + task.label_axes:
     found, needed = ('masks', 'classes') if loaded.labels.ndim == 3 else ('classes', 'masks')
     raise wrong_value('dataset.name', dataset.name, f'a data set of {needed}: this one has '

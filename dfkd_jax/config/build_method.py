@@ -71,10 +71,14 @@ def _arguments(method: MethodSettings) -> dict[str, Any]:
   if schedule == 'cosine':
     numbers['generator_lr'] = optax.cosine_decay_schedule(
         numbers['generator_lr'], method.distill.total_calls * numbers['num_steps'])
+  is_stepped = milestones is not None and gamma is not None
+  if (schedule == 'steps') != is_stepped or (milestones is None) != (gamma is None):
+    raise wrong_value('method.generator_schedule', schedule, "'steps' with generator_milestones "
+                      'and generator_gamma, and only then.')
   if schedule == 'steps':
     steps_per_round = method.distill.calls_per_round * numbers['num_steps']
     numbers['generator_lr'] = optax.piecewise_constant_schedule(
-        numbers['generator_lr'], {round * steps_per_round: gamma for round in milestones})
+        numbers['generator_lr'], {index * steps_per_round: gamma for index in milestones})
   if 'latent_dim' in numbers:
     numbers['latent_dim'] = latent_dim(method)
   for name in _MAKERS.keys() & numbers.keys():

@@ -19,6 +19,7 @@ UNLABELLED = 255  # In masks.
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # PIL's modes, by number of channels.
 MASK_MODES = ('1', 'L', 'P')  # PIL's modes of one channel of 8 bits or less.
 JPEG, _PNG = b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n'  # The first bytes of files.
+_SPREAD = {'L;2': 85, 'L;4': 17}  # By the bits of a grey PNG, as Pillow names them.
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
@@ -57,12 +58,12 @@ def decode_mask(raw: bytes, image: bytes, size: tuple[int, int] | None = None) -
   Raises ValueError if the mask has no class indices, or another size than the image.
   """
   with Image.open(io.BytesIO(image)) as pixels, Image.open(io.BytesIO(raw)) as mask:
-    _check_mask(mask)
+    divisor = _check_mask(mask)
     if mask.size != pixels.size:
       raise ValueError(f'its size is {_in_words(mask)}, must be {_in_words(pixels)}, as its image')
     if size is not None:
       mask = mask.resize(size[::-1], Image.Resampling.NEAREST)
-    return np.array(mask, np.uint8)
+    return np.array(mask, np.uint8) // divisor
 
 
 def read_mask(path: str | os.PathLike, first_label: int = 0) -> np.ndarray:
@@ -72,8 +73,8 @@ def read_mask(path: str | os.PathLike, first_label: int = 0) -> np.ndarray:
   Raises ValueError if the file is not an image of class indices, or is cut off.
   """
   with messages.reporting_read_errors(f'Mask {os.fspath(path)!r}'), Image.open(path) as mask:
-    _check_mask(mask)
-    values = np.array(mask, np.uint8)
+    divisor = _check_mask(mask)
+    values = np.array(mask, np.uint8) // divisor
   is_known = (values >= first_label) & (values < UNLABELLED)
   return np.where(is_known, values - np.uint8(first_label), np.uint8(UNLABELLED))
 
@@ -89,10 +90,14 @@ def check_pair(image: str | os.PathLike, mask: str | os.PathLike) -> None:
                        f'{os.fspath(image)!r}')
 
 
-def _check_mask(mask: Image.Image) -> None:
+def _check_mask(mask: Image.Image) -> np.uint8:
+  """Returns the factor of class indices: Pillow spreads grey levels of 2 or 4 bits over 0..255."""
   if mask.mode not in MASK_MODES:
     raise ValueError(f'its mode is {mask.mode}, must be grey or palette with one class index a '
                      'pixel')
+  if mask.format == 'JPEG':
+    raise ValueError('it is a JPEG, which changes class indices; must be a PNG or the like')
+  return np.uint8(_SPREAD.get(mask.tile[0][-1], 1) if mask.mode == 'L' and mask.tile else 1)
 
 
 def _in_words(image: Image.Image) -> str:

@@ -29,13 +29,13 @@ class Dataset(NamedTuple):
 
 def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
          image_shape: Shape | None = None, crop: float | None = None,
-         resize: bool = False, shard: tuple[int, int] = (0, 1)) -> Dataset:
+         resize: bool = False, shard: tuple[int, int] = (0, 1), masks: bool = False) -> Dataset:
   """Decodes a prepared data set into memory; never downloads.
 
   A data set has images with a class, or images with a mask: a `LabeledImage`, or an image of one
-  channel. If it has both, the classes are loaded. Only the decoded images stay in memory: 50,000
-  of 224 x 224 x 3 take 7.5 GB. Raises ValueError if a split is not prepared or cannot be read, if
-  its images differ in shape, or if a mask differs in size from its image.
+  channel. Only the decoded images stay in memory: 50,000 of 224 x 224 x 3 take 7.5 GB. Raises
+  ValueError if a split is not prepared or cannot be read, if its images differ in shape, or if a
+  mask differs in size from its image.
 
   Args:
     name: Name in TFDS, such as `cifar10`, `cifar10:3.0.2` or `imagenet_resized/32x32`. Without a
@@ -51,6 +51,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
     resize: Whether to resize images (bilinear) to `image_shape` and masks (nearest) to its (H, W).
       The aspect ratio may change. Images are converted to C channels as with `crop`.
     shard: (index, count). Loads the records index, index + count, ... of the split.
+    masks: Whether masks are loaded from a data set that has both; otherwise the classes are.
   """
   _check_options(image_shape, crop, resize, shard)
   builder = _make_builder(name, find_prepared(name, split, data_dir))
@@ -59,7 +60,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike | None = None, *,
   if not rows:
     raise ValueError(f'Split {split!r} of {name!r} has no image for shard {shard}.')
   features = dict(builder.info.features.items())
-  target, is_mask = _find_labels(features)
+  target, is_mask = _find_labels(features, masks)
   if is_mask and crop is not None:
     raise ValueError(f'crop is {crop}, must be None for {name!r}, which has masks: use resize.')
   is_resized = resize or crop is not None
@@ -153,28 +154,31 @@ def _make_builder(name: str, folder: pathlib.Path) -> Any:
                      "array_record, or tfrecord with TensorFlow: pip install 'dfkd_jax[tf]'.")
   features = dict(builder.info.features.items())
   is_uint8 = getattr(features.get('image'), 'np_dtype', None) == np.uint8
-  if not is_uint8 or _find_labels(features) is None:
+  if not is_uint8 or _find_labels(features, False) is None:
     raise ValueError(f'Data set {name!r} has {sorted(features)}, needs a uint8 image, and a label '
                      'or one mask.')
   return builder
 
 
-def _find_labels(features: Mapping[str, Any]) -> tuple[str, bool] | None:
+def _find_labels(features: Mapping[str, Any], prefer_masks: bool) -> tuple[str, bool] | None:
   """Returns the key of the labels and whether they are masks, or None if there is no such key.
 
-  A `LabeledImage` is preferred to other images of one channel.
+  Classes come first unless `prefer_masks`. A `LabeledImage` is preferred to other images of one
+  channel.
   """
   import tensorflow_datasets as tfds
 
   images = {key: feature for key, feature in features.items()
             if isinstance(feature, tfds.features.Image)}
+  classes = None
   if 'label' not in images and hasattr(features.get('label'), 'names'):
-    return 'label', False
+    classes = 'label', False
   masks = [key for key, feature in images.items()
            if key != 'image' and feature.shape[-1] == 1 and feature.np_dtype == np.uint8]
   labeled = [key for key in masks if isinstance(images[key], tfds.features.LabeledImage)]
   masks = labeled or masks
-  return (masks[0], True) if len(masks) == 1 else None
+  mask = (masks[0], True) if len(masks) == 1 else None
+  return (mask or classes) if prefer_masks else (classes or mask)
 
 
 def _stack(name: str, examples: Iterable[tuple[int, np.ndarray, Any]], count: int,

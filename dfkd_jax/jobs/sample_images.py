@@ -47,10 +47,10 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
   if judge is None:
     return None
   if is_dense:
-    labels = evaluate.predict(teacher, images, batch_size=batch_size)
+    answers, labels = (
+        evaluate.predict(network, images, batch_size=batch_size) for network in (judge, teacher))
+    return {'judge_top1': float((answers == labels).mean()), 'count': labels.size}
   metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task, batch_size=batch_size)
-  if is_dense:
-    return {'judge_top1': metrics['pixel_accuracy'], 'count': metrics['count']}
   return {'judge_top1': metrics['top1'], 'judge_top5': metrics['top5'], 'count': metrics['count']}
 
 

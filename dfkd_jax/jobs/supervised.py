@@ -118,12 +118,12 @@ class _Training:
   def _epoch(self, student, images, labels, order, key, teacher, *, axis):
     """Trains on uint8 images [N, H, W, C] in the order [steps, B]."""
     train, accuracy = self.train, 'train_pixels' if self.task.label_axes else 'train_top1'
-    augment_batch = parallel.by_task(self._augment, 1, axis)
 
     def step(student, inputs):
       indices, step_key = inputs
-      batch, known = augment_batch(
-          step_key, (images[indices].astype(jnp.float32) / 255, labels[indices]))
+      key, = parallel.task_keys(step_key, 1, axis)
+      batch, known = self._augment(
+          key, (images[indices].astype(jnp.float32) / 255, labels[indices]))
       targets = teacher(batch).logits if teacher is not None else None
 
       def loss_fn(outputs):

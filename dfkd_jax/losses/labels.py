@@ -28,10 +28,10 @@ def median_frequency(labels: np.ndarray, num_classes: int, ignore: int) -> np.nd
   """Weight of each class: the median of the classes' frequencies over its own, float32 [K].
 
   Eigen and Fergus (arXiv:1411.4734, section 4.3.2). The frequency of a class is its share of the
-  pixels of the images that have it. Classes without a pixel, and `ignore`, have a weight of 0.
-  `labels` are integers [N, H, W], or [N].
+  pixels of the images that have it, or of all images if there is one label an image. Classes
+  without a label, and `ignore`, have a weight of 0. `labels` are integers [N, H, W], or [N].
   """
-  labels = labels.reshape(len(labels), -1)
+  labels = labels[None] if labels.ndim == 1 else labels.reshape(len(labels), -1)
   counts = np.stack([np.bincount(image[image != ignore], minlength=num_classes)[:num_classes]
                      for image in labels])
   pixels = (counts > 0).T @ counts.sum(1)  # labelled pixels of the images that have the class

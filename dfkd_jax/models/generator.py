@@ -1,4 +1,4 @@
-"""Generators: latents to images in [0, 1], cut from the next larger size that they make."""
+"""Generators: latents to images in [0, 1]. They make maps of the next larger size and crop them."""
 
 import functools
 import math

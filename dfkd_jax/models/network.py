@@ -134,6 +134,7 @@ def _fit(logits: Array, size: tuple[int, int]) -> Array:
   """Brings logits [B, h, w, K] to (H, W): by means of whole blocks, or bilinearly."""
   if logits.shape[1:3] == tuple(size):
     return logits
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   (batch, height, width, classes), (rows, columns) = logits.shape, size
   if height % rows == width % columns == 0:
     blocks = logits.reshape(batch, rows, height // rows, columns, width // columns, classes)

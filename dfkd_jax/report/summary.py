@@ -140,7 +140,8 @@ def _iou_by_class(summary: Summary) -> list[str]:
   names = [name for name in networks if any(key.startswith('iou_') for key in networks[name])]
   if not names:
     return []
-  keys = [key for key in networks[names[0]] if key.startswith('iou_')]
+  found = {key for name in names for key in networks[name] if key.startswith('iou_')}
+  keys = sorted(found, key=lambda key: int(key.removeprefix('iou_')))
   cells = lambda name: [f'{networks[name][key]:.3f}' if key in networks[name] else '-'
                         for key in keys]
   rows = [('IoU by class', [key.removeprefix('iou_') for key in keys]),

@@ -19,6 +19,7 @@ from dfkd_jax.types import PyTree
 _TORCH_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias',
                  'mean': 'running_mean', 'var': 'running_var'}
 _CLASSIFIERS = ('fc', 'linear', 'classifier')  # Names of the last layer in different code bases.
+_DOTS = r'(?<=\d)_|_(?=\d)|(?<=^backbone)_(?=conv|bn|layer|features)'
 
 
 def to_variables(state_dict: Mapping[str, np.ndarray], module: nn.Module,
@@ -59,12 +60,12 @@ def to_variables(state_dict: Mapping[str, np.ndarray], module: nn.Module,
 def from_variables(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
   """Converts variables to a state dict for PyTorch's `load_state_dict`.
 
-  An underscore next to a digit or after `backbone` becomes a dot (`block1_layer_0` is
-  `block1.layer.0`). Each batch norm gets a `num_batches_tracked` of 0.
+  An underscore next to a digit becomes a dot (`block1_layer_0` is `block1.layer.0`), as does the
+  one after `backbone` in torchvision's names. Each batch norm gets a `num_batches_tracked` of 0.
   """
   state_dict = {}
   for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
-    name = re.sub(r'(?<=\d)_|_(?=\d)|(?<=^backbone)_', '.', '.'.join(path[1:-1]))
+    name = re.sub(_DOTS, '.', '.'.join(path[1:-1]))
     array = to_torch_layout(np.asarray(leaf), path[-1])
     state_dict[f'{name}.{_TORCH_LEAVES.get(path[-1], path[-1])}'] = np.asarray(array, order='C')
     if path[-1] == 'var':

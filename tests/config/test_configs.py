@@ -405,6 +405,8 @@ def test_arguments_come_in_any_order_and_exclude_each_other():
       'vgg11-resnet18,fast_dfkd,fast2')
   with pytest.raises(ValueError, match="'fast2' and 'fast5' exclude each other"):
     CONFIGS['cifar10']('fast2,fast5')
+  with pytest.raises(ValueError, match="'scratch' and 'published' exclude each other"):
+    CONFIGS['camvid']('scratch,published')
   with pytest.raises(ValueError, match=r"Unknown config argument 'fast50'\. Did you mean 'fast5'"):
     CONFIGS['cifar10']('fast50')
 

@@ -1,5 +1,8 @@
 """Data sets with masks: what `prepare` writes, and what `data.load` and plain TFDS read."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from image_arrays import fails_in_one_line, image_pairs, png, save
@@ -104,7 +107,7 @@ def test_masks_of_other_data_sets_are_found(tmp_path, keys, read, names):
   assert loaded.class_names == names
 
 
-def test_classes_are_loaded_where_a_data_set_has_both(tmp_path):
+def test_of_classes_and_masks_those_asked_for_are_loaded(tmp_path):
   features = tfds_features()
   images, masks = image_pairs(2, 4, 3)
   write_tfds(
@@ -115,6 +118,7 @@ def test_classes_are_loaded_where_a_data_set_has_both(tmp_path):
   read = data.load('tiny', 'test', tmp_path)
   assert (read.labels.tolist(), read.labels.dtype) == ([1, 0], np.int32)
   assert read.class_names == ('cat', 'dog')
+  np.testing.assert_array_equal(data.load('tiny', 'test', tmp_path, masks=True).labels, masks)
 
 
 def test_a_data_set_without_one_clear_mask_is_refused(tmp_path):
@@ -138,6 +142,26 @@ def test_palettes_and_single_bits_are_indices(tmp_path):
       tmp_path, {'image': features.Image(), 'mask': features.Image(shape=(None, None, 1))},
       [{'image': png(images[i]), 'mask': png(masks[i], modes[i])} for i in range(3)])
   np.testing.assert_array_equal(data.load('tiny', 'test', tmp_path).labels, masks)
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+def test_grey_levels_of_few_bits_are_indices(tmp_path, bits):
+  values = (np.arange(12).reshape(3, 4) % 2**bits).astype(np.uint8)
+  path = tmp_path / 'mask.png'
+  path.write_bytes(grey_png(values, bits))
+  np.testing.assert_array_equal(data_images.read_mask(path), values)
+
+
+def grey_png(values, bits):
+  """A grey PNG of 1 to 8 bits by the standard; Pillow writes 1 and 8 only."""
+  rows = b''.join(b'\0' + np.packbits(
+      np.unpackbits(row[:, None], axis=1)[:, 8 - bits:].ravel()).tobytes() for row in values)
+  header = struct.pack('>IIBBBBB', *values.shape[::-1], bits, 0, 0, 0, 0)
+  chunk = lambda kind, content: (
+      struct.pack('>I', len(content)) + kind + content
+      + struct.pack('>I', zlib.crc32(kind + content)))
+  return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows))
+          + chunk(b'IEND', b''))
 
 
 @pytest.mark.parametrize(('wrong', 'message'), [

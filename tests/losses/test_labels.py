@@ -40,6 +40,11 @@ def test_median_frequency_by_hand():
   np.testing.assert_allclose(found, [wanted[0], wanted[1], 0, wanted[2], 0], rtol=1e-6)
 
 
+def test_median_frequency_of_one_label_an_image():
+  found = labels.median_frequency(np.array([0] * 6 + [2] * 3 + [1] * 2), 4, ignore=-1)
+  np.testing.assert_allclose(found, [3 / 6, 3 / 2, 1, 0], rtol=1e-6)
+
+
 def test_ignored_pixels_count_for_no_class():
   masks = np.array([[[0, 1, 4]], [[1, 4, 4]]], np.uint8)
   found = labels.median_frequency(masks, 5, ignore=4)

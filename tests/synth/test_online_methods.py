@@ -10,7 +10,7 @@ import pytest
 import toys
 
 from dfkd_jax import models, synth, tasks
-from dfkd_jax.synth import Factors
+from dfkd_jax.synth import Factors, objective
 from dfkd_jax.synth.objective import Adversary
 
 
@@ -138,3 +138,20 @@ def test_a_teacher_without_batch_norm_is_refused():
   with pytest.raises(ValueError, match='The teacher has no BatchNorm'):
     jax.eval_shape(created('dfq').init, jax.random.key(0), teacher)
   jax.eval_shape(created('zskt').init, jax.random.key(0), teacher)
+
+
+def test_in_train_mode_the_adversary_takes_the_moments_of_the_batch():
+  """The generator's loss is that of batch moments; the student itself is not changed."""
+  images = jax.random.uniform(jax.random.key(4), (6, *toys.IMAGE))
+  outputs, student = toys.teacher()(images), toys.student()
+  found = {}
+  for train_mode in (False, True):
+    adversary = Adversary('l1', masked=False, train_mode=train_mode)
+    terms = objective.terms(
+        Factors(adversarial=1.0), outputs, images, outputs.logits.argmax(-1),
+        teacher=toys.teacher(), student=student, adversary=adversary)
+    found[train_mode] = float(terms['adversarial'].mean())
+    logits = student.forward(images, train=train_mode)[0].logits
+    np.testing.assert_allclose(
+        found[train_mode], -np.abs(logits - outputs.logits).mean(), rtol=1e-5)
+  assert abs(found[True] - found[False]) > 1e-3
