@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dfkd_jax import weights
+from dfkd_jax import data, weights
 from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import Settings
 from dfkd_jax.evaluate import input_scale, loss_terms
@@ -34,16 +34,19 @@ def run(settings: Settings, teacher: Network | None = None) -> dict[str, Any]:
 
 
 def _load_images(settings: Settings) -> np.ndarray | None:
-  """Loads the first images of the test split, or returns None if there are none at hand."""
-  if settings.dataset.name is None:
+  """Loads the first images of the test split, or returns None if there are none at hand.
+
+  Raises a ValueError if a data set at hand does not suit the settings.
+  """
+  dataset = settings.dataset
+  if dataset.name is None or not data.is_prepared(dataset.name, dataset.data_dir):
     return None
-  split = re.match(r'\w*', settings.dataset.test_split)[0]
-  for part in (f'{split}[:{settings.preflight.batch_size}]', split):  # all, if there are fewer
-    try:
-      return build.load_split(settings.dataset, settings.task, part).images
-    except ValueError:
-      continue
-  return None
+  split = re.match(r'\w*', dataset.test_split)[0]
+  try:
+    first = f'{split}[:{settings.preflight.batch_size}]'
+    return build.load_split(dataset, settings.task, first).images
+  except ValueError:  # the split has fewer images
+    return build.load_split(dataset, settings.task, split).images
 
 
 def report(settings: Settings, teacher: Network, student: Network | None, card: weights.Card,

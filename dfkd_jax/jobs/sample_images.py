@@ -27,45 +27,58 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
   """
   number = max(4 * grid.columns * grid.rows, 0 if judge is None else JUDGED)
   images, labels = _draw(experiment, plan, synthesis, teacher, key, number)
-  turn = np.zeros(len(labels), int)  # 0 for the first image of a class, 1 for the second, ...
-  for label in np.unique(labels):
-    turn[labels == label] = np.arange((labels == label).sum())
-  order = np.lexsort((labels, turn))[:grid.columns * grid.rows]
-  names, batch_size = _class_names(experiment), experiment.settings.evaluate_batch_size
-  path, is_dense = experiment.workdir / 'images.png', experiment.task.label_axes > 0
-  if is_dense:
-    order = order[:grid.columns * max(1, grid.rows // 3)]
-    networks = {'teacher': teacher, 'student': student}
-    masks = {name: evaluate.predict(network, images[order], batch_size=batch_size, shared=True)
-             for name, network in networks.items()}
-    with parallel.raise_on_all_processes():
-      draw_masks(path, images[order], masks, names, grid.columns)
+  order = _in_turn(labels)
+  if experiment.task.label_axes:
+    shown = order[:grid.columns * max(1, grid.rows // 3)]
+    _show_masks(experiment, 'images.png', images[shown], {'teacher': teacher, 'student': student},
+                grid.columns)
   else:
+    shown, names = order[:grid.columns * grid.rows], _class_names(experiment)
     with parallel.raise_on_all_processes():
-      labelled = [names[label] for label in labels[order]]
-      report.image_grid(path, images[order], labelled, grid.columns)
-  if judge is None:
-    return None
-  if is_dense:
-    answers, labels = (
-        evaluate.predict(network, images, batch_size=batch_size) for network in (judge, teacher))
-    return {'judge_top1': float((answers == labels).mean()), 'count': labels.size}
-  metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task, batch_size=batch_size)
-  return {'judge_top1': metrics['top1'], 'judge_top5': metrics['top5'], 'count': metrics['count']}
+      report.image_grid(experiment.workdir / 'images.png', images[shown],
+                        [names[label] for label in labels[shown]], grid.columns)
+  return None if judge is None else _judge(experiment, images, labels, teacher, judge)
 
 
 def show_test_images(experiment: Experiment, networks: dict[str, Network], columns: int) -> None:
   """Writes test_images.png: test images from all over the split, their masks, and predictions."""
   test = experiment.test
   rows = np.linspace(0, len(test.images) - 1, min(columns, len(test.images))).round().astype(int)
-  images, truth = test.images[rows], test.labels[rows]
-  masks = {'labels': truth} | {
-      name: evaluate.predict(network, images, shared=True,
-                             batch_size=experiment.settings.evaluate_batch_size)
-      for name, network in networks.items()}
+  _show_masks(experiment, 'test_images.png', test.images[rows], networks, columns,
+              truth=test.labels[rows])
+
+
+def _in_turn(labels: np.ndarray) -> np.ndarray:
+  """Returns an order of images in which every class has its turn."""
+  turn = np.zeros(len(labels), int)  # 0 for the first image of a class, 1 for the second, ...
+  for label in np.unique(labels):
+    turn[labels == label] = np.arange((labels == label).sum())
+  return np.lexsort((labels, turn))
+
+
+def _show_masks(
+    experiment: Experiment, file: str, images: np.ndarray, networks: dict[str, Network],
+    columns: int, truth: np.ndarray | None = None) -> None:
+  """Writes a file of images and masks: the true ones, if given, and those of each network."""
+  batch_size = experiment.settings.evaluate_batch_size
+  masks = {} if truth is None else {'labels': truth}
+  masks |= {name: evaluate.predict(network, images, batch_size=batch_size, shared=True)
+            for name, network in networks.items()}
   with parallel.raise_on_all_processes():
-    draw_masks(experiment.workdir / 'test_images.png', images, masks, _class_names(experiment),
-               columns, ignore=experiment.task.ignore)
+    draw_masks(experiment.workdir / file, images, masks, _class_names(experiment), columns,
+               ignore=-1 if truth is None else experiment.task.ignore)
+
+
+def _judge(experiment: Experiment, images: np.ndarray, labels: np.ndarray, teacher: Network,
+           judge: Network) -> dict[str, float]:
+  """Compares a judge with the teacher, on images and the teacher's labels of them."""
+  batch_size = experiment.settings.evaluate_batch_size
+  if experiment.task.label_axes:
+    answers, masks = (
+        evaluate.predict(network, images, batch_size=batch_size) for network in (judge, teacher))
+    return {'judge_top1': float((answers == masks).mean()), 'count': len(images)}
+  metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task, batch_size=batch_size)
+  return {'judge_top1': metrics['top1'], 'judge_top5': metrics['top5'], 'count': metrics['count']}
 
 
 def draw_masks(path: str | os.PathLike, images: np.ndarray, masks: dict[str, np.ndarray],
