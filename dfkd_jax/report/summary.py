@@ -28,6 +28,7 @@ class Summary(TypedDict):
   weights: dict  # SHA-256 by network.
   changed: list  # Changes of the config on resuming.
   columns: NotRequired[list]  # Metrics to show, see `tasks.Task`; the first one is compared.
+  class_names: NotRequired[list[str]]  # Of the data set, where classes have metrics of their own.
   teacher: NotRequired[Result]
   control: NotRequired[Result]  # A student of noise images.
   network: NotRequired[str]  # 'teacher' if `student` describes the training of a teacher.
@@ -137,17 +138,18 @@ def _iou_by_class(summary: Summary) -> list[str]:
   """Formats the IoU of each class, of student and teacher, if the task has any."""
   networks = {summary.get('network', 'student'): summary['student']['last'],
               'teacher': summary.get('teacher') or {}}
-  names = [name for name in networks if any(key.startswith('iou_') for key in networks[name])]
-  if not names:
+  found = {name: {int(key.removeprefix('iou_')): value for key, value in result.items()
+                  if key.startswith('iou_')} for name, result in networks.items()}
+  found = {name: values for name, values in found.items() if values}
+  if not found:
     return []
-  found = {key for name in names for key in networks[name] if key.startswith('iou_')}
-  keys = sorted(found, key=lambda key: int(key.removeprefix('iou_')))
-  cells = lambda name: [f'{networks[name][key]:.3f}' if key in networks[name] else '-'
-                        for key in keys]
-  rows = [('IoU by class', [key.removeprefix('iou_') for key in keys]),
-          *((name, cells(name)) for name in names)]
-  width = max(len(cell) for _, row in rows for cell in row) + 2
-  return ['', *(f'{title:21}' + ''.join(f'{cell:>{width}}' for cell in row) for title, row in rows)]
+  names = dict(enumerate(summary.get('class_names') or []))
+  lines = ['', f'{"IoU by class":21}' + ''.join(f'{name:>11}' for name in found)]
+  for label in sorted(set().union(*found.values())):
+    cells = (f'{values[label]:11.3f}' if label in values else f'{"-":>11}'
+             for values in found.values())
+    lines.append(f'{names.get(label, label)!s:21}' + ''.join(cells))
+  return lines
 
 
 def _time_rows(seconds: dict[str, float], wall: float | None) -> list[tuple[str, str]]:

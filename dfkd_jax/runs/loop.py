@@ -214,9 +214,12 @@ class Experiment:
     self.store.wait()
     meta = self.store.meta
     faults = sorted(path.name for path in self.workdir.glob('fault*.json'))
+    is_dense = self.task.label_axes > 0  # Each class has an IoU.
+    class_names = list(self.test.class_names) if is_dense and self.test is not None else None
     summary = results | self._results() | {
         'note': _PICKED_ON_SYNTHETIC if self.test is None else _PICKED_ON_TEST,
-        'columns': self.task.columns, 'seed': self.settings.seed, 'config_hash': meta['hash'],
+        'columns': self.task.columns, 'class_names': class_names, 'seed': self.settings.seed,
+        'config_hash': meta['hash'],
         **{name: meta[name] for name in ('config', 'jax', 'changed', 'weights')},
         'versions': report.versions(), 'device': report.device() | {'count': self.mesh.size},
         'command': self._command, 'workdir': str(self.workdir), 'teacher': self._teacher_metrics,

@@ -53,13 +53,15 @@ def get(each):
 
 
 def shapes_of(config, which):
+  """Returns the shapes of a network's logits and of its parameters."""
   images = jax.ShapeDtypeStruct((1, *config.dataset.image_shape), 'float32')
-  return jax.eval_shape(build.module(getattr(resolve(config), which)).init, jax.random.key(0),
-                        images)['params']
+  module = build.module(getattr(resolve(config), which))
+  logits, variables = jax.eval_shape(module.init_with_output, jax.random.key(0), images)
+  return logits.shape, variables['params']
 
 
 def num_params(config, which):
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config, which)))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes_of(config, which)[1]))
 
 
 def fields(config, prefix=''):
@@ -97,7 +99,8 @@ def test_passes_its_own_checks(each):
   raise_problems(check_values, get(each))
 
 
-SMALL = {'cifar10': 'resnet8', 'cifar100': 'resnet8', 'imagenet': 'resnet18_imagenet'}
+SMALL = {'cifar10': 'resnet8', 'cifar100': 'resnet8', 'imagenet': 'resnet18_imagenet',
+         'nyuv2': 'espnet'}
 # Pairs, sizes and variants have tests of their networks and numbers.
 BUILT = [each if each.startswith('default:') or each.partition(':')[2] in ('', *synth.names())
          else pytest.param(each, marks=pytest.mark.exhaustive) for each in EACH]
@@ -109,11 +112,9 @@ def test_builds(each):
   config.num_devices = 1
   for which in ('teacher', 'student'):
     if config[which].name:
-      shapes = shapes_of(config, which)
-      last, = (layer for name, layer in shapes.items()
-               if name in ('fc', 'linear', 'classifier', 'classifier_1',
-                                                                   'classifier_6'))
-      assert last['bias'].shape == (config.dataset.num_classes,)
+      shape, _ = shapes_of(config, which)
+      masks = config.dataset.image_shape[:2] if config.task == 'segmentation' else ()
+      assert shape == (1, *masks, config.dataset.num_classes)
   if small := SMALL.get(each.partition(':')[0]):  # A method's numbers go with any pair.
     for which in ('teacher', 'student'):
       config[which].update(name=small)
@@ -135,7 +136,9 @@ def traced(text):
   assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, trained)
   image_shape = tuple(config.dataset.image_shape)
   images = jax.ShapeDtypeStruct((2, *image_shape), 'float32')
-  assert shapes(augment.create(**resolve(config).augment), images).shape == images.shape
+  size = tuple(resolve(config).augment.get('size', image_shape[:2]))
+  augmented = shapes(augment.create(**resolve(config).augment), images)
+  assert augmented.shape == (2, *size, image_shape[-1])
   if config.job != 'distill':
     return
   synthesizer = build_method.synthesizer(resolve(config).method, 1)(None)
@@ -145,7 +148,8 @@ def traced(text):
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
   assert all(metric.shape == (config.method.num_steps,) for metric in metrics.values())
   batch = shapes(lambda key, state: synthesizer.sample(state, key), state)
-  assert batch.images.shape == (config.distill.batch_size, *image_shape)
+  made = tuple(config.generator.image_shape or image_shape)
+  assert batch.images.shape == (config.distill.batch_size, *made)
 
 
 @pytest.mark.parametrize('dataset', ['cifar10', 'cifar100'])

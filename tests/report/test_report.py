@@ -286,6 +286,17 @@ def test_closing_lines_have_agreement_and_judged_images_and_rates():
   assert re.search('1,234 image-steps/s .* 568 images/s', text)
 
 
+def test_closing_lines_have_the_iou_of_each_class_by_name():
+  student, teacher = {'iou_0': 0.25, 'iou_10': 0.125}, {'iou_0': 0.5, 'iou_1': 0.75}
+  text = report.format_summary({
+      'student': {'last': student | {'mean_iou': 0.1}, 'best': None},
+      'teacher': teacher | {'mean_iou': 0.4}, 'columns': [('mean_iou', 'mIoU', '.4f')],
+      'class_names': ['sky', 'road']})
+  assert re.search(r'IoU by class +student +teacher\n'
+                   r'sky +0\.250 +0\.500\nroad +- +0\.750\n10 +0\.125 +-\n', text)
+  assert 'IoU' not in report.format_summary(SUMMARY)
+
+
 def whole_summary():
   more = {'config': {'seed': 1}, 'weights': {'judge': None}, 'changed': [], 'network': None}
   return json.loads(json.dumps(SUMMARY | more, default=float).replace('Infinity', 'null'))
