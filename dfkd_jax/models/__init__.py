@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from dfkd_jax.messages import check_choice
 from dfkd_jax.models.deeplab import DeepLabV3, DeepLabV3MobileNet
+from dfkd_jax.models.drn import DilatedResNet
 from dfkd_jax.models.espnet import ESPEncoder, ESPNet
 from dfkd_jax.models.generator import DFADGenerator, Generator, SpatialGenerator
 from dfkd_jax.models.mobilenet import EfficientNetLite, MobileNetV2
@@ -42,7 +43,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     'efficientnet_lite1': functools.partial(EfficientNetLite, depth=1.1),
     'efficientnet_lite2': functools.partial(EfficientNetLite, width=1.1, depth=1.2),
     'deeplabv3_resnet50': DeepLabV3, 'deeplabv3_mobilenet': DeepLabV3MobileNet,
-    'espnet': ESPNet, 'espnet_c': ESPEncoder,
+    'drn': DilatedResNet, 'espnet': ESPNet, 'espnet_c': ESPEncoder,
     'resnet18_imagenet': ImageNetResNet,
     'resnet34_imagenet': functools.partial(ImageNetResNet, stage_sizes=_DEEP),
     'resnet50_imagenet': functools.partial(ImageNetResNet, stage_sizes=_DEEP, bottleneck=True),

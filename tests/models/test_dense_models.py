@@ -29,6 +29,7 @@ def count(variables):
 @pytest.mark.parametrize(('name', 'num_classes', 'options', 'expected'), [
     ('espnet', 12, {}, (354_517, 21)),  # the authors' file
     ('espnet', 20, {'skip': 'plain'}, (364_569, 21)),
+    ('drn', 12, {}, (89_448, 11)),
     # torchvision: 42,004,074 less its auxiliary head of 2,365,205
     ('deeplabv3_resnet50', 21, {}, (39_638_869, 60)),
     ('deeplabv3_mobilenet', 13, {}, (5_111_821, 58)),
@@ -58,11 +59,26 @@ def test_deeplab_gives_the_logits_of_pytorch(probe, gain, options):
   np.testing.assert_allclose(found, values[probe], atol=1e-4 * np.abs(values[probe]).max(), rtol=0)
 
 
-@pytest.mark.parametrize('name', ['espnet', 'espnet_c', 'deeplabv3_mobilenet'])
+@pytest.mark.parametrize('name', ['drn', 'espnet', 'espnet_c', 'deeplabv3_mobilenet'])
 def test_any_size_keeps_its_size(name):
   logits, _ = shapes(name, 5, size=(37, 51))
   assert logits.shape == (2, 37, 51, 5)
   assert logits.dtype == jnp.float32
+
+
+def test_a_dilated_resnet_adds_the_logits_of_two_stages():
+  module = models.create('drn', 5, widths=(3, 4, 6), rates=(1, 3))
+  images = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
+  variables = module.init(jax.random.key(0), images)
+  params = variables['params']
+  assert sorted(name for name in params if name.startswith('layer')) == [
+      'layer2_0', 'layer3_0', 'layer3_1']
+  without = lambda name: jax.tree.map(jnp.zeros_like, params[name])
+  logits = {name: module.apply(variables | {'params': params | {name: without(name)}}, images)
+            for name in ('score4', 'score8')}
+  assert all(np.abs(part).max() > 1e-3 for part in logits.values())
+  np.testing.assert_allclose(
+      module.apply(variables, images), logits['score4'] + logits['score8'], atol=1e-5)
 
 
 @pytest.mark.parametrize('num_classes', [2, 3, 5, 7])

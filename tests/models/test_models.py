@@ -368,7 +368,7 @@ def test_initial_weights_are_spread_as_published(module, shape, leaf, std, unifo
 def test_create_gives_a_network_for_every_other_name(name):
   module = models.create(name, 6)
   logits, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), jnp.zeros((3, 40, 33, 2)))
-  is_dense = name.startswith(('deeplab', 'espnet'))
+  is_dense = name.startswith(('deeplab', 'drn', 'espnet'))
   assert logits.shape == ((3, 40, 33, 6) if is_dense else (3, 6))
 
 
