@@ -1,15 +1,21 @@
-r"""Compares all methods, or the ablations of SSD-KD, at equal time on the embedded data set.
+r"""Compares methods, or ablations of SSD-KD, at equal time; by default on the embedded data set.
 
 python benchmarks/methods.py --seconds=300 --seeds 0 1 2 --workdir=runs/methods
 python benchmarks/methods.py --ablations --seconds=300 --seeds 0 1 2 --workdir=runs/ablations
 
-Each run is `python main.py --config=configs/default.py:METHOD`. A short run of the same config
-measures first how many rounds fill the time, so the learning rate schedule fits.
+Each run is `python main.py --config=configs/default.py:METHOD`, or of the file of --config. A short
+run of the same config measures first how many rounds fill the time, so the learning rate schedule
+fits. Segmentation of street scenes:
+
+python benchmarks/methods.py --config=camvid --methods fast_dfkd ssd_kd dfad cu_dfkd \
+    --seconds=1800 --at_once=2 --workdir=runs/camvid \
+    --set teacher.source=espnet_p2_q8_camvid.pth dataset.data_dir=DATA
+
 The time counts synthesis and student steps, not evaluation and compilation, which differ by a few
 seconds. With --at_once=2, two runs share the cores (Linux).
 
 Runs that are in the workdir already are not repeated, so a table can be stopped and resumed.
-Accuracy and agreement are from the last round. The best round is selected on the test images. Use
+Metrics are from the last round. The best round is selected on the test images. Use
 --set to compare settings on other images. This uses images that the TEACHER of
 configs/teacher_fashion_mnist.py:validate was not trained on:
 
@@ -78,18 +84,18 @@ class Pool:
   def __exit__(self, *error) -> None:
     self._executor.shutdown(wait=False, cancel_futures=True)  # Drops queued runs after an error.
 
-  def summary_of(self, method: str, workdir: pathlib.Path, fields: tuple[str, ...]) -> dict:
+  def summary_of(self, config: str, workdir: pathlib.Path, fields: tuple[str, ...]) -> dict:
     """Runs a config unless its summary exists; returns the summary."""
     path = workdir / 'summary.json'
     if path.exists():
-      config = json.loads(json.dumps(config_of(method, fields).to_dict()))
-      if json.loads(path.read_text())['config'] != config:
+      expected = json.loads(json.dumps(config_of(config, fields).to_dict()))
+      if json.loads(path.read_text())['config'] != expected:
         raise SystemExit(f'{workdir} has a run of another config: name another --workdir.')
     else:
       share = self._shares.get()
       try:
         subprocess.run(
-            [*share, sys.executable, str(ROOT / 'main.py'), f'--config=configs/default.py:{method}',
+            [*share, sys.executable, str(ROOT / 'main.py'), f'--config={config}',
              f'--workdir={workdir}', *(f'--config.{field}' for field in fields)],
             check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
       finally:
@@ -97,18 +103,18 @@ class Pool:
     return json.loads(path.read_text())
 
 
-def config_of(method: str, fields: tuple[str, ...]):
-  """Returns the config of a method with fields set."""
-  config = cli.load(f'configs/default.py:{method}')
-  cli.override(config, [f'--config.{field}' for field in fields])
-  return config
+def config_of(config: str, fields: tuple[str, ...]):
+  """Returns a config, such as 'configs/default.py:dfq', with fields set."""
+  loaded = cli.load(config)
+  cli.override(loaded, [f'--config.{field}' for field in fields])
+  return loaded
 
 
 def fields_for(
-    seconds: float, method: str, fields: tuple[str, ...], short: dict
+    seconds: float, config: str, fields: tuple[str, ...], short: dict
 ) -> tuple[str, ...]:
   """Returns fields with which a run fills the time, from the summary of a short run."""
-  config = config_of(method, fields)
+  config = config_of(config, fields)
   synthesis = short['seconds']['synthesis'] / SHORT
   student = short['seconds']['student'] / (SHORT - WARMUP)
   warmup = config.distill.distill_after
@@ -128,19 +134,22 @@ def fields_for(
 def table_row(name: str, summaries: list[dict]) -> str:
   """Formats means over the seeds. Seconds are medians, because other programs may disturb a run."""
   students = [summary['student'] for summary in summaries]
-  last, best = ([100 * student[kind]['top1'] for student in students] for kind in ('last', 'best'))
+  headline = summaries[0]['columns'][0][0]
+  last, best = ([100 * student[kind][headline] for student in students]
+                for kind in ('last', 'best'))
   mean, spread = statistics.mean(last), f' ± {statistics.stdev(last):.2f}' if len(last) > 1 else ''
   agreement = 100 * statistics.mean(student['last']['agreement'] for student in students)
   medians = [statistics.median(summary['seconds'][part] for summary in summaries) for part in PARTS]
   seconds = ' / '.join(f'{median:.0f}' for median in medians)
   wall = statistics.median(summary['wall_seconds'] for summary in summaries)
-  return (f'| {name} | {mean:.2f}{spread} | {mean / summaries[0]["teacher"]["top1"] / 100:.3f} | '
+  return (f'| {name} | {mean:.2f}{spread} | {mean / summaries[0]["teacher"][headline] / 100:.3f} | '
           f'{statistics.mean(best):.2f} | {agreement:.2f} | {students[0]["last"]["round"]} | '
           f'{seconds} | {wall:.0f} |')
 
 
 def run() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--config', default='default', help='file in configs/ (default: %(default)s)')
   parser.add_argument('--seconds', type=float, default=300.0,
                       help='of synthesis and student steps, for each run')
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
@@ -160,25 +169,26 @@ def run() -> None:
   rows = {name: ROWS[name] for name in options.methods}
   if options.ablations:
     rows = {name: ('ssd_kd', fields) for name, fields in ABLATIONS.items()}
-  rows = [(name, method, (*common, *fields)) for name, (method, fields) in rows.items()]
+  rows = [(name, f'configs/{options.config}.py:{method}', (*common, *fields))
+          for name, (method, fields) in rows.items()]
   try:
-    for _, method, fields in rows:
-      config_of(method, fields)
+    for _, config, fields in rows:
+      config_of(config, fields)
   except ValueError as error:
-    raise SystemExit(f'--set: {error}') from error
+    raise SystemExit(f'--config or --set: {error}') from error
 
   def folder_of(name):
     return options.workdir.absolute() / name.lower().replace(' ', '_').replace(',', '')
 
   def plan_row(row):
-    name, method, fields = row
+    name, config, fields = row
     short_run = *fields, f'distill.distill_after={WARMUP}', f'distill.rounds={SHORT}'
-    short = pool.summary_of(method, folder_of(name) / 'short', short_run)
-    return fields_for(options.seconds, method, fields, short)
+    short = pool.summary_of(config, folder_of(name) / 'short', short_run)
+    return fields_for(options.seconds, config, fields, short)
 
   def run_seed(task):
-    (name, method, _), fields, seed = task
-    return pool.summary_of(method, folder_of(name) / f'seed{seed}', (*fields, f'seed={seed}'))
+    (name, config, _), fields, seed = task
+    return pool.summary_of(config, folder_of(name) / f'seed{seed}', (*fields, f'seed={seed}'))
 
   with Pool(options.at_once) as pool:
     plans = list(pool.map(plan_row, rows))
