@@ -130,7 +130,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldErro
   synthesised = settings.method.generator.image_shape
   if not is_wrong('dataset.image_shape', 'generator.image_shape') and synthesised[-1] != shape[-1]:
     yield wrong_value('generator.image_shape', synthesised,
-                      f'of {shape[-1]} channels, as dataset.image_shape.')
+                      f'(height, width, {shape[-1]}), as of dataset.image_shape.')
   if settings.dataset.resize and settings.dataset.crop is not None:
     yield wrong_value('dataset.crop', settings.dataset.crop, 'None with dataset.resize.')
   if (optimizer.warmup_steps and optimizer.schedule != 'cosine_by_step'

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import toy_runs
+import toys
 from PIL import Image
 
 from dfkd_jax import models, train, weights
@@ -106,6 +107,21 @@ def test_pictures_have_masks_in_rows(whole):
       assert picture.height > rows * SIZE[0]
 
 
+def test_devices_share_the_work_of_tasks(tmp_path):
+  changes = dict(distill__rounds=1, distill__batch_size=8, method__batch_size=2,
+                 method__num_tasks=4, method__capacity=16)
+  states = [toy_runs.observed(config(num_devices=count, **changes), tmp_path / str(count))[1]
+            for count in (1, 4)]
+  alone, spread = (state.student.network for state in states)
+  buffers = [state.synthesis.buffer.images.astype(int) for state in states]
+  assert buffers[0].shape == (4, 4, 16, 12, 3)
+  assert np.abs(buffers[0] - buffers[1]).max() <= 1
+  assert max(toys.distances(alone.params, spread.params).values()) <= 1e-4
+  for mine, theirs in zip(*map(jax.tree.leaves, (alone.batch_stats, spread.batch_stats)),
+                          strict=True):
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_other_void_rule_picks_the_best_round(tmp_path):
   summary = train.run(config(dataset__count_void=True), tmp_path)
   assert summary['selection'] == 'mean_iou_void'
@@ -131,7 +147,10 @@ def test_a_network_learns_from_masks(changes, tmp_path):
     (dict(dataset__num_classes=2, dataset__ignore=255),
      "dataset.num_classes is 2, must be at least 4: masks of 'scenes' have label 3"),
     (dict(dataset__name='toy', dataset__data_dir=toy_runs.data_dir(),
-          dataset__image_shape=toy_runs.IMAGE), "dataset.name is 'toy', must be a data set of mas"),
+          dataset__image_shape=toy_runs.IMAGE, generator__image_shape=None),
+     "dataset.name is 'toy', must be a data set of mas"),
+    (dict(generator__image_shape=(16, 12, 1)),
+     r'generator.image_shape is \(16, 12, 1\), must be \(height, width, 3\), as of dataset.im'),
 ])
 def test_what_does_not_fit_costs_one_line(changes, message, tmp_path):
   made = config(**changes)
