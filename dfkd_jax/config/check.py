@@ -127,6 +127,14 @@ def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldErro
     if not is_wrong('distill.steps_per_round', 'distill.calls_per_round') and steps % calls:
       yield wrong_value('distill.steps_per_round', steps,
                         f'a multiple of {calls}, distill.calls_per_round.')
+  if distill.mosaic > 1 and settings.job == 'distill' and not is_wrong('distill.mosaic'):
+    if not settings.task.label_axes:
+      yield wrong_value('distill.mosaic', distill.mosaic, "1 where task is 'classification'.")
+    share, images = distill.batch_size // settings.method.num_tasks, distill.mosaic**2
+    if share % images:
+      yield wrong_value('distill.batch_size', distill.batch_size,
+                        f'a multiple of {images * settings.method.num_tasks}: distill.mosaic is '
+                        f'{distill.mosaic}.')
   synthesised = settings.method.generator.image_shape
   if not is_wrong('dataset.image_shape', 'generator.image_shape') and synthesised[-1] != shape[-1]:
     yield wrong_value('generator.image_shape', synthesised,

@@ -94,6 +94,8 @@ RUN_FIELDS = (
     Field('distill.batch_size', 256, int, FROM_1, 'images of a student step, on all devices'),
     Field('distill.temperature', 20.0, float, ABOVE_0, 'temperature of the divergence kl'),
     Field('distill.divergence', 'kl', str, ('kl', 'l1', 'l2'), "the student's loss"),
+    Field('distill.mosaic', 1, int, FROM_1,
+          'images on a side of the mosaics that the networks see; above 1 in segmentation only'),
     Field('distill.attention_factor', 0.0, float, FROM_0, "factor of ZSKT's attention transfer"),
     Field('train.network', 'student', str, ('teacher', 'student'), 'network to train'),
     Field('train.epochs', 200, int, FROM_1, 'epochs'),

@@ -8,6 +8,7 @@ import optax
 from jax import lax
 
 from dfkd_jax import parallel
+from dfkd_jax.distill import mosaic
 from dfkd_jax.distill.student import Student, train_step
 from dfkd_jax.distill.student import divergence as student_divergence
 from dfkd_jax.losses.divergence import agreement, attention_transfer
@@ -21,7 +22,8 @@ def distill(
     student: Student, state: PyTree, key: PRNGKey, teacher: Network, *, synthesizer: Synthesizer,
     tx: optax.GradientTransformation, num_steps: int, temperature: float = 20.0,
     divergence: str = 'kl', attention_factor: float = 0.0,
-    augment: Callable[[PRNGKey, Array], Array], num_tasks: int = 1, axis: str | None = None,
+    augment: Callable[[PRNGKey, Array], Array], mosaic_side: int = 1, num_tasks: int = 1,
+    axis: str | None = None,
     part: replay.HostBatches | None = None) -> tuple[Student, PyTree, Metrics]:
   """Trains the student for one round, in one `lax.scan`.
 
@@ -36,6 +38,8 @@ def distill(
     divergence: 'kl', or 'l1' or 'l2' between logits.
     attention_factor: Factor of `losses.divergence.attention_transfer`, which is added (ZSKT).
     augment: (key, images) -> images.
+    mosaic_side: Images on a side of the mosaics that both networks see; above 1 for networks of
+      pixels only.
     num_tasks: Tasks on this device. Keys do not depend on the number of devices.
     axis: The mapped axis of devices, if any.
     part: The steps to take and their images, if the buffer is on the host. None takes all.
@@ -47,14 +51,22 @@ def distill(
   """
   augment = parallel.by_task(augment, num_tasks, axis)
 
+  def by_image(outputs):
+    if mosaic_side == 1:
+      return outputs
+    return outputs._replace(logits=mosaic.split(outputs.logits, mosaic_side))
+
   def step(carry, inputs):
     (student, state), (step_key, drawn) = carry, inputs
     key_sample, key_augment = jax.random.split(step_key)
     batch = synthesizer.sample(replay.with_batch(state, drawn), key_sample)
     images = augment(key_augment, batch.images)
-    targets = teacher(images)
+    if mosaic_side > 1:
+      images = mosaic.join(images, mosaic_side)
+    targets = by_image(teacher(images))
 
     def loss_fn(outputs):
+      outputs = by_image(outputs)
       losses = student_divergence(divergence, outputs.logits, targets.logits, temperature)
       if attention_factor:
         losses += attention_factor * attention_transfer(outputs.maps, targets.maps)

@@ -133,7 +133,7 @@ def compile_steps(
         student, synthesis, key, teacher, synthesizer=plan.make(axis), tx=plan.tx,
         num_steps=rounds.steps_per_call, temperature=rounds.temperature,
         divergence=rounds.divergence, augment=plan.augment, num_tasks=plan.num_tasks,
-        attention_factor=rounds.attention_factor, axis=axis, part=part)
+        attention_factor=rounds.attention_factor, mosaic_side=rounds.mosaic, axis=axis, part=part)
 
   one, spread = parallel.REPLICATED, parallel.specs(state.synthesis)
   inputs = (state.student, state.synthesis, jax.random.key(0), teacher)

@@ -7,9 +7,11 @@ import optax
 import pytest
 import toys
 from conftest import golden
+from flax import linen as nn
 from flax import struct, traverse_util
 
 from dfkd_jax import augment, distill, models, synth, weights
+from dfkd_jax.distill import mosaic
 from dfkd_jax.losses import divergence
 from dfkd_jax.types import Batch
 
@@ -237,3 +239,52 @@ def test_all_parameters_take_part_in_a_step():
   for path, leaf in traverse_util.flatten_dict(trained.network.params).items():
     before = traverse_util.flatten_dict(toys.student().params)[path]
     np.testing.assert_allclose(leaf, 0.95 * before, rtol=1e-5, err_msg='/'.join(path))
+
+
+class Pixels(nn.Module):
+  """A batch norm and a class for each pixel, from a neighbourhood of `size`."""
+
+  size: int
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Conv(3, (self.size, self.size))(x)
+
+
+@pytest.mark.parametrize(('size', 'differs'), [(1, False), (3, True)])
+def test_mosaics_give_pixels_more_around_them(size, differs):
+  """Where a pixel sees no other, mosaics of four change nothing; weights stay those of images."""
+  module, tx = Pixels(size), optax.sgd(0.1)
+  teacher, student = (models.create_network(module, jax.random.key(seed), (6, 8, 2))
+                      for seed in (1, 2))
+  images = jax.random.uniform(jax.random.key(3), (8, 6, 8, 2))
+  weights = jnp.arange(8.0)
+  sample = lambda state, key: Batch(images, jnp.zeros(8, int), jnp.zeros(8, int))
+  seen = []
+
+  def weigh(state, batch, losses):
+    seen.append(losses.shape)
+    return state, weights
+
+  method = synth.Synthesizer(lambda *_: (), lambda *_: None, sample, weigh)
+  trained, loss = [], []
+  for side in (1, 2):
+    result = toys.jit(lambda key, side=side: distill.distill(
+        distill.init(student, tx), (), key, teacher, synthesizer=method, tx=tx, num_steps=2,
+        augment=augment.identity, mosaic_side=side))(jax.random.key(0))
+    trained.append(result[0].network.params)
+    loss.append(float(result[2]['loss']))
+  assert set(seen) == {(8,)}
+  distance = max(toys.distances(*trained).values())
+  assert distance > 1e-3 if differs else distance < 1e-5
+  assert (abs(loss[0] - loss[1]) > 1e-3 * loss[0]) == differs
+
+
+def test_a_mosaic_has_its_images_row_by_row():
+  images = np.arange(8 * 2 * 3).reshape(8, 2, 3, 1)
+  joined = mosaic.join(jnp.asarray(images), 2)
+  assert joined.shape == (2, 4, 6, 1)
+  np.testing.assert_array_equal(joined[1, :2, 3:], images[5])
+  np.testing.assert_array_equal(joined[0, 2:, :3], images[2])
+  np.testing.assert_array_equal(mosaic.split(joined, 2), images)

@@ -149,6 +149,8 @@ def test_a_network_learns_from_masks(changes, tmp_path):
     (dict(dataset__name='toy', dataset__data_dir=toy_runs.data_dir(),
           dataset__image_shape=toy_runs.IMAGE, generator__image_shape=None),
      "dataset.name is 'toy', must be a data set of mas"),
+    (dict(distill__mosaic=2, distill__batch_size=6),
+     'distill.batch_size is 6, must be a multiple of 4: distill.mosaic is 2'),
     (dict(generator__image_shape=(16, 12, 1)),
      r'generator.image_shape is \(16, 12, 1\), must be \(height, width, 3\), as of dataset.im'),
 ])
