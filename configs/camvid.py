@@ -44,7 +44,7 @@ def get_config(arguments: str = ''):
     return _scratch(config)
   config.generator.update(name='generator', image_shape=(96, 128, 3), options=dict(width=32))
   config.augment.synthesis.name = config.augment.student.name = 'flip'
-  config.distill.update(rounds=400, steps_per_round=20, distill_after=10, batch_size=16,
+  config.distill.update(rounds=400, steps_per_round=40, distill_after=10, batch_size=16, mosaic=2,
                         temperature=2.0)
   config.optimizer.update(name='adam', learning_rate=3e-3, weight_decay=0.0,
                           schedule='cosine_by_step', end_value=3e-5, warmup_steps=100)

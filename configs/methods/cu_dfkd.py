@@ -54,7 +54,7 @@ def cifar(config):
 
 def camvid(config):
   """Sets numbers for CamVid on a CPU."""
-  online.camvid(config, 'cu_dfkd', relative_batch_norm=1.0, one_hot=0.5, balance=2.0,
+  online.camvid(config, 'cu_dfkd', relative_batch_norm=1.0, one_hot=0.5, balance=0.5,
                 adversarial=1.0)
   rounds = config.distill.rounds
   config.method.update(

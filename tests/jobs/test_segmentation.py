@@ -14,7 +14,7 @@ from dfkd_jax import models, train, weights
 from dfkd_jax.data import prepare
 
 SIZE, CLASSES, VOID = (24, 20), 4, 3  # Void is an output of the networks.
-NET = dict(p=0, q=0, widths=(5, 10, 10))
+NET = dict(widths=(4, 6, 6), blocks=0, rates=())
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -48,8 +48,8 @@ def data_dir():
 @functools.cache
 def teacher_file():
   network = models.create_network(
-      models.create('espnet_c', CLASSES, **NET), jax.random.key(7), (*SIZE, 3))
-  path = toy_runs.folder() / 'espnet_c.safetensors'
+      models.create('drn', CLASSES, **NET), jax.random.key(7), (*SIZE, 3))
+  path = toy_runs.folder() / 'drn.safetensors'
   weights.save_safetensors(
       path, {'params': network.params, 'batch_stats': toy_runs.moved(network.batch_stats)})
   return str(path)
@@ -62,7 +62,7 @@ def config(**changes):
   found.dataset.update(name='scenes', data_dir=data_dir(), image_shape=(*SIZE, 3),
                        num_classes=CLASSES, ignore=VOID)
   for network in (found.teacher, found.student):
-    network.update(name='espnet_c', mean=(0.4,), std=(0.3,))
+    network.update(name='drn', mean=(0.4,), std=(0.3,))
     network.options = NET
   found.generator.image_shape = (16, 12, 3)
   found.method.update(adversarial_after=0)
@@ -143,7 +143,7 @@ def test_a_network_learns_from_masks(changes, tmp_path):
     (dict(teacher__name='resnet8'),
      "teacher.name is 'resnet8', which predicts a class for each image, but task is 'segmen"),
     (dict(task='classification'),
-     "teacher.name is 'espnet_c', which predicts a class for each pixel, but task is 'classificat"),
+     "teacher.name is 'drn', which predicts a class for each pixel, but task is 'classificat"),
     (dict(dataset__num_classes=2, dataset__ignore=255),
      "dataset.num_classes is 2, must be at least 4: masks of 'scenes' have label 3"),
     (dict(dataset__name='toy', dataset__data_dir=toy_runs.data_dir(),
