@@ -109,7 +109,8 @@ def generator(settings: NetworkSettings) -> nn.Module:
     if settings.name == 'spatial_generator':
       made = models.SpatialGenerator(channels=shape[-1], size=shape[:2], **options)
     else:
-      kinds = {'generator': models.Generator, 'dfad_generator': models.DFADGenerator}
+      kinds = {'generator': models.Generator, 'dfad_generator': models.DFADGenerator,
+               'shapes_generator': models.ShapesGenerator}
       made = kinds[settings.name](image_shape=shape, **options)
     return set_compute(made, settings)
   except (TypeError, ValueError) as error:

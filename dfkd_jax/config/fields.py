@@ -66,7 +66,7 @@ RUN_FIELDS = (
     *_network('teacher', 'the teacher'), *_network('student', 'the student', is_trained=False),
     *_network('judge', 'a second trained network that looks at the images'),
     Field('generator.name', 'generator', str,
-          ('generator', 'spatial_generator', 'dfad_generator'), 'the generator'),
+          ('generator', 'spatial_generator', 'dfad_generator', 'shapes_generator'), 'the generator'),
     Field('generator.options', {}, dict, '', 'further arguments of the generator'),
     Field('generator.image_shape', None, int, FROM_1,
           'shape of synthesised images; None: dataset.image_shape', 'none', 3),

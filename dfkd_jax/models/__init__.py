@@ -26,6 +26,7 @@ from dfkd_jax.models.mobilenet import EfficientNetLite, MobileNetV2
 from dfkd_jax.models.network import Network, bind
 from dfkd_jax.models.network import create as create_network
 from dfkd_jax.models.resnet import ImageNetResNet, ResNet, ThinResNet, WideResNet
+from dfkd_jax.models.shapes_generator import ShapesGenerator
 from dfkd_jax.models.vgg import VGG, ConvNet, ImageNetVGG
 
 _DEEP = (3, 4, 6, 3)  # Stage sizes of ResNet-34 and -50.
