@@ -94,7 +94,7 @@ def shrink(config, teacher=None):
   at_most(config.method, num_steps=2, batch_size=4, capacity=8 * tasks, latent_dim=5,
           bank_size=8 * tasks, num_negatives=3, projection_size=4, redraw_every=2, restart_every=2)
   at_most(config.distill, calls_per_round=1, steps_per_round=2, distill_after=1,
-          batch_size=2 * tasks)
+          batch_size=max(2, config.distill.mosaic**2) * tasks)
   config.distill.rounds = max(2, min(4, config.distill.rounds // 40))
   at_most(config.train, epochs=1, batch_size=8)
   at_most(config.preflight, batch_size=4)
