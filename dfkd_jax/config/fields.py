@@ -9,6 +9,7 @@ from ml_collections import config_dict
 from dfkd_jax.config.field import ABOVE_0, ANY, DECAY, FROM_0, FROM_1, NO_DEFAULT, SHARE, Field
 
 PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
+GENERATORS = ('generator', 'spatial_generator', 'dfad_generator', 'shapes_generator')
 SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 
@@ -65,8 +66,7 @@ RUN_FIELDS = (
     Field('dataset.resize', False, bool, '', 'whether images and masks are resized to image_shape'),
     *_network('teacher', 'the teacher'), *_network('student', 'the student', is_trained=False),
     *_network('judge', 'a second trained network that looks at the images'),
-    Field('generator.name', 'generator', str,
-          ('generator', 'spatial_generator', 'dfad_generator', 'shapes_generator'), 'the generator'),
+    Field('generator.name', 'generator', str, GENERATORS, 'the generator'),
     Field('generator.options', {}, dict, '', 'further arguments of the generator'),
     Field('generator.image_shape', None, int, FROM_1,
           'shape of synthesised images; None: dataset.image_shape', 'none', 3),
