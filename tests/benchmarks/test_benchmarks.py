@@ -23,7 +23,7 @@ def test_every_method_has_a_row():
 @pytest.mark.parametrize('name', [*benchmark.ROWS, *benchmark.ABLATIONS])
 def test_each_row_is_a_config(name):
   method, fields = benchmark.ROWS.get(name) or ('ssd_kd', benchmark.ABLATIONS[name])
-  config = benchmark.config_of(method, fields)
+  config = benchmark.config_of(f'configs/default.py:{method}', fields)
   assert config.method.name == method
   for field in fields:
     name, _, value = field.removeprefix('method.').partition('=')
@@ -32,13 +32,14 @@ def test_each_row_is_a_config(name):
 
 def test_rounds_fill_the_time():
   """A round takes a second, but the first ten rounds, without a student, half a second."""
-  fields = benchmark.fields_for(100, 'fast_dfkd', (), SHORT)
+  fields = benchmark.fields_for(100, 'configs/default.py:fast_dfkd', (), SHORT)
   assert set(fields) == {'distill.rounds=105', 'evaluate.every=10'}
 
 
 def test_the_schedules_of_cu_dfkd_end_at_the_values_of_the_config():
-  fields = benchmark.fields_for(600, 'cu_dfkd', (), SHORT)
-  planned, original = benchmark.config_of('cu_dfkd', fields), benchmark.config_of('cu_dfkd', ())
+  path = 'configs/default.py:cu_dfkd'
+  fields = benchmark.fields_for(600, path, (), SHORT)
+  planned, original = benchmark.config_of(path, fields), benchmark.config_of(path, ())
 
   def ends(config):
     section, method = config.distill, config.method

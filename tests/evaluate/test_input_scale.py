@@ -203,7 +203,9 @@ def grey_teacher(tmp_path):
   return str(path)
 
 
-@pytest.mark.parametrize(('name', 'size'), [('grey', 6), ('grey', 40), (None, 6), ('missing', 6)])
+@pytest.mark.parametrize(('name', 'size'), [
+    ('grey', 40), ('missing', 6), pytest.param('grey', 6, marks=pytest.mark.exhaustive),
+    pytest.param(None, 6, marks=pytest.mark.exhaustive)])
 def test_the_preflight_returns_and_prints_the_note(tmp_path, name, size):
   """With more images than the data set has, or without any, too."""
   about = dict(dataset__name=name, teacher__source=grey_teacher(tmp_path),
@@ -218,6 +220,7 @@ def test_the_preflight_returns_and_prints_the_note(tmp_path, name, size):
   assert "--config.teacher.mean='(0.4,)' --config.teacher.std='(0.3,)'" in note
 
 
+@pytest.mark.exhaustive
 def test_a_run_compares_with_its_test_images(tmp_path):
   summary = train.run(
       toy_runs.config(dataset__name='grey', teacher__source=grey_teacher(tmp_path),

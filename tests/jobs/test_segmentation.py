@@ -107,6 +107,7 @@ def test_pictures_have_masks_in_rows(whole):
       assert picture.height > rows * SIZE[0]
 
 
+@pytest.mark.exhaustive
 def test_devices_share_the_work_of_tasks(tmp_path):
   changes = dict(distill__rounds=1, distill__batch_size=8, method__batch_size=2,
                  method__num_tasks=4, method__capacity=16)
@@ -122,6 +123,7 @@ def test_devices_share_the_work_of_tasks(tmp_path):
     np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_other_void_rule_picks_the_best_round(tmp_path):
   summary = train.run(config(dataset__count_void=True), tmp_path)
   assert summary['selection'] == 'mean_iou_void'

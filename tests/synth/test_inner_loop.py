@@ -1,5 +1,7 @@
 """The inner loop on problems solved by hand, and the weighted sum that it minimises."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,9 +198,10 @@ def test_a_factor_of_zero_computes_nothing(scene, name):
 
 
 def test_the_student_is_not_called_where_the_adversary_is_off(scene):
-  def student(images):
+  def forward(images, train):
     raise AssertionError('called')
 
+  student = SimpleNamespace(forward=forward)
   assert set(terms(scene, Factors(one_hot=1.0, batch_norm=1.0), student=student)) == {
       'one_hot', 'batch_norm'}
   with pytest.raises(AssertionError, match='called'):
@@ -324,9 +327,10 @@ def test_dense_predictions_are_reduced_to_one_loss_an_image(scene):
   other = jax.random.normal(jax.random.key(4), (6, 4, 3, toys.CLASSES))
   blank = Outputs(logits=other, features=None, maps=(), moments={}, pooled={})
   task = tasks.segmentation(toys.CLASSES)
+  student = SimpleNamespace(forward=lambda images, train: (blank, None))
   found = objective.terms(
       Factors(one_hot=1.0, adversarial=1.0), blank._replace(logits=dense), images,
-      task.labels_from(dense, None), teacher=teacher, student=lambda _: blank, reduce=task.reduce)
+      task.labels_from(dense, None), teacher=teacher, student=student, reduce=task.reduce)
   assert found['one_hot'].shape == found['adversarial'].shape == (6,)
   pixels = inversion.one_hot(dense.reshape(-1, toys.CLASSES), jnp.argmax(dense, -1).ravel())
   np.testing.assert_allclose(found['one_hot'], pixels.reshape(6, -1).mean(1), rtol=1e-5)
