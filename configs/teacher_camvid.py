@@ -2,9 +2,8 @@
 
 DeepLabv3 over ResNet-50 with 11 classes: SGD 0.1, batch 16, 200 epochs, times 0.1 at 100, focal
 loss with an exponent of 2, crops of 128 (arXiv:1912.11006 and its code). Published: mIoU 0.594.
-The published teacher has dropout of 0.5 in its head, which is left out here, and begins from a
-ResNet-50 of ImageNet: --config.init_from.student=WEIGHTS takes
-weights of the whole network only. The argument `validate` evaluates on the split val.
+The published teacher has dropout of 0.5 in its head and begins from a ResNet-50 of ImageNet. Both
+are left out here, so less is to be expected. The argument `validate` evaluates on the split val.
 """
 
 from configs import common, dense

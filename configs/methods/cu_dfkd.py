@@ -57,8 +57,9 @@ def camvid(config):
   online.camvid(config, 'cu_dfkd', relative_batch_norm=1.0, one_hot=0.5, balance=0.5,
                 adversarial=1.0)
   rounds = config.distill.rounds
+  growth = 16 / (rounds * config.distill.steps_per_round)  # from 2 to 18 within the run
   config.method.update(
-      curriculum_kind='log', threshold_start=2.0, threshold_growth=1e-3, balance_temperature=1.0,
+      curriculum_kind='log', threshold_start=2.0, threshold_growth=growth, balance_temperature=1.0,
       adversary=dict(divergence='kl', temperature=3.0, masked=True),
       adversarial=dict(init_value=0.0, slope=0.05, begin=rounds // 4, end=rounds * 3 // 4, every=5))
 

@@ -44,10 +44,10 @@ def module(network: NetworkSettings) -> nn.Module:
 def check_kind(logits_ndim: int, task: str, field: str, value: Any) -> None:
   """Raises a FieldError if logits with so many axes are of the other kind of task."""
   kinds = {2: ('classification', 'each image'), 4: ('segmentation', 'each pixel')}
-  found, each = kinds.get(logits_ndim, ('', 'neither image nor pixel'))
-  if found != task:
+  kind, each = kinds.get(logits_ndim, ('', 'neither image nor pixel'))
+  if kind != task:
     raise FieldError(field, f'{field} is {value!r}, which predicts a class for {each}, but task is '
-                     f'{task!r}.' + f' --config.task={found} would fit.' * bool(found))
+                     f'{task!r}.' + f' --config.task={kind} would fit.' * bool(kind))
 
 
 def set_compute(made: nn.Module, settings: NetworkSettings) -> nn.Module:
@@ -117,9 +117,9 @@ def load_split(dataset: Dataset, task: Task, split: str,
                      crop=dataset.crop, resize=dataset.resize, shard=shard,
                      masks=task.label_axes > 0)
   if loaded.labels.ndim != 1 + task.label_axes:
-    found, needed = ('masks', 'classes') if loaded.labels.ndim == 3 else ('classes', 'masks')
+    kind, needed = ('masks', 'classes') if loaded.labels.ndim == 3 else ('classes', 'masks')
     raise wrong_value('dataset.name', dataset.name, f'a data set of {needed}: this one has '
-                      f'{found}, which are of the other --config.task.')
+                      f'{kind}, which are of the other --config.task.')
   if loaded.labels.ndim == 3:
     _check_masks(dataset, split, loaded.labels)
   elif len(loaded.class_names) != dataset.num_classes:

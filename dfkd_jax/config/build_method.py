@@ -66,19 +66,9 @@ def parameters(method: MethodSettings) -> tuple[str, ...]:
 
 def _arguments(method: MethodSettings) -> dict[str, Any]:
   """Returns the numbers as the constructor takes them."""
-  numbers = dict(method.numbers)
-  schedule, milestones, gamma = (numbers.pop(name, None) for name in _SCHEDULE)
-  if schedule == 'cosine':
-    numbers['generator_lr'] = optax.cosine_decay_schedule(
-        numbers['generator_lr'], method.distill.total_calls * numbers['num_steps'])
-  is_stepped = milestones is not None and gamma is not None
-  if (schedule == 'steps') != is_stepped or (milestones is None) != (gamma is None):
-    raise wrong_value('method.generator_schedule', schedule, "'steps' with generator_milestones "
-                      'and generator_gamma, and only then.')
-  if schedule == 'steps':
-    steps_per_round = method.distill.calls_per_round * numbers['num_steps']
-    numbers['generator_lr'] = optax.piecewise_constant_schedule(
-        numbers['generator_lr'], {index * steps_per_round: gamma for index in milestones})
+  numbers = {name: value for name, value in method.numbers.items() if name not in _SCHEDULE}
+  if 'generator_lr' in numbers:
+    numbers['generator_lr'] = generator_rate(method)
   if 'latent_dim' in numbers:
     numbers['latent_dim'] = latent_dim(method)
   for name in _MAKERS.keys() & numbers.keys():
@@ -87,6 +77,23 @@ def _arguments(method: MethodSettings) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
       raise FieldError(f'method.{name}', f'method.{name}: {error}') from error
   return numbers
+
+
+def generator_rate(method: MethodSettings) -> float | optax.Schedule:
+  """Returns the generator's learning rate, constant or by step; raises a FieldError."""
+  numbers, rate = method.numbers, method.numbers['generator_lr']
+  schedule, milestones, gamma = map(numbers.get, _SCHEDULE)
+  is_stepped = milestones is not None and gamma is not None
+  if (schedule == 'steps') != is_stepped or (milestones is None) != (gamma is None):
+    raise wrong_value('method.generator_schedule', schedule, "'steps' exactly if "
+                      'generator_milestones and generator_gamma are set.')
+  if schedule == 'cosine':
+    return optax.cosine_decay_schedule(rate, method.distill.total_calls * numbers['num_steps'])
+  if schedule == 'steps':
+    steps_per_round = method.distill.calls_per_round * numbers['num_steps']
+    return optax.piecewise_constant_schedule(
+        rate, {index * steps_per_round: gamma for index in milestones})
+  return rate
 
 
 def task_share(method: MethodSettings, name: str) -> int:
@@ -107,25 +114,25 @@ def generator(settings: NetworkSettings) -> nn.Module:
   shape, options = settings.image_shape, settings.options
   try:
     if settings.name == 'spatial_generator':
-      made = models.SpatialGenerator(channels=shape[-1], size=shape[:2], **options)
+      module = models.SpatialGenerator(channels=shape[-1], size=shape[:2], **options)
     else:
       kinds = {'generator': models.Generator, 'dfad_generator': models.DFADGenerator,
                'shapes_generator': models.ShapesGenerator}
-      made = kinds[settings.name](image_shape=shape, **options)
-    return set_compute(made, settings)
+      module = kinds[settings.name](image_shape=shape, **options)
+    return set_compute(module, settings)
   except (TypeError, ValueError) as error:
     raise FieldError('generator.options', f'generator.options is {options}: {error}') from error
 
 
-def latent_dim(method: MethodSettings) -> int | tuple[int, int, int]:
-  """Returns Z, or (h, w, Z) if latents have the shape of an image."""
+def latent_dim(method: MethodSettings) -> int | tuple[int, ...]:
+  """Returns Z, or the shape of a latent: (h, w, Z) of a map, or (K, 16) of K shapes."""
   made, size = generator(method.generator), method.numbers.get('latent_dim', 2)
   if not hasattr(made, 'latent_shape'):
     return size
   try:
     return made.latent_shape(method.generator.image_shape, size)
   except ValueError as error:
-    raise FieldError('dataset.image_shape', str(error)) from None
+    raise FieldError('generator.image_shape', str(error)) from None
 
 
 def latent_shape(method: MethodSettings, batch_size: int) -> tuple[int, ...]:

@@ -127,20 +127,7 @@ def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldErro
     if not is_wrong('distill.steps_per_round', 'distill.calls_per_round') and steps % calls:
       yield wrong_value('distill.steps_per_round', steps,
                         f'a multiple of {calls}, distill.calls_per_round.')
-  if distill.mosaic > 1 and settings.job == 'distill' and not is_wrong('distill.mosaic'):
-    if not settings.task.label_axes:
-      yield wrong_value('distill.mosaic', distill.mosaic, "1 where task is 'classification'.")
-    share, images = distill.batch_size // settings.method.num_tasks, distill.mosaic**2
-    if share % images:
-      yield wrong_value('distill.batch_size', distill.batch_size,
-                        f'a multiple of {images * settings.method.num_tasks}: distill.mosaic is '
-                        f'{distill.mosaic}.')
-  synthesised = settings.method.generator.image_shape
-  if not is_wrong('dataset.image_shape', 'generator.image_shape') and synthesised[-1] != shape[-1]:
-    yield wrong_value('generator.image_shape', synthesised,
-                      f'(height, width, {shape[-1]}), as of dataset.image_shape.')
-  if settings.dataset.resize and settings.dataset.crop is not None:
-    yield wrong_value('dataset.crop', settings.dataset.crop, 'None with dataset.resize.')
+  yield from _check_images(settings, problems)
   if (optimizer.warmup_steps and optimizer.schedule != 'cosine_by_step'
       and not is_wrong('optimizer.warmup_steps', 'optimizer.schedule')):
     yield wrong_value('optimizer.warmup_steps', optimizer.warmup_steps,
@@ -152,6 +139,29 @@ def _check_numbers(settings: Settings, problems: Problems) -> Iterator[FieldErro
       field, value = f'{network.role}.{name}', network.preprocessing[name]
       if not is_wrong('dataset.image_shape', field) and len(value) not in (1, shape[-1]):
         yield wrong_value(field, value, f'one number, or one for each of the {shape[-1]} channels.')
+
+
+def _check_images(settings: Settings, problems: Problems) -> Iterator[FieldError]:
+  """Yields sizes of images, mosaics and labels that do not suit the task or each other."""
+  is_wrong, distill, channels = problems.affect, settings.distill, settings.dataset.image_shape[-1]
+  labels = settings.run.config['labels']
+  if settings.task.label_axes and labels != 'uniform' and not is_wrong('labels'):
+    yield wrong_value('labels', labels, "'uniform' where task is 'segmentation': no class can be "
+                      'asked of a pixel.')
+  if distill.mosaic > 1 and settings.job == 'distill' and not is_wrong('distill.mosaic'):
+    if not settings.task.label_axes:
+      yield wrong_value('distill.mosaic', distill.mosaic, "1 where task is 'classification'.")
+    share, images = distill.batch_size // settings.method.num_tasks, distill.mosaic**2
+    if share % images:
+      yield wrong_value('distill.batch_size', distill.batch_size,
+                        f'a multiple of {images * settings.method.num_tasks}: distill.mosaic is '
+                        f'{distill.mosaic}.')
+  synthesised = settings.method.generator.image_shape
+  if not is_wrong('dataset.image_shape', 'generator.image_shape') and synthesised[-1] != channels:
+    yield wrong_value('generator.image_shape', synthesised,
+                      f'(height, width, {channels}), as of dataset.image_shape.')
+  if settings.dataset.resize and settings.dataset.crop is not None:
+    yield wrong_value('dataset.crop', settings.dataset.crop, 'None with dataset.resize.')
 
 
 def _check_networks(settings: Settings, problems: Problems) -> None:
@@ -194,7 +204,7 @@ def _check_method(settings: Settings, problems: Problems) -> Iterator[FieldError
 
 
 def _check_generator(method: MethodSettings) -> None:
-  """Checks that the generator makes images of the data set's shape."""
+  """Checks that the generator makes images of its shape."""
   shape, generator = method.generator.image_shape, build_method.generator(method.generator)
   latents = jax.ShapeDtypeStruct(build_method.latent_shape(method, 2), jnp.float32)
   try:

@@ -54,7 +54,8 @@ def distill(
   def by_image(outputs):
     if mosaic_side == 1:
       return outputs
-    return outputs._replace(logits=mosaic.split(outputs.logits, mosaic_side))
+    split = lambda maps: mosaic.split(maps, mosaic_side)
+    return outputs._replace(logits=split(outputs.logits), maps=tuple(map(split, outputs.maps)))
 
   def step(carry, inputs):
     (student, state), (step_key, drawn) = carry, inputs

@@ -1,8 +1,8 @@
 """Mosaics: several small images side by side, which a network of pixels takes as one.
 
 Synthesised images are smaller than real ones, so that pixels see less around them, and a larger
-share of them is at a border. Networks that see mosaics learn with as much around each pixel as in
-real images, from the same number of pixels. The cut through four images is from object detection
+share of them is at a border. Networks that see mosaics learn with more around each pixel, from the
+same number of pixels. The cut through four images is from object detection
 (Bochkovskiy et al., YOLOv4, arXiv:2004.10934, section 3.3); that the teacher labels the mosaic is
 ours.
 """

@@ -38,6 +38,7 @@ class DeepLabV3(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    """Normalized images [B, H, W, C] to logits [B, H, W, num_classes], at least float32."""
     size = x.shape[1:3]
     x = nn.relu(layers.conv_norm(
         self, x, 64, 7, 2, train=train, names=('backbone_conv1', 'backbone_bn1')))
@@ -68,6 +69,7 @@ class DeepLabV3MobileNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
+    """Normalized images [B, H, W, C] to logits [B, H, W, num_classes], at least float32."""
     size = x.shape[1:3]
     check_choice(self.plan, _DILATIONS, 'plan')
     x = nn.relu6(layers.conv_norm(

@@ -138,16 +138,16 @@ def _iou_by_class(summary: Summary) -> list[str]:
   """Formats the IoU of each class, of student and teacher, if the task has any."""
   networks = {summary.get('network', 'student'): summary['student']['last'],
               'teacher': summary.get('teacher') or {}}
-  found = {name: {int(key.removeprefix('iou_')): value for key, value in result.items()
+  networks = {name: {int(key.removeprefix('iou_')): value for key, value in result.items()
                   if key.startswith('iou_')} for name, result in networks.items()}
-  found = {name: values for name, values in found.items() if values}
-  if not found:
+  networks = {name: iou for name, iou in networks.items() if iou}
+  if not networks:
     return []
   names = dict(enumerate(summary.get('class_names') or []))
-  lines = ['', f'{"IoU by class":21}' + ''.join(f'{name:>11}' for name in found)]
-  for label in sorted(set().union(*found.values())):
+  lines = ['', f'{"IoU by class":21}' + ''.join(f'{name:>11}' for name in networks)]
+  for label in sorted(set().union(*networks.values())):
     cells = (f'{values[label]:11.3f}' if label in values else f'{"-":>11}'
-             for values in found.values())
+             for values in networks.values())
     lines.append(f'{names.get(label, label)!s:21}' + ''.join(cells))
   return lines
 

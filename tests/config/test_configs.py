@@ -230,6 +230,28 @@ def test_numbers_of_the_published_generators(method, calls, temperature, diverge
   assert (config.optimizer.learning_rate, config.augment.student.name) == (0.1, 'none')
 
 
+@pytest.mark.parametrize(('each', 'classes', 'decay', 'gamma'), [
+    ('camvid:dfad,published', 11, 5e-4, 0.1), ('nyuv2:dfad', 13, 5e-5, 0.3)])
+def test_numbers_of_the_published_segmentation(each, classes, decay, gamma):
+  """DFAD's protocol (arXiv:1912.11006 and its code); rates fall after 100 and 200 rounds."""
+  config = get(each)
+  settings, section, optimizer = resolve(config), config.distill, config.optimizer
+  assert config.dataset.num_classes == classes
+  assert config.dataset.image_shape == (256, 341, 3)
+  assert config.generator.image_shape == (128, 128, 3)
+  assert (section.rounds, section.calls_per_round, section.steps_per_round) == (300, 50, 250)
+  assert section.batch_size == config.method.batch_size == 64
+  assert (section.temperature, section.divergence) == (1.0, 'l1')
+  assert (optimizer.learning_rate, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, decay)
+  assert config.method.adversary.to_dict() == dict(
+      divergence='log_l1', temperature=1.0, masked=False, train_mode=True)
+  of_student = build.schedule(optimizer, section.rounds, section.steps_per_round)
+  of_generator = build_method.generator_rate(settings.method)
+  for rate, first, steps in ((of_student, 0.1, 250), (of_generator, 1e-3, 50)):
+    for round_, falls in ((0, 0), (99, 0), (101, 1), (199, 1), (201, 2)):
+      assert float(rate(round_ * steps)) == pytest.approx(first * gamma**falls, rel=1e-5)
+
+
 @pytest.mark.parametrize(('dataset', 'pair', 'batch', 'rounds', 'temperature', 'divergence',
                           'threshold', 'last'), [
     ('cifar10', 'resnet34-resnet18', 512, 250, 20.0, 'l1', 12.0, 62.0),

@@ -102,9 +102,10 @@ def test_a_run_reports_its_own_metrics(whole, capsys):
 def test_pictures_have_masks_in_rows(whole):
   workdir, summary = whole
   assert {'images.png', 'test_images.png'} <= set(summary['files'])
-  for name, rows in (('images.png', 6), ('test_images.png', 4)):
+  for name, rows, height in (('images.png', 6, 16), ('test_images.png', 4, SIZE[0])):
+    tile = height * round(96 / height)  # Enlarged to about 96 pixels; labels take some 30 more.
     with Image.open(workdir / name) as picture:
-      assert picture.height > rows * SIZE[0]
+      assert 1.25 * rows < picture.height / tile < 1.25 * (rows + 1)
 
 
 @pytest.mark.exhaustive
@@ -153,6 +154,8 @@ def test_a_network_learns_from_masks(changes, tmp_path):
      "dataset.name is 'toy', must be a data set of mas"),
     (dict(distill__mosaic=2, distill__batch_size=6),
      'distill.batch_size is 6, must be a multiple of 4: distill.mosaic is 2'),
+    (dict(labels='balanced'),
+     "labels is 'balanced', must be 'uniform' where task is 'segmentation'"),
     (dict(generator__image_shape=(16, 12, 1)),
      r'generator.image_shape is \(16, 12, 1\), must be \(height, width, 3\), as of dataset.im'),
 ])
