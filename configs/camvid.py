@@ -4,8 +4,9 @@ r"""Segmentation of street scenes, from a public ESPNet, for two CPU cores:
     --config.teacher.source=espnet_p2_q8_camvid.pth --workdir=runs/camvid
 
 The teacher is ESPNet (p 2, q 8, 354,517 parameters) of github.com/sacmehta/ESPNet: 12 outputs, of
-which void is the last. Its file is read unchanged. The student is a small dilated residual
-network of 89,448 parameters. The data set `camvid` is only for the evaluation:
+which void is the last. Its file is read unchanged. It scores a mean IoU of 0.569 on the test
+images, or 0.554 with void counted. The student is a small dilated residual network of 89,448
+parameters. The data set `camvid` is only for the evaluation:
   python -m dfkd_jax.prepare folder --name camvid --split test --source CamVid/test \
     --masks CamVid/testannot --data_dir=...
 Arguments: the method; `scratch`, which trains the student on the training images instead (prepare

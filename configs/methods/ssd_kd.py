@@ -34,6 +34,7 @@ def cifar(config, variant: str):
 def camvid(config):
   """Sets numbers for CamVid on a CPU."""
   fast_dfkd.camvid(config)
+  config.factors.adversarial = 1.0
   config.method.update(name='ssd_kd', capacity=4_000, **NUMBERS | dict(label_source='argmax'))
 
 
