@@ -36,7 +36,7 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name='__main__')
 '''
 TINY = dict(widths=(2, 3), strides=(2, 2))  # Of a convnet.
-TINY_DENSE = dict(p=0, q=0, widths=(5, 5, 5))  # Of an ESPNet's encoder.
+TINY_DENSE = dict(widths=(2, 2, 2), blocks=0, rates=())  # Of the small dilated network.
 
 
 def blocks(path):
@@ -63,7 +63,7 @@ def tiny_dense_source(num_classes):
   """A file of weights for `TINY_DENSE`."""
   path = toy_runs.folder() / f'docs_dense_{num_classes}.safetensors'
   if not path.exists():
-    module = models.create('espnet_c', num_classes, **TINY_DENSE)
+    module = models.create('drn', num_classes, **TINY_DENSE)
     network = models.create_network(module, jax.random.key(1), (16, 16, 3))
     weights.save_safetensors(path, {'params': network.params,
                                     'batch_stats': toy_runs.moved(network.batch_stats)})
@@ -84,7 +84,7 @@ def shrink(config, teacher=None):
     if network.get('source') is not None:
       network.source = tiny_source(data.num_classes, data.image_shape[-1])
     if config.task == 'segmentation' and network.name is not None:
-      network.name, network.options = 'espnet_c', ml_collections.ConfigDict(TINY_DENSE)
+      network.name, network.options = 'drn', ml_collections.ConfigDict(TINY_DENSE)
       if network.get('source') is not None:
         network.source = tiny_dense_source(data.num_classes)
   if config.generator.image_shape is not None:

@@ -254,8 +254,7 @@ def test_a_public_teacher():
   network = build.trained_network(resolve(config).teacher)
   for real in (images, None):
     assert input_scale.check(network, real, 32, (32, 32, 3)) is None
-    for mean, std in (((0.0,), (1.0,)), ((0.0,), (BYTE,)),
-                      ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))):
+    for mean, std in (((0.0,), (BYTE,)), ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4))):
       note = input_scale.check(network.replace(mean=mean, std=std), real, 32, (32, 32, 3))
       assert 'would fit' in note
       assert "teacher.mean='(0.485" in note

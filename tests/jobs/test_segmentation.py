@@ -131,7 +131,8 @@ def test_the_other_void_rule_picks_the_best_round(tmp_path):
 
 
 @pytest.mark.parametrize('changes', [
-    dict(train__class_weights='median_frequency'), dict(train__focal_gamma=2.0)])
+    dict(train__class_weights='median_frequency', train__focal_gamma=1.0),
+    pytest.param(dict(train__focal_gamma=2.0), marks=pytest.mark.exhaustive)])
 def test_a_network_learns_from_masks(changes, tmp_path):
   made = config(job='train', train__epochs=25, train__batch_size=4, **changes)
   made.optimizer.update(name='adam', learning_rate=2e-2, weight_decay=0.0, schedule='constant')

@@ -191,7 +191,7 @@ def test_an_espnet_of_ours_is_read_from_its_own_file(tmp_path):
 
 def test_logits_come_back_to_the_size_of_the_images():
   """Where the network takes larger images, by the mean of each block; else between centres."""
-  module = models.create('espnet_c', 5, p=0, q=0, widths=(5, 5, 5))
+  module = models.create('drn', 5, widths=(4, 4, 4), blocks=0, rates=())
   images = jax.random.uniform(jax.random.key(1), (2, 12, 20, 3))
   network = models.create_network(module, jax.random.key(0), (12, 20, 3), resize=(24, 40))
   plain = network.replace(resize=None)

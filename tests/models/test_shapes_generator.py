@@ -1,5 +1,6 @@
 """The generator that translates drawings of shapes."""
 
+import functools
 import statistics
 
 import jax
@@ -63,15 +64,16 @@ def test_images_have_the_shape_asked_for(shape):
   module = models.ShapesGenerator(shape, width=6)
   assert module.latent_shape(shape, 5) == (5, 16)
   latents = jax.random.normal(jax.random.key(1), (3, 5, 16))
-  variables = module.init(jax.random.key(2), latents)
-  images, new = module.apply(variables, latents, mutable=['batch_stats'])
+  variables = jax.jit(module.init)(jax.random.key(2), latents)
+  train = jax.jit(functools.partial(module.apply, mutable=['batch_stats']))
+  images, new = train(variables, latents)
   assert images.shape == (3, *shape)
   assert 0 < images.min() < images.max() < 1
-  sampled = module.apply(variables | new, latents, train=False)
+  sampled = jax.jit(functools.partial(module.apply, train=False))(variables | new, latents)
   assert np.abs(sampled - images).max() > 1e-3  # by running moments, which one batch has not filled
 
   def loss(variables, latents):
-    return module.apply(variables, latents, mutable=['batch_stats'])[0].var()
+    return train(variables, latents)[0].var()
 
   of_variables, of_latents = jax.grad(loss, (0, 1))(variables, latents)
   assert not np.any(of_latents)

@@ -129,6 +129,7 @@ def test_two_tasks_have_a_bank_each_and_share_the_head(x64):
   assert largest_difference(together.bank[0], together.bank[1]) > 1e-3
 
 
+@pytest.mark.exhaustive
 def test_four_devices_equal_four_tasks(x64):
   """Through two calls, so that each draws from its own bank."""
   networks = toys.float64(toys.teacher()), toys.float64(toys.student())

@@ -92,6 +92,7 @@ def test_steps_by_chunks_are_the_same(whole, tmp_path, monkeypatch):
     assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_four_devices_with_two_tasks_each(tmp_path):
   make = lambda place, **changes: four_tasks(
       buffer=place, num_devices=4, method__num_tasks=8, method__capacity=48, **changes)
