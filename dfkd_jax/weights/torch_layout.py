@@ -62,6 +62,7 @@ def from_variables(variables: Mapping[str, PyTree]) -> dict[str, np.ndarray]:
 
   An underscore next to a digit becomes a dot (`block1_layer_0` is `block1.layer.0`), as does the
   one after `backbone` in torchvision's names. Each batch norm gets a `num_batches_tracked` of 0.
+  The names of an ESPNet are ours, not its authors': PyTorch's ESPNet cannot load them.
   """
   state_dict = {}
   for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
