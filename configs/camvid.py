@@ -15,7 +15,8 @@ teacher is from configs/teacher_camvid.py.
 
 Published (arXiv:1912.11006, table 3, mIoU of 11 classes, the best of 300 tests): teacher 0.594,
 student with the training images 0.535, DFAD 0.535, DAFL 0.010. The numbers for a CPU are ours. No
-test image was used to choose them.
+test image was used to choose them. A round takes some 15 s on one core. Expect half the teacher's
+mean IoU after an hour, and little more later: 0.32 of 0.65 on 40 validation images, one seed.
 """
 
 from configs import common, dense

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import signal
@@ -105,3 +106,14 @@ def golden(name: str) -> dict[str, np.ndarray]:
       with np.load(path) as archive:
         return dict(archive)
   pytest.skip(f'Reference values {name}.npz are not at hand.')
+
+
+def shared_loader():
+  """Returns the module that loads the shared real data sets; skips the test without it."""
+  path = SHARED / 'data' / 'load.py'
+  if not path.exists():
+    pytest.skip('The shared real data sets are not at hand.')
+  spec = importlib.util.spec_from_file_location('load', path)
+  loader = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loader)
+  return loader

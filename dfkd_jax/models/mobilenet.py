@@ -14,7 +14,7 @@ from dfkd_jax.types import Array
 
 # Table 2 of MobileNetV2: expansion, channels, blocks and strides of each stage.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-              (6, 160, 3, 2), (6, 320, 1, 1))
+          (6, 160, 3, 2), (6, 320, 1, 1))
 # Table 1 of EfficientNet: size of the depthwise kernel, strides, expansion, channels and blocks.
 _EFFICIENTNET = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
                  (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import importlib.util
 import io
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import toy_runs
 import toys
-from conftest import SHARED
+from conftest import SHARED, shared_loader
 from flax import linen as nn
 
 from configs import cifar10_resnet56
@@ -242,13 +241,10 @@ def test_a_refused_teacher_gets_the_note_as_a_reason(tmp_path):
 
 
 def test_a_public_teacher():
-  path, loader = SHARED / 'teachers' / 'resnet56_cifar10.th', SHARED / 'data' / 'load.py'
-  if not (path.exists() and loader.exists()):
-    pytest.skip('The public ResNet-56 and the CIFAR-10 test set are not at hand.')
-  spec = importlib.util.spec_from_file_location('load', loader)
-  load = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(load)
-  images = load.cifar10_test()[0]
+  path = SHARED / 'teachers' / 'resnet56_cifar10.th'
+  if not path.exists():
+    pytest.skip('The public ResNet-56 is not at hand.')
+  images = shared_loader().cifar10_test()[0]
   config = cifar10_resnet56.get_config()
   config.teacher.source = str(path)
   network = build.trained_network(resolve(config).teacher)

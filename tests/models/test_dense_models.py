@@ -1,13 +1,12 @@
 """Networks that predict a class per pixel, and their building blocks."""
 
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
-from conftest import SHARED, golden
+from conftest import SHARED, golden, shared_loader
 from flax import linen as nn
 from golden_networks import nhwc, recipe, shapes_of
 
@@ -166,10 +165,7 @@ def test_a_published_espnet_is_read_by_its_names():
     (39, 0.5945, 0.5837), pytest.param(1, 0.5687, 0.5538, marks=pytest.mark.exhaustive)])
 def test_the_published_espnet_scores_as_published(every, expected, with_void):
   """56.87 on the 233 test images of CamVid, void dropped; 55.38 with void. Of every 39th: ours."""
-  spec = importlib.util.spec_from_file_location('load', SHARED / 'data' / 'load.py')
-  load = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(load)
-  images, masks = load.camvid('test', '360x480')
+  images, masks = shared_loader().camvid('test', '360x480')
   config = camvid.get_config('fast_dfkd')
   config.teacher.source = str(ESPNET)
   settings = resolve(config)

@@ -1,12 +1,11 @@
 """Weights as the variables of a module: layouts, dtypes, and one line if they do not fit."""
 
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHARED, golden
+from conftest import SHARED, golden, shared_loader
 from flax import linen as nn
 from safetensors import numpy as safetensors_numpy
 from torch_files import saved
@@ -154,18 +153,15 @@ def test_golden_teacher_survives_the_round_trip():
     (1_500, 0.934, 0.015),  # More than two standard deviations.
     pytest.param(10_000, 0.9339, 0.0002, marks=pytest.mark.exhaustive)])
 def test_a_published_resnet56_scores_as_published(number, share, within):
-  path, loader = SHARED / 'teachers' / 'resnet56_cifar10.th', SHARED / 'data' / 'load.py'
-  if not (path.exists() and loader.exists()):
-    pytest.skip('The published ResNet-56, or the CIFAR-10 test set, is not at hand.')
-  spec = importlib.util.spec_from_file_location('load', loader)
-  load = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(load)
+  path = SHARED / 'teachers' / 'resnet56_cifar10.th'
+  if not path.exists():
+    pytest.skip('The published ResNet-56 is not at hand.')
   module = models.create('resnet56', 10, shortcut='pad')
   network = models.bind(
       module, weights.load(path, module, (32, 32, 3)), mean=(0.485, 0.456, 0.406),
       std=(0.229, 0.224, 0.225))
   classify = jax.jit(lambda network, x: network(x.astype(jnp.float32) / 255).logits.argmax(-1))
-  images, labels = load.cifar10_test()
+  images, labels = shared_loader().cifar10_test()
   batches = [slice(begin, begin + 500) for begin in range(0, number, 500)]
   correct = sum(int((classify(network, images[at]) == labels[at]).sum()) for at in batches)
   assert abs(correct / number - share) <= within

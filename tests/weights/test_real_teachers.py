@@ -1,6 +1,5 @@
 """Public ImageNet weights score as published. Fetches 110 MB once, or skips."""
 
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_runs  # noqa: F401
-from conftest import SHARED
+from conftest import SHARED, shared_loader
 
 from configs import imagenet  # Found by toy_runs.
 from dfkd_jax.config import build
@@ -60,13 +59,9 @@ def unzip(archive, folder):
 
 def samples():
   """500 photos [224, 224, 3] and their classes."""
-  loader = SHARED / 'data' / 'load.py'
-  if not (loader.exists() and (loader.parent / 'imagenet_samples').exists()):
+  if not (SHARED / 'data' / 'imagenet_samples').exists():
     pytest.skip('The 500 labelled photos of ImageNet are not at hand.')
-  spec = importlib.util.spec_from_file_location('load', loader)
-  load = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(load)
-  return load.imagenet_samples()[:2]
+  return shared_loader().imagenet_samples()[:2]
 
 
 def accuracies(network, images, labels):
