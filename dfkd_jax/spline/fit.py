@@ -1,9 +1,9 @@
 """Fits sums of hinges max(0, x - t) to data: a forward selection of knots, then a pruning.
 
-The model is continuous and piecewise linear, so that `relu_network` turns it into a network of one
-hidden layer that computes the same function. Friedman's adaptive regression splines, restricted to
-first degree, with two changes: the basis stays of full rank (see `_Candidates.gains`), and the
-knots of all features are compared by recurrences instead of a least-squares fit each.
+The model is continuous and piecewise linear, so that `network.relu_network` turns it into a network
+of one hidden layer that computes the same function. Friedman's adaptive regression splines,
+restricted to first degree, with two changes: the basis stays of full rank (see `_Additive.gains`),
+and the knots of all features are compared by recurrences instead of a least-squares fit each.
 
 References:
   Friedman, Multivariate Adaptive Regression Splines, Annals of Statistics 19(1), 1991,
@@ -252,7 +252,7 @@ class _Additive:
     return np.take_along_axis(sums.T, self.places.first, 1)
 
   def _dot(self, q):
-    """g'q of all candidates, [d, K]."""
+    """Products g'q of all candidates, [d, K]."""
     return self._sums(q, 1) - self.places.knot * self._sums(q)
 
   def update(self, q, fit):

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dfkd_jax.spline.hinge_fit import HingeModel
+from dfkd_jax.spline.fit import HingeModel
 from dfkd_jax.types import Array, PRNGKey
 
 Params = dict[str, dict[str, Any]]  # 'Dense_0', 'Dense_1', ...: kernel [in, out] and bias [out].
@@ -35,6 +35,7 @@ class ReluNetwork(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    """Maps features [..., d] to responses [..., num_outputs]."""
     for i, width in enumerate(self.widths):
       x = nn.relu(nn.Dense(width, precision=self.precision, name=f'Dense_{i}')(x))
     last = nn.Dense(self.num_outputs, precision=self.precision, name=f'Dense_{len(self.widths)}')
