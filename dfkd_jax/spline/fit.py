@@ -91,7 +91,7 @@ def hinge_fit(
     ValueError: Too few rows, values that are not finite, shapes that do not fit, or an option out
       of range.
   """
-  x, y = _checked(x, y)
+  x, y = check_arrays(x, y)
   check_choice(interactions, INTERACTIONS, 'interactions')
   if max_terms < 1:
     raise ValueError(f'max_terms is {max_terms}, must be at least 1.')
@@ -166,16 +166,23 @@ class _Places(NamedTuple):
   first: np.ndarray  # [d, K], rank of the first value above a knot.
 
 
-def _checked(x, y):
-  """Returns x [N, d] and y [N, C] as float64."""
+def check_arrays(
+    x: np.ndarray, y: np.ndarray, names: tuple[str, str] = ('x', 'y')
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns x [N, d] and y [N] or [N, C] as float64, y with both axes.
+
+  Raises a ValueError that has their names unless they are finite numbers of such shapes.
+  """
+  first, second = names
   try:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
   except (TypeError, ValueError) as error:
-    raise ValueError(f'x and y must be numbers: {error}') from None
+    raise ValueError(f'{first} and {second} must be numbers: {error}') from None
   y = y[:, None] if y.ndim == 1 else y
   if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not y.shape[1] or not x.shape[1]:
-    raise ValueError(f'x has shape {x.shape} and y {y.shape}, must have [N, d] and [N] or [N, C].')
-  for name, values in (('x', x), ('y', y)):
+    raise ValueError(f'{first} has shape {x.shape} and {second} {y.shape}, must have [N, d] and '
+                     '[N] or [N, C].')
+  for name, values in ((first, x), (second, y)):
     if not np.isfinite(values).all():
       row = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
       raise ValueError(f'{name} has a value in row {row} that is not finite: drop or fill it.')
