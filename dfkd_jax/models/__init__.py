@@ -5,6 +5,8 @@ block maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), width]. The
 the same in all of them:
 
   num_classes: Number of logits.
+  head: Name of the last dense layer, whose inputs are `features`.
+  head_width: Units of a hidden layer `<head>_hidden` before it. None: there is no such layer.
   dtype: Dtype of the computation. None uses the dtype of parameters and inputs.
   epsilon, momentum: Of the batch norms.
   remat: Whether the backward pass keeps only the input of each block, and recomputes the rest.

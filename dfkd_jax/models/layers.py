@@ -77,11 +77,27 @@ def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
   return nn.Dense(features, **inits | kwargs)
 
 
-def classify(module: nn.Module, x: Array, name: str, **inits: Any) -> Array:
-  """Averages maps [B, h, w, D] over pixels to `features` [B, D], and applies a dense layer."""
-  x = at_least_float32(x).mean((1, 2))
+def classify(module: nn.Module, x: Array, **inits: Any) -> Array:
+  """Averages maps [B, h, w, D] over pixels, and applies the head of the module to them."""
+  return apply_head(module, at_least_float32(x).mean((1, 2)), **inits)
+
+
+def apply_head(module: nn.Module, x: Array, **inits: Any) -> Array:
+  """Sows features [B, D] and maps them to logits by a dense layer, called `module.head`.
+
+  If `module.head_width` is not None, a hidden layer of that width and a ReLU come before it. Its
+  initializer is He's (arXiv:1502.01852); `inits` are for the last layer.
+  """
   module.sow('intermediates', 'features', x)
-  return dense(module.num_classes, x.shape[-1], name=name, **inits)(x)
+  if module.head_width is not None:
+    x = nn.relu(nn.Dense(module.head_width, kernel_init=nn.initializers.he_normal(),
+                         name=hidden_name(module.head))(x))
+  return dense(module.num_classes, x.shape[-1], name=module.head, **inits)(x)
+
+
+def hidden_name(head: str) -> str:
+  """Name of the hidden layer before the dense layer `head`."""
+  return f'{head}_hidden'
 
 
 def apply_block(module: nn.Module, run: Callable[[Array], Array], x: Array) -> Array:

@@ -70,11 +70,13 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
   """MobileNetV2 under torchvision's names, without the dropout before the last layer."""
 
+  head = 'classifier_1'
   num_classes: int
   width: float = 1.0  # Factor of all channels; the last convolution keeps at least 1280.
   epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = None
+  head_width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -90,7 +92,7 @@ class MobileNetV2(nn.Module):
     x = layers.apply_stages(self, stages, x, train)
     last, name = round_channels(1280 * max(1.0, self.width)), next(names)
     x = nn.relu6(conv_norm(x, last, 1, names=(f'{name}_0', f'{name}_1')))
-    return layers.classify(self, x, 'classifier_1', **layers.normal_inits)
+    return layers.classify(self, x, **layers.normal_inits)
 
 
 class EfficientNetLite(nn.Module):
@@ -101,6 +103,7 @@ class EfficientNetLite(nn.Module):
   sides alike. Weights trained with one lose some accuracy with the other.
   """
 
+  head = 'classifier'
   num_classes: int
   width: float = 1.0  # Factor of the channels of all stages, but not of stem and head.
   depth: float = 1.0  # Factor of the number of blocks, except in the first and last stage.
@@ -109,6 +112,7 @@ class EfficientNetLite(nn.Module):
   momentum: float = 0.99
   remat: bool = False
   dtype: Any = None
+  head_width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -124,4 +128,4 @@ class EfficientNetLite(nn.Module):
         for i, (size, strides, expansion, channels, blocks) in enumerate(_EFFICIENTNET)]
     x = layers.apply_stages(self, stages, x, train)
     x = nn.relu6(conv_norm(x, 1280, 1, names=('conv_head', 'bn2')))
-    return layers.classify(self, x, 'classifier')
+    return layers.classify(self, x)

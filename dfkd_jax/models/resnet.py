@@ -67,18 +67,20 @@ class Block(nn.Module):
 class ResNet(nn.Module):
   """ResNet-18, -34, -50 with the stem for 32x32 images of FastDFKD (arXiv:2112.06253)."""
 
+  head = 'linear'
   num_classes: int
   stage_sizes: tuple[int, ...] = (2, 2, 2, 2)  # Blocks of each stage.
   bottleneck: bool = False  # Blocks of three convolutions, and four times the width.
   width: int = 64  # Channels of the stem, and of the first stage's inner convolutions.
   dtype: Any = None
+  head_width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     x = nn.relu(layers.conv_norm(
         self, x, self.width, 3, train=train, names=_STEM, kernel_init=layers.uniform_fan_in))
     x = _apply_blocks(self, _stages(self), x, train, bottleneck=self.bottleneck)
-    return layers.classify(self, x, 'linear')
+    return layers.classify(self, x)
 
 
 class ImageNetResNet(nn.Module):
@@ -88,6 +90,7 @@ class ImageNetResNet(nn.Module):
   in all convolutions, epsilon 1.001e-5.
   """
 
+  head = 'fc'
   num_classes: int
   stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
   bottleneck: bool = False
@@ -97,6 +100,7 @@ class ImageNetResNet(nn.Module):
   epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = None
+  head_width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -106,17 +110,19 @@ class ImageNetResNet(nn.Module):
     x = _apply_blocks(
         self, _stages(self), x, train, bottleneck=self.bottleneck, stride_in=self.stride_in,
         epsilon=self.epsilon, use_bias=self.conv_bias, **_DOWNSAMPLE)
-    return layers.classify(self, x, 'fc')
+    return layers.classify(self, x)
 
 
 class ThinResNet(nn.Module):
   """ResNet of 6n + 2 layers in three stages, such as ResNet-20 and -110 (section 4.2)."""
 
+  head = 'fc'
   num_classes: int
   depth: int = 20
   widths: tuple[int, int, int, int] = (16, 16, 32, 64)  # Of the stem, then of the three stages.
   shortcut: str = 'projection'  # As in CRD (arXiv:1910.10699) and FastDFKD; or 'pad', the paper's.
   dtype: Any = None
+  head_width: int | None = None
 
   def __post_init__(self) -> None:
     if self.depth < 8 or self.depth % 6 != 2:
@@ -128,7 +134,7 @@ class ThinResNet(nn.Module):
     x = nn.relu(layers.conv_norm(self, x, self.widths[0], 3, train=train, names=_STEM))
     stages = zip(self.widths[1:], [(self.depth - 2) // 6] * 3, strict=True)
     x = _apply_blocks(self, stages, x, train, shortcut=self.shortcut, **_DOWNSAMPLE)
-    return layers.classify(self, x, 'fc')
+    return layers.classify(self, x)
 
 
 def _stages(module: ResNet | ImageNetResNet) -> list[tuple[int, int]]:
@@ -168,10 +174,12 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
   """WRN-depth-widen: three groups of (depth - 4) / 6 blocks, no dropout."""
 
+  head = 'fc'
   num_classes: int
   depth: int = 16  # Number of layers, 6n + 4.
   widen: int = 1  # Factor of the widths 16, 32 and 64.
   dtype: Any = None
+  head_width: int | None = None
 
   def __post_init__(self) -> None:
     if self.depth < 10 or self.depth % 6 != 4:
@@ -187,4 +195,4 @@ class WideResNet(nn.Module):
     groups = [(width * self.widen, (self.depth - 4) // 6) for width in (16, 32, 64)]
     x = _apply_blocks(self, groups, x, train, WideBlock, 'block{}_layer_{}')
     norm = layers.BatchNorm(use_running_average=not train, dtype=self.dtype, name='bn1')
-    return layers.classify(self, nn.relu(norm(x)), 'fc', bias_init=nn.initializers.zeros)
+    return layers.classify(self, nn.relu(norm(x)), bias_init=nn.initializers.zeros)

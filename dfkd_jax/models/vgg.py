@@ -18,10 +18,12 @@ _GROUPS = ((64,), (128,), (256, 256), (512, 512), (512, 512))
 class ConvNet(nn.Module):
   """Convolutions, a mean and a dense layer: for small data sets, such as 28x28 grey images."""
 
+  head = 'fc'
   num_classes: int
   widths: tuple[int, ...] = (16, 32, 32, 64, 80)  # Of the 3x3 convolutions.
   strides: tuple[int, ...] = (1, 2, 1, 2, 1)
   dtype: Any = None
+  head_width: int | None = None
 
   def __post_init__(self) -> None:
     if len(self.widths) != len(self.strides):
@@ -35,7 +37,7 @@ class ConvNet(nn.Module):
     for i, (width, strides) in enumerate(zip(self.widths, self.strides, strict=True), 1):
       x = nn.relu(conv_norm(x, width, 3, strides, names=(f'conv{i}', f'bn{i}')))
       self.sow('intermediates', f'stage_{i}', x)
-    return layers.classify(self, x, 'fc')
+    return layers.classify(self, x)
 
 
 class VGG(nn.Module):
@@ -45,9 +47,11 @@ class VGG(nn.Module):
   the fourth group. Then the pixels are averaged.
   """
 
+  head = 'classifier'
   num_classes: int
   groups: tuple[tuple[int, ...], ...] = _GROUPS  # Widths of the 3x3 convolutions of each group.
   dtype: Any = None
+  head_width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -58,18 +62,20 @@ class VGG(nn.Module):
       self.sow('intermediates', f'stage_{group + 1}', x)
       if group < num_pools:
         x = nn.max_pool(x, (2, 2), (2, 2))
-    return layers.classify(self, x, 'classifier', **layers.normal_inits)
+    return layers.classify(self, x, **layers.normal_inits)
 
 
 class ImageNetVGG(nn.Module):
   """VGG-11, -13, -16, -19 under torchvision's names, without dropout."""
 
+  head = 'classifier_6'
   num_classes: int
   groups: tuple[tuple[int, ...], ...] = _GROUPS  # As in `VGG`; a 2x2 max-pooling follows each.
   hidden: int = 4096  # Width of the two dense layers before the last; the second gives features.
   epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = None
+  head_width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -86,9 +92,7 @@ class ImageNetVGG(nn.Module):
     dense = functools.partial(nn.Dense, **layers.normal_inits)
     for name in ('classifier_0', 'classifier_3'):
       x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
-    x = layers.at_least_float32(x)
-    self.sow('intermediates', 'features', x)
-    return dense(self.num_classes, name='classifier_6')(x)
+    return layers.apply_head(self, layers.at_least_float32(x), **layers.normal_inits)
 
 
 def _apply_group(conv_norm, prefix, first, widths, x):

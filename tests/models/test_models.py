@@ -392,3 +392,16 @@ def test_modules_refuse_what_they_cannot_be():
     shapes_of(models.create('resnet20', 10, shortcut='identity'))
   with pytest.raises(ValueError, match=r'2 widths \(4, 5\) need as many strides, not \(1,\)'):
     models.ConvNet(10, widths=(4, 5), strides=(1,))
+
+
+@pytest.mark.parametrize('name', [
+    'convnet', 'vgg8', 'vgg11_bn', 'resnet18', 'resnet18_imagenet', 'resnet8', 'wrn16_1',
+    'mobilenetv2_imagenet', 'efficientnet_lite0'])
+def test_a_head_may_have_a_hidden_layer(name):
+  module = models.create(name, 5, head_width=7)
+  images = jnp.zeros((1, 32, 32, 3))
+  params = jax.eval_shape(module.init, jax.random.key(0), images)['params']
+  hidden, last = (jax.tree.map(jnp.shape, params[layer])
+                  for layer in (f'{module.head}_hidden', module.head))
+  assert hidden['bias'] == (7,)
+  assert last == {'kernel': (7, 5), 'bias': (5,)}
