@@ -3,15 +3,14 @@
 import os
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from dfkd_jax import evaluate, parallel, report
 from dfkd_jax.config.records import Grid
+from dfkd_jax.jobs import samples
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs.loop import Experiment
 from dfkd_jax.runs.programs import Plan
-from dfkd_jax.synth import host_replay, replay
 from dfkd_jax.types import PRNGKey, PyTree
 
 JUDGED = 1000  # images that a judge sees at least
@@ -26,7 +25,11 @@ def show(experiment: Experiment, plan: Plan, grid: Grid, synthesis: PyTree, teac
   judge's top-1, or in its top-5; in segmentation the fraction of pixels of the same class.
   """
   number = max(4 * grid.columns * grid.rows, 0 if judge is None else JUDGED)
-  images, labels = _draw(experiment, plan, synthesis, teacher, key, number)
+
+  def label(images, teacher):  # labels in the buffer describe augmented views
+    return images, experiment.task.predicted(teacher(images).logits)
+
+  images, labels = samples.draw(plan, synthesis, key, number + 1, label, teacher)
   order = _in_turn(labels)
   if experiment.task.label_axes:
     shown = order[:grid.columns * max(1, grid.rows // 3)]
@@ -107,28 +110,3 @@ def _class_names(experiment: Experiment) -> list[str]:
   """Returns the names of the data set's classes, or numbers; further classes are numbers too."""
   names = list(experiment.test.class_names) if experiment.test is not None else []
   return names + [str(label) for label in range(len(names), experiment.task.num_classes)]
-
-
-def _draw(experiment, plan, synthesis, teacher, key, number):
-  """Draws images, labelled by the teacher: labels in the buffer describe augmented views."""
-  buffer, images, batches = replay.find_buffer(synthesis), None, []
-  is_on_host = buffer is not None and isinstance(buffer.images, np.ndarray)
-  synthesis = host_replay.strip_images(synthesis) if is_on_host else synthesis
-
-  def sample_slots(synthesis, key, *, axis):
-    return plan.make(axis).sample(synthesis, key).slots
-
-  def sample(synthesis, key, images, teacher, *, axis):
-    batch = plan.make(axis).sample(replay.with_batch(synthesis, images), key)
-    return batch.images, experiment.task.predicted(teacher(batch.images).logits)
-
-  one, split, spread = parallel.REPLICATED, parallel.SPREAD, parallel.specs(synthesis)
-  draw_slots = parallel.each_device(sample_slots, plan.mesh, (spread, one), split)
-  draw = parallel.each_device(sample, plan.mesh, (spread, one, split, one), split)
-  for index in range(1 + number // plan.distill.batch_size):
-    batch_key = jax.random.fold_in(key, index)
-    if is_on_host:
-      slots = np.asarray(draw_slots(synthesis, jax.random.clone(batch_key)))  # as `sample` draws
-      images = host_replay.gather(buffer.images, slots[None])[0]
-    batches.append(parallel.gather(draw(synthesis, batch_key, images, teacher)))
-  return map(np.concatenate, zip(*batches, strict=True))
