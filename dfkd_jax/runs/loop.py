@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,11 @@ _REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
 _PICKED_ON_TEST = 'student.best is picked on the test images; student.last is not.'
 _PICKED_ON_SYNTHETIC = ('No real image was seen: student.best is picked by held_out_agreement, '
                         'on fresh synthetic images.')
+
+
+_EVENTS = (1 << 30) + 1  # of the keys derived from the seed: none of the job's own
+# A round, counted from 0, and (state, key) -> state, which is called when that round begins.
+Event = tuple[int, Callable[[PyTree, PRNGKey], PyTree]]
 
 
 class Start(NamedTuple):
@@ -58,6 +63,7 @@ class Experiment:
     self.selection = 'held_out_agreement' if self.test is None else self.task.selection
     self._shown = ('loss', self.task.selection, 'agreement', 'held_out_agreement', 'judge_top1')
     self._index = 0  # of the current round
+    self._event_key = jax.random.fold_in(jax.random.key(self.settings.seed), _EVENTS)
     self._teacher_metrics: dict[str, float] | None = None
     self._teacher_predictions: np.ndarray | None = None  # on the test images
     self._compiled: set = set()  # modules with a compiled evaluation
@@ -89,9 +95,12 @@ class Experiment:
     with self.ledger.part('evaluation'):
       return run(self.test.images, self.test.labels, self._teacher_predictions)
 
-  def loop(self, state: PyTree, done: int, total: int, advance: Callable,
-           evaluate: Callable) -> PyTree:
+  def loop(self, state: PyTree, done: int, total: int, advance: Callable, evaluate: Callable,
+           events: Sequence[Event] = ()) -> PyTree:
     """Runs rounds `done` to `total`: advances, evaluates, writes metrics, saves. Returns the state.
+
+    The `events` of a round come before it, and after the checkpoint of the rounds before: a run
+    that resumes there repeats them with the same state and key.
 
     `advance(state, round, times it was reseeded)` returns the state and numbers to log, and
     `evaluate(state, rounds done)` metrics, among them `selection`. Raises run_signals.Stopped if
@@ -102,20 +111,25 @@ class Experiment:
       self.store.save(0, state)  # for a first round that fails
     while True:
       try:
-        return self._run_rounds(state, done, total, advance, evaluate)
+        return self._run_rounds(state, done, total, advance, evaluate, events)
       except non_finite.Fault as fault:
         self._report_fault(fault)
         state, meta = self.store.restore(state)
         done = meta['done']
 
-  def _run_rounds(self, state, done, total, advance, evaluate):
+  def _run_rounds(self, state, done, total, advance, evaluate, events):
     with contextlib.ExitStack() as stack:
       with parallel.raise_on_all_processes():
         writer = stack.enter_context(report.MetricsWriter(self.workdir, resume_step=done))
       progress = stack.enter_context(report.Progress(total, initial=done, unit=self.unit))
       self.stop(self.stop_reason(images=done < total), done, total)
       for self._index in range(done, total):
-        state, numbers = advance(state, self._index, self.store.reseeded.get(self._index, 0))
+        reseeded = self.store.reseeded.get(self._index, 0)
+        for number, (index, event) in enumerate(events):
+          if index == self._index:
+            state = event(state, round_key(jax.random.fold_in(self._event_key, number), index,
+                                           reseeded))
+        state, numbers = advance(state, self._index, reseeded)
         done = self._index + 1
         if done % self.settings.evaluate_every == 0 or done == total:
           self.store.record_metrics(evaluate(state, done), done, state, self.selection)
