@@ -11,7 +11,8 @@ def config(**changes):
       seed=2, num_devices=None, distill__rounds=3, distill__distill_after=0, distill__batch_size=8,
       method__num_steps=2,
       method__num_tasks=4, method__capacity=32, checkpoint__every=1, optimizer__momentum=0.9,
-      optimizer__learning_rate=0.1, method__adversarial_after=1), **changes})
+      optimizer__learning_rate=0.1, method__adversarial_after=1, student__head_init='ridge',
+      student__head_images=21), **changes})
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dfkd_jax import augment, data
-from dfkd_jax.config import build, build_method
+from dfkd_jax.config import build, build_method, head
 from dfkd_jax.config.fields import BY_NAME, OPEN, RUN_FIELDS, leaves
 from dfkd_jax.config.problems import Problems, wrong_value
 from dfkd_jax.config.records import Distributed, MethodSettings, Settings, resolve
@@ -180,7 +180,9 @@ def _check_networks(settings: Settings, problems: Problems) -> None:
     if network in loaded:
       problems.run(build.check_source, network, reads=[f'{role}.source'], field=f'{role}.source')
     problems.run(build.module, network, reads=(
-        *_SHAPES, f'{role}.name', f'{role}.options', f'{role}.resize'))
+        *_SHAPES, f'{role}.name', f'{role}.options', f'{role}.resize', f'{role}.head_width'))
+  problems.run(head.check_head, settings, reads=(
+      *_SHAPES, 'student', 'distill.rounds', 'distill.distill_after'))
 
 
 def _check_method(settings: Settings, problems: Problems) -> Iterator[FieldError]:

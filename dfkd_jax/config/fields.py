@@ -10,6 +10,7 @@ from dfkd_jax.config.field import ABOVE_0, ANY, DECAY, FROM_0, FROM_1, NO_DEFAUL
 
 PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
 GENERATORS = ('generator', 'spatial_generator', 'dfad_generator', 'shapes_generator')
+HEADS = ('random', 'ridge', 'random_features', 'spline')
 SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 
@@ -65,6 +66,13 @@ RUN_FIELDS = (
     Field('dataset.crop', None, float, SHARE, 'share of the short side of photos', 'none'),
     Field('dataset.resize', False, bool, '', 'whether images and masks are resized to image_shape'),
     *_network('teacher', 'the teacher'), *_network('student', 'the student', is_trained=False),
+    Field('student.head_width', None, int, FROM_1,
+          'units of a hidden layer before its last dense layer; None: no such layer', 'none'),
+    Field('student.head_init', 'random', str, HEADS,
+          'how its head begins: random, or fitted once in closed form'),
+    Field('student.head_round', None, int, FROM_1, 'rounds before that fit; None: '
+          'distill.distill_after and a quarter of the rounds with student steps', 'none'),
+    Field('student.head_images', 4096, int, FROM_1, 'synthesised images of that fit'),
     *_network('judge', 'a second trained network that looks at the images'),
     Field('generator.name', 'generator', str, GENERATORS, 'the generator'),
     Field('generator.options', {}, dict, '', 'further arguments of the generator'),

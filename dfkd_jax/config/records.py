@@ -79,6 +79,15 @@ class NetworkSettings(NamedTuple):
     return (*(self.preprocessing['resize'] or self.image_shape[:2]), self.image_shape[-1])
 
 
+class Head(NamedTuple):
+  """How the student's head begins."""
+
+  init: str  # 'random', or a kind of `spline.head_init`
+  width: int | None  # of its hidden layer
+  round: int | None  # see `config.head.fit_round`
+  images: int  # to fit it on
+
+
 class MethodSettings(NamedTuple):
   """How to make the method."""
 
@@ -111,6 +120,7 @@ class Settings(NamedTuple):
   student: NetworkSettings
   judge: NetworkSettings
   augment: dict[str, Any]  # of the student's images: name and arguments
+  head: Head
   job: str
   control: bool
   buffer: str
@@ -143,7 +153,8 @@ def resolve(config: ConfigDict) -> Settings:
       keep_best=config.checkpoint.keep_best, minutes=config.budget.minutes,
       images=config.budget.images, reseed=config.faults.reseed)
   networks = [_network(values, role) for role in ('teacher', 'student', 'judge')]
-  first = (run, task, method, *networks, _without_none(values['augment']['student']))
+  first = (run, task, method, *networks, _without_none(values['augment']['student']),
+           Head(*(values['student'][f'head_{name}'] for name in Head._fields)))
   others = {name: kind(**values[name]) if hasattr(kind, '_fields') else values[name]
             for name, kind in list(Settings.__annotations__.items())[len(first):]}
   return Settings(*first, **others)
@@ -160,8 +171,10 @@ def _task(values: dict[str, Any]) -> tasks.Task:
 
 def _network(values: dict[str, Any], role: str) -> NetworkSettings:
   section, dataset = values[role], values['dataset']
+  width = section.get('head_width')
+  options = _without_none(section['options']) | ({} if width is None else {'head_width': width})
   return NetworkSettings(
-      role, section['name'], _without_none(section['options']), section.get('source'),
+      role, section['name'], options, section.get('source'),
       {name: section.get(name) for name in ('mean', 'std', 'bgr', 'resize')},
       section.get('image_shape') or dataset['image_shape'], dataset['num_classes'],
       values['task'], values['compute_dtype'], values['remat'],

@@ -3,7 +3,7 @@
 
 from dfkd_jax.distill.distill import distill, sampled_indices
 from dfkd_jax.distill.student import (
-    Student, cosine_by_round, coupled_sgd, divergence, init, train_step)
+    Student, cosine_by_round, coupled_sgd, divergence, init, replace_layers, train_step)
 
 __all__ = ['Student', 'cosine_by_round', 'coupled_sgd', 'distill', 'divergence', 'init',
-           'sampled_indices', 'train_step']
+           'replace_layers', 'sampled_indices', 'train_step']

@@ -1,12 +1,14 @@
 """The student: its optimizers, its divergence from the teacher, and one training step."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.tree_util import DictKey
 
 from dfkd_jax import parallel
 from dfkd_jax.losses import divergence as divergences
@@ -26,6 +28,29 @@ class Student(struct.PyTreeNode):
 def init(network: Network, tx: optax.GradientTransformation) -> Student:
   """Makes a student before its first step."""
   return Student(network, tx.init(network.params), jnp.int32(0))
+
+
+def replace_layers(
+    student: Student, layers: dict[str, PyTree], tx: optax.GradientTransformation) -> Student:
+  """Replaces the parameters of some layers, and resets their part of the optimizer's state.
+
+  Args:
+    student: Its other arrays, and counts of the optimizer, stay as they are.
+    layers: Parameters by name of a submodule of the network, of the same shapes.
+    tx: The student's optimizer.
+  """
+  params = dict(student.network.params)
+  for name, layer in layers.items():
+    params[name] = jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), params[name], layer)
+  replaced = {tuple(key.key for key in path) for path, _ in jax.tree.leaves_with_path(layers)}
+
+  def reset(path, old, new):
+    # A leaf for a parameter ends with the keys of its path; fields and indices come before.
+    keys = itertools.takewhile(lambda key: isinstance(key, DictKey), reversed(path))
+    return new if tuple(key.key for key in keys)[::-1] in replaced else old
+
+  opt_state = jax.tree.map_with_path(reset, student.opt_state, tx.init(params))
+  return student.replace(network=student.network.replace(params=params), opt_state=opt_state)
 
 
 def divergence(kind: str, logits: Array, targets: Array, temperature: float) -> Array:

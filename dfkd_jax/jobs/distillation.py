@@ -11,7 +11,7 @@ from dfkd_jax import augment, distill, parallel
 from dfkd_jax.config import build, build_method
 from dfkd_jax.config.records import Settings
 from dfkd_jax.evaluate import synthetic_images
-from dfkd_jax.jobs import noise_control, preflight, sample_images
+from dfkd_jax.jobs import noise_control, preflight, sample_images, student_head
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs import init_from, non_finite, programs
 from dfkd_jax.runs.loop import Experiment, Start, round_key
@@ -114,7 +114,9 @@ class _Distillation:
     state = state.replace(synthesis=host_replay.allocate(state.synthesis))
     if self.experiment.test is not None:
       self.experiment.cache_teacher_predictions(self.teacher)
-    return self.experiment.loop(state, done, self.rounds.rounds, self.advance, self.evaluate)
+    events = student_head.events(self.experiment, self.plan, self.settings, self.teacher)
+    return self.experiment.loop(
+        state, done, self.rounds.rounds, self.advance, self.evaluate, events)
 
   def advance(self, state: State, index: int, reseeded: int) -> tuple[State, dict[str, float]]:
     """Runs a round: calls of the method, each followed by its share of the student's steps."""
@@ -189,6 +191,7 @@ class _Distillation:
              'student_images': images_seen / seconds['student']}
     return experiment.write_summary(
         (*files, 'images.png'), control=control, preflight=self.store.meta['preflight'],
+        head=self.store.meta['head'],
         images=images, selection=experiment.selection, rates=rates,
         external_prior=method.numbers.get('embeddings'),
         parameters={'student': self.student.num_params(), 'teacher': self.teacher.num_params()})

@@ -12,7 +12,7 @@ import jax
 import dfkd_jax
 from dfkd_jax.messages import check_choice
 
-PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'control', 'evaluation',
+PARTS = ('setup', 'preflight', 'compile', 'synthesis', 'student', 'head', 'control', 'evaluation',
          'checkpoint')
 # Processes of the run, images made, images seen by the student, and rounds repeated with other
 # keys after a number that was not finite.

@@ -33,6 +33,7 @@ class Summary(TypedDict):
   control: NotRequired[Result]  # A student of noise images.
   network: NotRequired[str]  # 'teacher' if `student` describes the training of a teacher.
   parameters: NotRequired[dict[str, int]]  # Numbers, of student and teacher.
+  head: NotRequired[dict]  # init, round, images, terms and seconds of a head that was fitted.
   images: NotRequired[dict[str, float]]  # judge_top1, judge_top5 and count of judged images.
   seconds: NotRequired[dict[str, float]]  # By part, see `Ledger.seconds`.
   wall_seconds: NotRequired[float]

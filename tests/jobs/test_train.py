@@ -65,7 +65,7 @@ def test_summary_says_what_was_found_and_how(whole):
   assert summary['parameters'] == {'student': student.num_params(), 'teacher': teacher.num_params()}
   assert summary['parameters']['student'] == 2 * 9 + 2 * 2 + 2 * 3 * 9 + 2 * 3 + 3 * 5 + 5
   assert list(summary['seconds']) == list(report.PARTS)
-  assert all(summary['seconds'][part] > 0 for part in report.PARTS)
+  assert all(summary['seconds'][part] > 0 for part in report.PARTS if part != 'head')
   assert sum(summary['seconds'].values()) <= summary['wall_seconds']
   assert (summary['seed'], summary['command'],
           summary['workdir']) == (0, 'python main.py', str(workdir))
@@ -264,7 +264,8 @@ def test_devices_share_the_work_of_tasks(tmp_path):
 @pytest.mark.parametrize('begun', [4, 1])
 def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys, begun):
   """On as many bit for bit; on another number, from four to one and back, but for rounding."""
-  changes = dict(distill__rounds=3, method__capacity=48, checkpoint__every=1)
+  changes = dict(distill__rounds=3, method__capacity=48, checkpoint__every=1,
+                 student__head_init='ridge', student__head_images=30)  # Fitted before round 2.
   _, state, _ = toy_runs.observed(four_tasks(num_devices=begun, **changes), tmp_path / 'whole')
   toy_runs.stopped(four_tasks(num_devices=begun, **changes), tmp_path / 'same', 2)
   shutil.copytree(tmp_path / 'same', tmp_path / 'other')

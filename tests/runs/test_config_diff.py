@@ -68,3 +68,7 @@ def test_a_run_from_before_there_was_a_field_has_its_default():
   assert config_diff.differing_fields(identity(), identity(task='classification')) == {}
   changes = config_diff.differing_fields(identity(), identity(task='segmentation'))
   assert changes == {'task': {'there': 'classification', 'here': 'segmentation'}}
+  same = identity(student={'head_init': 'random', 'head_width': None})
+  assert config_diff.differing_fields(identity(), same) == {}
+  changes = config_diff.differing_fields(identity(), identity(student={'head_init': 'ridge'}))
+  assert changes == {'student.head_init': {'there': 'random', 'here': 'ridge'}}

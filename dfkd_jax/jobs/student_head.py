@@ -1,0 +1,62 @@
+"""The student's head in a run: fitted once, in closed form, on images that the method gives."""
+
+import time
+
+import jax
+
+from dfkd_jax import distill, parallel, report
+from dfkd_jax.config import head as head_settings
+from dfkd_jax.config.records import Settings
+from dfkd_jax.jobs import samples
+from dfkd_jax.models.network import Network
+from dfkd_jax.runs.loop import Event, Experiment
+from dfkd_jax.runs.programs import Plan, State
+from dfkd_jax.spline.head_init import fit_head
+from dfkd_jax.types import PRNGKey
+
+
+def events(
+    experiment: Experiment, plan: Plan, settings: Settings, teacher: Network) -> list[Event]:
+  """Returns the event that fits the head, if there is one.
+
+  It maps the student's features, in evaluation mode, to the teacher's logits. Nothing but the head
+  changes, and of the optimizer's state the part of the head. The record of the fit is saved with
+  the run, under 'head'.
+  """
+  head, store = settings.head, experiment.store
+  record = store.meta['head'] = store.stored.get('head')
+  if head.init == 'random':
+    return []
+  index = head_settings.fit_round(head, settings.distill)
+  if record is not None and head.round is None:
+    index = record['round']  # a run that is made longer does not fit it again
+
+  def fit(state: State, key: PRNGKey) -> State:
+    began, (key_draw, key_fit) = time.perf_counter(), jax.random.split(key)
+    with experiment.ledger.part('head'):
+      features, logits = samples.draw(
+          plan, state.synthesis, key_draw, head.images, _features_and_logits, teacher,
+          state.student.network)
+      with parallel.raise_on_all_processes():
+        fitted = fit_head(
+            head.init, features[:head.images], logits[:head.images], head.width, key_fit,
+            is_centred=settings.distill.divergence == 'kl')
+      # Of the first process, since libraries of linear algebra round differently on other hosts.
+      layers = jax.tree.map(lambda leaf: parallel.gather_processes(leaf)[0], fitted.params)
+      names = head_settings.layer_names(state.student.network.module, head.init)
+      student = distill.replace_layers(
+          jax.device_get(parallel.local_copy(state.student)),
+          {name: layers[f'Dense_{i}'] for i, name in enumerate(names)}, plan.tx)
+      state = state.replace(student=parallel.place(plan.mesh, student))
+    store.meta['head'] = {
+        'init': head.init, 'round': index, 'images': head.images, 'terms': fitted.num_terms,
+        'seconds': time.perf_counter() - began}
+    report.note(f'Fitted the head of the student before round {index + 1}: {head.init}, '
+                f'{fitted.num_terms} terms, {head.images} images.')
+    return state
+
+  return [(index, fit)]
+
+
+def _features_and_logits(images, teacher, student):
+  return student(images).features, teacher(images).logits
