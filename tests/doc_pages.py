@@ -98,6 +98,7 @@ def shrink(config, teacher=None):
   config.distill.rounds = max(2, min(4, config.distill.rounds // 40))
   at_most(config.train, epochs=1, batch_size=8)
   at_most(config.preflight, batch_size=4)
+  at_most(config.student, head_images=100)
   config.optimizer.update(warmup_steps=0, milestones=())
   config.evaluate.update(every=2, batch_size=10)
   config.update(compilation_cache=str(toy_runs.folder() / 'programs'), num_devices=1)

@@ -1,6 +1,6 @@
 """Spline-initialised fully connected layers: fit hinges, turn them into a network, fine-tune."""
 
 from dfkd_jax.spline.fit import HingeModel, hinge_fit, table
-from dfkd_jax.spline.network import ReluNetwork, relu_network
+from dfkd_jax.spline.network import ReluNetwork, hinge_mask, relu_network
 
-__all__ = ('HingeModel', 'ReluNetwork', 'hinge_fit', 'relu_network', 'table')
+__all__ = ('HingeModel', 'ReluNetwork', 'hinge_fit', 'hinge_mask', 'relu_network', 'table')

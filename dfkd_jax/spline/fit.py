@@ -9,7 +9,7 @@ References:
   Friedman, Multivariate Adaptive Regression Splines, Annals of Statistics 19(1), 1991,
   https://doi.org/10.1214/aos/1176347963: knots by equations 43 and 45, pruning by equation 30.
   Mo et al., Exploiting Spline Models for the Training of Fully Connected Layers in Neural Network,
-  2021, https://arxiv.org/abs/2102.06554, whose first step this is.
+  2021, https://arxiv.org/abs/2102.06554: its first step is such a fit.
 """
 
 import math
@@ -263,7 +263,7 @@ class _Additive:
     return self._sums(q, 1) - self.places.knot * self._sums(q)
 
   def update(self, q, fit):
-    """Takes a new orthonormal column q [N], whose product with the residual is `fit` [C]."""
+    """Takes a new orthonormal column q [N]; its product with the residual is `fit` [C]."""
     dot, linear_dot = self._dot(q), self.z.T @ q
     self.norm -= dot**2
     self.fit -= dot[..., None] * fit
@@ -381,7 +381,7 @@ def _forward(z, y, start, places, max_terms, threshold, interacts):
 
 
 def _backward(start, basis, y, terms, penalty, keep):
-  """Returns the terms to keep: `keep` of them, or those of the least cross-validation score."""
+  """Returns the terms to keep: `keep` of them, or as many as give the least score."""
   fixed, rows = start.shape[1], len(y)
   # The QR decomposition leaves out columns of `start` that depend on others.
   start = np.linalg.svd(start, full_matrices=False)

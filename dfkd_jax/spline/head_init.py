@@ -3,7 +3,7 @@
 The read-out of a head is a least-squares solution on a set of images:
 
   'ridge'            a linear map: one dense layer; or two units of a hidden layer for each class
-  'random_features'  a hidden layer of random units, of which only the read-out is fitted
+  'random_features'  a hidden layer of random units; only the read-out is fitted
   'spline'           a hidden layer of a linear map and of hinges (`hinge_fit`)
 """
 

@@ -4,13 +4,16 @@ A hinge is one unit: its weight is the slope, its bias minus slope times knot. S
 and a linear read-out equal the spline everywhere, also beyond the data. In float32 each unit has
 one rounding, in its bias; only the order of the read-out's sum differs.
 
-Three limits: `precision` must be `jax.lax.Precision.HIGHEST` for equality on accelerators, whose
-products of matrices are shorter by default; an infinite feature gives NaN in all units, since 0
-times infinity is NaN; bfloat16 parameters round the knots.
+Three limits of this equality:
+
+  * Accelerators multiply matrices in fewer digits, unless `precision` is
+    `jax.lax.Precision.HIGHEST`.
+  * An infinite feature gives NaN in all units, since 0 times infinity is NaN.
+  * Parameters in bfloat16 round the knots.
 
 References:
-  Mo et al., 2021, https://arxiv.org/abs/2102.06554. Its text was not at hand; what it calls
-  reshaping is read here as `widen` and `deepen`.
+  Mo et al., 2021, https://arxiv.org/abs/2102.06554. Its text was not at hand; we take its word
+  reshaping to mean `widen` and `deepen`.
 """
 
 import math
