@@ -1,6 +1,7 @@
 """Spline-initialised fully connected layers: fit hinges, turn them into a network, fine-tune."""
 
-from dfkd_jax.spline.fit import HingeModel, hinge_fit, table
+from dfkd_jax.spline.fit import hinge_fit
+from dfkd_jax.spline.model import HingeModel, table
 from dfkd_jax.spline.network import ReluNetwork, hinge_mask, relu_network
 
 __all__ = ('HingeModel', 'ReluNetwork', 'hinge_fit', 'hinge_mask', 'relu_network', 'table')

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from dfkd_jax.messages import check_choice
-from dfkd_jax.spline.fit import HingeModel, check_arrays, hinge_fit
+from dfkd_jax.spline.fit import check_arrays, hinge_fit
+from dfkd_jax.spline.model import HingeModel
 from dfkd_jax.spline.network import Params, relu_network, rescale, widen
 from dfkd_jax.types import PRNGKey
 

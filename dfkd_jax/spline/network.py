@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from dfkd_jax.spline.fit import HingeModel
+from dfkd_jax.spline.model import HingeModel
 from dfkd_jax.types import Array, PRNGKey
 
 Params = dict[str, dict[str, Any]]  # 'Dense_0', 'Dense_1', ...: kernel [in, out] and bias [out].
@@ -39,10 +39,13 @@ class ReluNetwork(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps features [..., d] to responses [..., num_outputs]."""
-    for i, width in enumerate(self.widths):
-      x = nn.relu(nn.Dense(width, precision=self.precision, name=f'Dense_{i}')(x))
-    last = nn.Dense(self.num_outputs, precision=self.precision, name=f'Dense_{len(self.widths)}')
-    return last(x)
+    for i, width in enumerate((*self.widths, self.num_outputs)):
+      x = nn.relu(x) if i else x
+      # A spline without terms has a layer of no units, for which JAX 0.10 draws no weights.
+      has_units = x.shape[-1] and width
+      init = nn.initializers.lecun_normal() if has_units else nn.initializers.zeros
+      x = nn.Dense(width, precision=self.precision, kernel_init=init, name=f'Dense_{i}')(x)
+    return x
 
 
 def of_params(params: Params, precision: Any = None) -> ReluNetwork:

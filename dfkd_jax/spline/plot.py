@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dfkd_jax.spline.fit import HingeModel
+from dfkd_jax.spline.model import HingeModel
 
 
 def effect(model: HingeModel, feature: int, values: np.ndarray) -> np.ndarray:

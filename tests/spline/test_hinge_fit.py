@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dfkd_jax.spline import fit as module
-from dfkd_jax.spline import hinge_fit, table
+from dfkd_jax.spline import candidates, hinge_fit, selection, table
 
 
 def draw(seed, rows=300, features=3, responses=2):
@@ -30,8 +29,8 @@ def test_gains_are_those_of_least_squares_in_each_step(seed):
   """Also the choice: brute force over all candidates finds no better one."""
   x, y = draw(seed)
   z = standardized(x)
-  places = module._knots(z, 7, None, None)
-  group, columns = module._Additive(z, y, places), np.zeros((len(z), 0))
+  places = candidates.choose_knots(z, 7, None, None)
+  group, columns = candidates.Additive(z, y, places), np.zeros((len(z), 0))
   basis = np.ones((len(z), 1))
   residual = y
   for step in range(5):
@@ -55,7 +54,7 @@ def test_gains_are_those_of_least_squares_in_each_step(seed):
           gains[v, k], before - rss(np.concatenate([basis, both], 1), y), rtol=1e-7, atol=1e-8)
     new = group.take(gains.argmax())
     assert len(new) == (2 if step == 0 or basis.shape[1] == 1 else len(new))
-    basis = np.concatenate([basis, module._columns(z, new)], 1)
+    basis = np.concatenate([basis, selection.term_columns(z, new)], 1)
 
 
 def test_the_first_knot_of_a_feature_has_two_hinges_and_later_ones_have_one():
@@ -69,11 +68,12 @@ def test_the_first_knot_of_a_feature_has_two_hinges_and_later_ones_have_one():
 def test_the_cost_of_a_deletion_is_that_of_a_refit():
   x, y = draw(4)
   z, start = standardized(x), np.ones((300, 1))
-  terms = module._forward(z, y, start, module._knots(z, 9, None, None), 8, 0.0, False)
-  basis = module._columns(z, terms)
+  places = candidates.choose_knots(z, 9, None, None)
+  terms = selection.select_terms(z, y, start, places, 8, 0.0, False)
+  basis = selection.term_columns(z, terms)
   whole = np.arange(len(terms))
   for count in range(len(terms) - 1, -1, -1):
-    kept = module._backward(start, basis, y, terms, 2.0, count)
+    kept = selection.prune_terms(start, basis, y, terms, 2.0, count)
     costs = {drop: rss(np.concatenate([start, basis[:, whole[whole != drop]]], 1), y)
              for drop in whole}
     assert list(kept) == [i for i in whole if i != min(costs, key=costs.get)]
