@@ -1,6 +1,6 @@
 """Heads that are fitted within a run: the state afterwards, resuming, and refusals.
 
-test_train.py has a run with a fitted head on several devices.
+test_train.py and test_processes.py fit heads on several devices and in several processes.
 """
 
 import functools
@@ -32,8 +32,12 @@ def quick():
 
 
 def config(kind='ridge', **changes):
-  return toy_runs.config(**{'student__head_init': kind, 'student__head_width': 13,
-                            'student__head_images': 19, **changes})
+  """A run on noise, which compiles fast; test_train.py has one with a replay buffer."""
+  made = toy_runs.config(**{
+      'student__head_init': kind, 'student__head_width': 13, 'student__head_images': 19,
+      **changes})
+  made.method = dict(name='noise')
+  return made
 
 
 def observed(made, workdir):
@@ -112,9 +116,10 @@ def test_a_run_that_is_made_longer_does_not_fit_again():
 
 @pytest.mark.exhaustive
 def test_images_on_the_host_fit_the_same_head(tmp_path):
-  on_host, on_device = (
-      observed(config(distill__rounds=2, buffer=place), tmp_path / place)[2][0]
-      for place in ('host', 'device'))
+  make = lambda place: toy_runs.config(
+      distill__rounds=2, buffer=place, student__head_init='ridge', student__head_images=19)
+  on_host, on_device = (observed(make(place), tmp_path / place)[2][0]
+                        for place in ('host', 'device'))
   assert equal(on_host.params, on_device.params)
 
 
