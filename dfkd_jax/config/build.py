@@ -143,12 +143,22 @@ def _check_masks(dataset: Dataset, split: str, masks: np.ndarray) -> None:
         f'{highest} (dataset.ignore is {ignore}).')
 
 
-def optimizer(
-    section: Optimizer, rounds: int, steps_per_round: int) -> optax.GradientTransformation:
-  """Makes the optimizer; weight decay is coupled, on all parameters, as published."""
+def optimizer(section: Optimizer, rounds: int, steps_per_round: int,
+              replaced: tuple[str, ...] = ()) -> optax.GradientTransformation:
+  """Makes the optimizer; weight decay is coupled, on all parameters, as published.
+
+  Layers that are `replaced` within the run have moments and a count of their own in Adam's state.
+  """
   rate = schedule(section, rounds, steps_per_round)
   if section.name == 'adam':
-    return optax.chain(optax.add_decayed_weights(section.weight_decay), optax.adam(rate))
+    adam = optax.scale_by_adam()
+    if replaced:
+      adam = optax.partition(
+          {distill.REPLACED: adam, 'others': adam},
+          lambda params: {name: distill.REPLACED if name in replaced else 'others'
+                          for name in params})
+    return optax.chain(optax.add_decayed_weights(section.weight_decay),
+                       optax.chain(adam, optax.scale_by_learning_rate(rate)))
   return distill.coupled_sgd(rate, section.momentum, section.weight_decay, section.nesterov)
 
 

@@ -3,7 +3,7 @@
 
 from dfkd_jax.distill.distill import distill, sampled_indices
 from dfkd_jax.distill.student import (
-    Student, cosine_by_round, coupled_sgd, divergence, init, replace_layers, train_step)
+    REPLACED, Student, cosine_by_round, coupled_sgd, divergence, init, replace_layers, train_step)
 
-__all__ = ['Student', 'cosine_by_round', 'coupled_sgd', 'distill', 'divergence', 'init',
+__all__ = ['REPLACED', 'Student', 'cosine_by_round', 'coupled_sgd', 'distill', 'divergence', 'init',
            'replace_layers', 'sampled_indices', 'train_step']

@@ -16,6 +16,8 @@ from dfkd_jax.messages import check_option
 from dfkd_jax.models.network import Network
 from dfkd_jax.types import Array, Outputs, PyTree
 
+REPLACED = 'replaced layers'  # Label of a part of an optimizer, see `replace_layers`.
+
 
 class Student(struct.PyTreeNode):
   """A network in training."""
@@ -34,8 +36,12 @@ def replace_layers(
     student: Student, layers: dict[str, PyTree], tx: optax.GradientTransformation) -> Student:
   """Replaces the parameters of some layers, and resets their part of the optimizer's state.
 
+  Adam divides moments by a bias that depends on the count of steps. With moments of zero and a
+  large count, steps would be up to 6.5 times the learning rate. So everything in a part of
+  `optax.partition` with the label REPLACED is reset, also its count. Other counts stay.
+
   Args:
-    student: Its other arrays, and counts of the optimizer, stay as they are.
+    student: Its other arrays stay as they are.
     layers: Parameters by name of a submodule of the network, of the same shapes.
     tx: The student's optimizer.
   """
@@ -47,7 +53,8 @@ def replace_layers(
   def reset(path, old, new):
     # A leaf for a parameter ends with the keys of its path; fields and indices come before.
     keys = itertools.takewhile(lambda key: isinstance(key, DictKey), reversed(path))
-    return new if tuple(key.key for key in keys)[::-1] in replaced else old
+    is_replaced = tuple(key.key for key in keys)[::-1] in replaced or DictKey(REPLACED) in path
+    return new if is_replaced else old
 
   opt_state = jax.tree.map_with_path(reset, student.opt_state, tx.init(params))
   return student.replace(network=student.network.replace(params=params), opt_state=opt_state)

@@ -82,7 +82,9 @@ class _Distillation:
     self.teacher, self.judge = (
         network and parallel.place(self.mesh, network) for network in (self.teacher, self.judge))
     make = build_method.synthesizer(self.method, self.mesh.size, self.factors)
-    tx = build.optimizer(settings.optimizer, rounds.learning_rounds, rounds.steps_per_round)
+    tx = build.optimizer(
+        settings.optimizer, rounds.learning_rounds, rounds.steps_per_round,
+        student_head.replaced_layers(settings.head, self.student))
     self.plan = programs.Plan(self.mesh, make, tx, rounds, augment.create(**settings.augment),
                               self.method.num_tasks // self.mesh.size)
     with self.ledger.part('setup'):

@@ -6,13 +6,20 @@ import jax
 
 from dfkd_jax import distill, parallel, report
 from dfkd_jax.config import head as head_settings
-from dfkd_jax.config.records import Settings
+from dfkd_jax.config.records import Head, Settings
 from dfkd_jax.jobs import samples
 from dfkd_jax.models.network import Network
 from dfkd_jax.runs.loop import Event, Experiment
 from dfkd_jax.runs.programs import Plan, State
 from dfkd_jax.spline.head_init import fit_head
 from dfkd_jax.types import PRNGKey
+
+
+def replaced_layers(head: Head, student: Network) -> tuple[str, ...]:
+  """Returns the layers that the run will replace; empty if the head is random."""
+  if head.init == 'random':
+    return ()
+  return head_settings.layer_names(student.module, head.init)
 
 
 def events(
@@ -43,7 +50,7 @@ def events(
             is_centred=settings.distill.divergence == 'kl')
       # Of the first process, since libraries of linear algebra round differently on other hosts.
       layers = jax.tree.map(lambda leaf: parallel.gather_processes(leaf)[0], fitted.params)
-      names = head_settings.layer_names(state.student.network.module, head.init)
+      names = replaced_layers(head, state.student.network)
       student = distill.replace_layers(
           jax.device_get(parallel.local_copy(state.student)),
           {name: layers[f'Dense_{i}'] for i, name in enumerate(names)}, plan.tx)

@@ -15,6 +15,7 @@ from flax import linen as nn
 from toy_runs import equal
 
 from dfkd_jax import distill, models, train
+from dfkd_jax.config import build
 from dfkd_jax.config.head import fit_round
 from dfkd_jax.config.problems import InvalidError
 from dfkd_jax.config.records import resolve
@@ -142,6 +143,26 @@ def test_only_the_part_of_the_layers_is_reset_in_any_optimizer():
   assert len(changed) == 4  # Both moments of both arrays.
   assert all("['fc']" in path and "['block']" not in path and '.count' not in path
              for path in changed)
+
+
+def test_adam_takes_steps_of_its_rate_after_the_layers_are_replaced():
+  """Moments of zero with the old count would give steps of 3.2 times the rate."""
+  params = {name: {'kernel': np.full((2, 3), 0.5, np.float32)} for name in ('conv', 'fc')}
+  section = resolve(toy_runs.config(
+      optimizer__name='adam', optimizer__learning_rate=0.01, optimizer__weight_decay=0.0,
+      optimizer__schedule='constant')).optimizer
+  grads = jax.tree.map(np.ones_like, params)
+  for replaced in (('fc',), ()):
+    tx = build.optimizer(section, 9, 5, replaced)
+    student = distill.init(models.bind(nn.Dense(2), {'params': params}), tx)
+    for _ in range(30):
+      _, opt_state = tx.update(grads, student.opt_state, params)
+      student = student.replace(opt_state=opt_state)
+    new = distill.replace_layers(student, {'fc': {'kernel': np.zeros((2, 3))}}, tx)
+    updates, _ = tx.update(grads, new.opt_state, new.network.params)
+    np.testing.assert_allclose(updates['conv']['kernel'], -0.01, rtol=1e-3)
+    factor = 1 if replaced else 0.1 / (1 - 0.9**31) / np.sqrt(0.001 / (1 - 0.999**31))
+    np.testing.assert_allclose(updates['fc']['kernel'], -0.01 * factor, rtol=1e-3)
 
 
 class Plain(nn.Module):
