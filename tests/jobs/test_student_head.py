@@ -36,7 +36,7 @@ def config(kind='ridge', **changes):
   """A run on noise, which compiles fast; test_train.py has one with a replay buffer."""
   made = toy_runs.config(**{
       'student__head_init': kind, 'student__head_width': 13, 'student__head_images': 19,
-      **changes})
+      'optimizer__name': 'adam', 'optimizer__learning_rate': 0.01, **changes})
   made.method = dict(name='noise')
   return made
 
@@ -81,13 +81,16 @@ def test_the_head_of_a_run_is_the_fitted_one(kind):
       rtol=1e-5, atol=1e-5)
   assert np.abs(outputs.logits - old.logits).max() > 1e-2
   names = {'fc_hidden', 'fc'}
-  for old, new in ((before.network.params, after.network.params),
-                   (before.opt_state[1][0].trace, after.opt_state[1][0].trace)):
-    assert old.keys() == new.keys()
-    assert {name for name in old if not equal(old[name], new[name])} == names
-  assert not any(leaf.any() for name in names
-                 for leaf in jax.tree.leaves(after.opt_state[1][0].trace[name]))
-  assert equal(before.opt_state[1][1], after.opt_state[1][1])  # The count of the schedule.
+  old, new = before.network.params, after.network.params
+  assert old.keys() == new.keys()
+  assert {name for name in old if not equal(old[name], new[name])} == names
+  (old, old_schedule), (new, new_schedule) = before.opt_state[1], after.opt_state[1]
+  assert old_schedule.count == new_schedule.count == 3
+  assert equal(old.inner_states['others'], new.inner_states['others'])
+  old, new = (jax.tree.leaves(of.inner_states[distill.REPLACED]) for of in (old, new))
+  assert len(new) == 9  # The count, and both moments of four arrays.
+  assert all(leaf.any() for leaf in old)
+  assert not any(leaf.any() for leaf in new)
   assert equal(before.network.batch_stats, after.network.batch_stats)
   assert before.step == after.step == 3
 
