@@ -71,7 +71,7 @@ class ImageNetVGG(nn.Module):
   head = 'classifier_6'
   num_classes: int
   groups: tuple[tuple[int, ...], ...] = _GROUPS  # As in `VGG`; a 2x2 max-pooling follows each.
-  hidden: int = 4096  # Width of the two dense layers before the last; the second gives features.
+  hidden: int | None = 4096  # Width of the two dense layers before the last. None: there are none.
   epsilon: float = 1e-5
   remat: bool = False
   dtype: Any = None
@@ -90,7 +90,7 @@ class ImageNetVGG(nn.Module):
     x = adaptive_mean_pool(x, 7).transpose(0, 3, 1, 2)  # Channel-major, as in published weights.
     x = x.reshape(x.shape[0], -1)
     dense = functools.partial(nn.Dense, **layers.normal_inits)
-    for name in ('classifier_0', 'classifier_3'):
+    for name in ('classifier_0', 'classifier_3') if self.hidden is not None else ():
       x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
     return layers.apply_head(self, layers.at_least_float32(x), **layers.normal_inits)
 

@@ -1,7 +1,10 @@
 """Spline-initialised fully connected layers: fit hinges, turn them into a network, fine-tune."""
 
+from dfkd_jax.spline.compression import compress
 from dfkd_jax.spline.fit import hinge_fit
+from dfkd_jax.spline.head_init import Head, fit_head
 from dfkd_jax.spline.model import HingeModel, table
 from dfkd_jax.spline.network import ReluNetwork, hinge_mask, relu_network
 
-__all__ = ('HingeModel', 'ReluNetwork', 'hinge_fit', 'hinge_mask', 'relu_network', 'table')
+__all__ = ('Head', 'HingeModel', 'ReluNetwork', 'compress', 'fit_head', 'hinge_fit', 'hinge_mask',
+           'relu_network', 'table')
