@@ -16,6 +16,7 @@ from PIL import Image
 from dfkd_jax import cli, models, weights
 from dfkd_jax.data import prepare
 from dfkd_jax.data.prepare.__main__ import main as prepare_main
+from dfkd_jax.spline.__main__ import main as spline_main
 
 ROOT = toy_runs.ROOT
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -126,6 +127,8 @@ def fill(folder):
     (folder / f'CamVid/{name}').mkdir(parents=True)
     for index, array in enumerate(arrays):
       Image.fromarray(array).save(folder / f'CamVid/{name}/{index}.png')
+  rows = [','.join(map(str, ['M', *row])) for row in draw.uniform(size=(50, 8)).round(3)]
+  (folder / 'abalone.data').write_text('\n'.join(rows))
   labels = np.arange(30, dtype=np.uint8)[:, None] % 10
   records = np.concatenate([labels, images[:30].reshape(30, -1)], axis=1).tobytes()
   names = b'\n'.join(b'class%d' % label for label in range(10))
@@ -160,6 +163,8 @@ def run_command(words):
     check_script(ROOT / arguments[0], arguments[1:])
   elif arguments[:2] == ['-m', 'dfkd_jax.prepare']:
     assert prepare_main(arguments[2:]) == 0, words
+  elif arguments[:2] == ['-m', 'dfkd_jax.spline']:
+    assert spline_main([*arguments[2:], '--steps=20']) == 0, words
   else:
     assert arguments[:2] == ['-m', 'pytest'], words
 
