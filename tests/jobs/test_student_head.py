@@ -35,6 +35,7 @@ def quick():
 def config(kind='ridge', **changes):
   """A run on noise, which compiles fast; test_train.py has one with a replay buffer."""
   made = toy_runs.config(**{
+      'distill__divergence': 'l2' if kind == 'random_features' else 'kl',
       'student__head_init': kind, 'student__head_width': 13, 'student__head_images': 19,
       'optimizer__name': 'adam', 'optimizer__learning_rate': 0.01, **changes})
   made.method = dict(name='noise')
@@ -80,6 +81,8 @@ def test_the_head_of_a_run_is_the_fitted_one(kind):
       outputs.logits, of_params(fit.params).apply({'params': fit.params}, outputs.features),
       rtol=1e-5, atol=1e-5)
   assert np.abs(outputs.logits - old.logits).max() > 1e-2
+  # The mean over classes is of no effect in a KL divergence, and a part of the target in l1 and l2.
+  assert (np.abs(outputs.logits.mean(1)).max() < 1e-4) == (kind != 'random_features')
   names = {'fc_hidden', 'fc'}
   old, new = before.network.params, after.network.params
   assert old.keys() == new.keys()
