@@ -77,6 +77,7 @@ class Additive:
   """
 
   def __init__(self, z, y, places):
+    """Starts without columns: z [N, d] standardized features, y [N, C] responses."""
     self.z, self.places = z, places
     self.ascending = np.take_along_axis(z, places.order, 0)
     ones, knot = np.ones(len(z)), places.knot
@@ -119,24 +120,34 @@ class Additive:
 
     Once a feature is in the span, max(0, z - t) and max(0, t - z) differ by a column of the span:
     only the first knot of a feature adds two columns. Adding both hinges of every knot, as is
-    usual, makes the basis singular, and the coefficients of its solution arbitrarily large.
+    usual, makes the basis singular, and the coefficients of its solution arbitrarily large. A knot
+    at the least value, the only one of a feature of two values, adds the feature itself.
     """
-    is_new = self.is_new()[:, None]
-    linear_norm = np.where(is_new, self.linear_norm[:, None], 1)
-    slope = np.where(is_new, self.cross / linear_norm, 0)
-    norm = self.norm - slope * self.cross
+    is_new, slope, norm = self._hinges_apart()
+    bends = norm > self.least
     fit = self.fit - slope[..., None] * self.linear_fit[:, None]
-    is_usable = self.is_free & (norm > self.least)
-    gain = np.square(fit).sum(-1) / np.where(is_usable, norm, 1)
-    linear_gain = np.square(self.linear_fit).sum(-1)[:, None] / linear_norm
-    gain += np.where(is_new, linear_gain, 0)
-    return np.where(is_usable & (np.where(is_new, 2, 1) <= room), gain, -np.inf)
+    gain = np.where(bends, np.square(fit).sum(-1) / np.where(bends, norm, 1), 0)
+    linear_gain = np.square(self.linear_fit).sum(-1) / np.where(is_new, self.linear_norm, 1)
+    gain += np.where(is_new, linear_gain, 0)[:, None]
+    columns = bends + is_new[:, None].astype(int)
+    is_usable = self.is_free & (self.norm > self.least) & (columns > 0) & (columns <= room)
+    return np.where(is_usable, gain, -np.inf)
+
+  def _hinges_apart(self):
+    """Splits hinges into a slope of their feature, if that is new, and a rest.
+
+    Returns whether each feature is new [d], the slopes [d, K], and the rests' square norms [d, K].
+    """
+    is_new = self.is_new()
+    slope = np.where(is_new, 1 / np.where(is_new, self.linear_norm, 1), 0)[:, None] * self.cross
+    return is_new, slope, self.norm - slope * self.cross
 
   def take(self, index):
     """Returns the terms that a candidate adds, and marks its knot as used."""
     v, k = np.unravel_index(index, self.is_free.shape)
     self.is_free[v, k] = False
-    signs = (1, -1) if self.is_new()[v] else (1,)
+    is_new, _, norm = self._hinges_apart()
+    signs = (1, -1) if is_new[v] and norm[v, k] > self.least[v, k] else (1,)
     return [(Hinge(int(v), sign, float(self.places.knot[v, k])),) for sign in signs]
 
 
@@ -144,6 +155,7 @@ class Interactions:
   """Candidates min(parent, hinge) of one parent, for all other features, knots and both signs."""
 
   def __init__(self, z, parent, columns, residual, places):
+    """Starts with the orthonormal columns [N, F] so far and their residual [N, C]; z is [N, d]."""
     v, k = np.nonzero(places.is_one)
     v, k = v[v != parent.feature], k[v != parent.feature]
     self.parent, self.feature = parent, np.tile(v, 2)
@@ -157,19 +169,19 @@ class Interactions:
     self.is_free = norm > 0
 
   def update(self, q, fit):
-    """As of `Additive`."""
+    """See `Additive.update`."""
     dot = self.column.T @ q
     self.norm -= dot**2
     self.fit -= dot[:, None] * fit
 
   def gains(self, room):
-    """As of `Additive`."""
+    """See `Additive.gains`; [candidates]."""
     is_usable = self.is_free & (self.norm > self.least) & (room > 0)
     gain = np.square(self.fit).sum(-1) / np.where(is_usable, self.norm, 1)
     return np.where(is_usable, gain, -np.inf)
 
   def take(self, index):
-    """As of `Additive`."""
+    """See `Additive.take`."""
     self.is_free[index] = False
     hinge = Hinge(int(self.feature[index]), int(self.sign[index]), float(self.knot[index]))
     return [(self.parent, hinge)]

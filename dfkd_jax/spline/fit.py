@@ -33,7 +33,7 @@ def hinge_fit(
   """Fits hinges to responses that share them, by least squares in float64.
 
   Args:
-    x: [N, d] features; scale and shift do not matter.
+    x: [N, d] features; scale and shift do not matter, except to the directions of `projection`.
     y: [N] or [N, C] responses. Bring columns of different variance to one scale first.
     max_terms: Most columns of the basis in the forward pass, with the intercept. Columns of
       `linear_first` are not counted.
@@ -62,12 +62,11 @@ def hinge_fit(
     raise ValueError(f'max_terms is {max_terms}, must be at least 1.')
   directions = None if projection is None else _leading_directions(x, y, projection)
   inputs = x if directions is None else x @ directions
-  mean, scale = inputs.mean(0), inputs.std(0)
-  varies = scale > _CONSTANT * np.maximum(np.abs(inputs).max(0), np.finfo(float).tiny)
+  mean, scale, varies = inputs.mean(0), scale_of(inputs), is_varying(inputs)
   z = (inputs[:, varies] - mean[varies]) / scale[varies]
   start = [np.ones((len(x), 1))]
   if linear_first:
-    start.append((x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1))
+    start.append((x - x.mean(0)) / scale_of(x))
   start = np.concatenate(start, 1)
   if len(x) <= start.shape[1]:
     raise ValueError(f'x has {len(x)} rows, must have more than its {start.shape[1]} terms.')
@@ -107,6 +106,16 @@ def check_arrays(
   return x, y
 
 
+def is_varying(values: np.ndarray) -> np.ndarray:
+  """Whether each column of values [N, d] differs by more than rounding, [d] bool."""
+  return values.std(0) > _CONSTANT * np.maximum(np.abs(values).max(0), np.finfo(float).tiny)
+
+
+def scale_of(values: np.ndarray) -> np.ndarray:
+  """Returns the standard deviation of each column of values [N, d], 1 for constant ones."""
+  return np.where(is_varying(values), values.std(0), 1)
+
+
 def _leading_directions(x, y, count):
   """Orthonormal directions [d, r] that the coefficients of the linear fit span."""
   if not 1 <= count <= min(x.shape[1], y.shape[1]):
@@ -130,6 +139,6 @@ def _in_units_of_x(x, solution, fixed, terms, features, mean, scale, directions)
       coefficient[i] *= np.abs(slope[i, 0])
       slope[i, 0] = np.sign(slope[i, 0])
   if fixed > 1:
-    linear = solution[1:fixed] / np.where(x.std(0) > 0, x.std(0), 1)[:, None]
+    linear = solution[1:fixed] / scale_of(x)[:, None]
     intercept -= x.mean(0) @ linear
   return HingeModel(feature, slope, knot, coefficient, intercept, linear, directions)

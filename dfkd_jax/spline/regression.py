@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from dfkd_jax.spline.fit import check_arrays, hinge_fit
+from dfkd_jax.spline.fit import check_arrays, hinge_fit, scale_of
 from dfkd_jax.spline.model import HingeModel
 from dfkd_jax.spline.network import Params, hinge_mask, of_params, relu_network, rescale
 from dfkd_jax.spline.tabular import Table
@@ -94,7 +94,7 @@ def fine_tune(params: Params, x: np.ndarray, y: np.ndarray, *, num_steps: int = 
       hinges of one feature each.
   """
   x, y = check_arrays(x, y)
-  mean, scale, centre, size = x.mean(0), _scale(x), y.mean(0), _scale(y)
+  mean, scale, centre, size = x.mean(0), scale_of(x), y.mean(0), scale_of(y)
   standard = rescale(_in_units(params, mean, scale, centre, size))
   mask = hinge_mask(standard) if is_sparse else jax.tree.map(np.ones_like, standard)
   standard = jax.tree.map(np.float32, standard)
@@ -120,11 +120,6 @@ def fine_tune(params: Params, x: np.ndarray, y: np.ndarray, *, num_steps: int = 
                    1 / size)
 
 
-def _scale(values):
-  deviation = values.std(0)
-  return np.where(deviation > 0, deviation, 1)
-
-
 def _in_units(params, mean, scale, centre, size):
   """The network of (x - mean) / scale, [d] each, whose values are (y - centre) / size, [C]."""
   params = {name: dict(layer) for name, layer in params.items()}
@@ -140,5 +135,5 @@ def _random_network(params, x, y, seed):
   network = of_params(params)
   fresh = network.init(jax.random.key(seed), np.zeros((1, x.shape[1]), np.float32))['params']
   fresh = jax.tree.map(np.float64, fresh)
-  mean, scale, centre, size = x.mean(0), _scale(x), y.mean(0), _scale(y)
+  mean, scale, centre, size = x.mean(0), scale_of(x), y.mean(0), scale_of(y)
   return _in_units(fresh, -mean / scale, 1 / scale, -centre / size, 1 / size)

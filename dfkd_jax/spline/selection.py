@@ -69,8 +69,8 @@ def prune_terms(start: np.ndarray, basis: np.ndarray, y: np.ndarray, terms: list
   (Friedman 1991, equation 30). Columns of `start` [N, F] stay, next to the `basis` [N, H] of all
   terms; y are the responses [N, C].
   """
-  fixed, rows = start.shape[1], len(y)
-  # The QR decomposition leaves out columns of `start` that depend on others.
+  rows = len(y)
+  # Columns of `start` that depend on others would make R singular.
   start = np.linalg.svd(start, full_matrices=False)
   start = start[0][:, start[1] > TOLERANCE**0.5 * start[1][0]]
   fixed = start.shape[1]

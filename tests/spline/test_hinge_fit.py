@@ -32,8 +32,8 @@ def test_gains_are_those_of_least_squares_in_each_step(seed):
   places = candidates.choose_knots(z, 7, None, None)
   group, columns = candidates.Additive(z, y, places), np.zeros((len(z), 0))
   basis = np.ones((len(z), 1))
-  residual = y
-  for step in range(5):
+  residual, terms = y, []
+  for _ in range(5):
     new = basis[:, columns.shape[1]:]
     for column in new.T:
       for _ in range(2):
@@ -51,10 +51,45 @@ def test_gains_are_those_of_least_squares_in_each_step(seed):
       hinge = np.maximum(z[:, v] - places.knot[v, k], 0)
       both = np.stack([hinge, np.maximum(places.knot[v, k] - z[:, v], 0)], 1)
       np.testing.assert_allclose(
-          gains[v, k], before - rss(np.concatenate([basis, both], 1), y), rtol=1e-7, atol=1e-8)
+          gains[v, k], before - rss(np.concatenate([basis, both], 1), y), rtol=1e-8, atol=1e-8)
     new = group.take(gains.argmax())
-    assert len(new) == (2 if step == 0 or basis.shape[1] == 1 else len(new))
+    is_first = not any(term[0].feature == new[0][0].feature for term in terms)
+    assert len(new) == (2 if is_first else 1)
+    terms += new
     basis = np.concatenate([basis, selection.term_columns(z, new)], 1)
+
+
+@pytest.mark.parametrize('is_linear_first', [False, True])
+def test_the_greedy_path_is_that_of_brute_force(is_linear_first):
+  x, y = draw(7)
+  z, start = standardized(x), np.ones((300, 1))
+  start = np.concatenate([start, z], 1) if is_linear_first else start
+  places = candidates.choose_knots(z, 6, None, None)
+  terms = selection.select_terms(z, y, start, places, 10, 0.0, False)
+  basis, expected, free = start, [], set(itertools.product(range(3), range(6)))
+  while len(expected) < len(terms):
+    hinges = lambda v, k: np.stack([np.maximum(sign * (z[:, v] - places.knot[v, k]), 0)
+                                    for sign in (1, -1)], 1)
+    left = {(v, k): rss(np.concatenate([basis, hinges(v, k)], 1), y) for v, k in free}
+    v, k = min(left, key=left.get)
+    free.remove((v, k))
+    known = np.concatenate([basis, z[:, v:v + 1]], 1)
+    is_known = np.linalg.matrix_rank(known) == np.linalg.matrix_rank(basis)
+    expected += [(v, sign, places.knot[v, k]) for sign in ((1,) if is_known else (1, -1))]
+    basis = np.concatenate([basis, hinges(v, k)], 1)
+  assert [tuple(term[0]) for term in terms] == expected
+
+
+def test_a_feature_of_two_values_adds_itself():
+  rng = np.random.default_rng(0)
+  x = np.stack([rng.integers(1, 3, 400), rng.normal(size=400)], 1).astype(float)
+  y = 5 * x[:, 0] + np.abs(x[:, 1]) + 0.1 * rng.normal(size=400)
+  model = hinge_fit(x, y)
+  assert list(model.feature[:, 0]).count(0) == 1
+  assert np.sqrt(np.square(model.predict(x)[:, 0] - y).mean()) < 0.12
+  alone = hinge_fit(x[:, :1], x[:, 0])
+  assert alone.num_terms == 1
+  np.testing.assert_allclose(alone.predict(x[:, :1])[:, 0], x[:, 0], atol=1e-9)
 
 
 def test_the_first_knot_of_a_feature_has_two_hinges_and_later_ones_have_one():
@@ -112,7 +147,6 @@ def test_scale_and_shift_of_a_feature_do_not_matter(options):
 
 def test_constant_duplicate_and_tied_columns_change_nothing():
   x, y = draw(2)
-  fitted = hinge_fit(x, y)
   more = np.concatenate([x, np.full((len(x), 1), 7.0), x[:, :1]], 1)
   again = hinge_fit(more, y, minspan=1, endspan=11)
   fitted = hinge_fit(x, y, minspan=1, endspan=11)
@@ -123,6 +157,14 @@ def test_constant_duplicate_and_tied_columns_change_nothing():
   model = hinge_fit(tied, y)
   assert set(model.knot.ravel()) <= set(tied.ravel())
   assert np.isfinite(model.predict(tied)).all()
+
+
+@pytest.mark.parametrize('value', [0.1, 7.0])
+def test_a_constant_column_has_no_slope_in_the_linear_part(value):
+  x, y = draw(2)
+  model = hinge_fit(np.concatenate([x, np.full((len(x), 1), value)], 1), y, linear_first=True)
+  np.testing.assert_allclose(model.linear[3], 0, atol=1e-9)
+  assert np.abs(model.intercept).max() < 1e3
 
 
 def test_responses_share_one_basis():
