@@ -43,7 +43,7 @@ def test_intervals_are_paired_by_seed():
       spline_heads.summarize(own, pace=1.0)
       runs += own
   rows = spline_heads.compare(runs)
-  assert len(rows) == 2 * 2 * 2
+  assert len(rows) == 2 * 2 * 3
   row, = (row for row in rows if row['regime'] == 'joint' and row['arm'] == 'linear + spline'
           and row['control'] == 'ridge')
   assert row['accuracy'] == pytest.approx([0.03, 0.03, 0.03])
