@@ -23,6 +23,7 @@ ALLOWED = {
     'dfkd_jax/weights/formats/pytorch.py': {'pickle._Unpickler'},
     'dfkd_jax/report/ledger.py': {'importlib.metadata'},  # Versions.
     'dfkd_jax/data/tfds.py': {'importlib.util'},  # Whether TensorFlow is installed.
+    'dfkd_jax/spline/__main__.py': {'importlib.util'},  # Whether matplotlib is installed.
     # Finds a method by the name of a file in synth/methods, and checks the name.
     'dfkd_jax/synth/__init__.py': {'importlib'},
     'dfkd_jax/cli.py': {'runpy'},  # A config is a program of the user's own.

@@ -62,7 +62,7 @@ def _in_turn(labels: np.ndarray) -> np.ndarray:
 def _show_masks(
     experiment: Experiment, file: str, images: np.ndarray, networks: dict[str, Network],
     columns: int, truth: np.ndarray | None = None) -> None:
-  """Writes a file of images and masks: the true ones, if given, and those of each network."""
+  """Writes a file of images with their masks, true (if given) and predicted by each network."""
   batch_size = experiment.settings.evaluate_batch_size
   masks = {} if truth is None else {'labels': truth}
   masks |= {name: evaluate.predict(network, images, batch_size=batch_size, shared=True)

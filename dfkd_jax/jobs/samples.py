@@ -17,7 +17,7 @@ def draw(plan: Plan, synthesis: PyTree, key: PRNGKey, number: int,
   """Draws at least `number` images as the student's steps do, and measures them.
 
   Args:
-    plan: Of the run; its batches are those of a student's step.
+    plan: The run's; it gives the size of a batch.
     synthesis: State of the method, with images on the devices or on the host.
     key: For the samples.
     number: Of images on all devices, more than 0.
