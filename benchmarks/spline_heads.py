@@ -53,7 +53,6 @@ from synthetic_pool import (
 
 from dfkd_jax import distill, models, report, spline
 from dfkd_jax.losses import divergence
-from dfkd_jax.models.layers import hidden_name
 from dfkd_jax.spline.network import rescale, widen
 
 ARMS = (
@@ -61,7 +60,7 @@ ARMS = (
     'kept')
 UNFITTED = ('random', 'zero read-out', 'kept')
 CONTROLS, REGIMES = ('random', 'ridge', 'random features'), ('head only', 'joint')
-NAMES = hidden_name('fc'), 'fc'  # Layers of the head.
+NAMES = 'fc_hidden', 'fc'  # Layers of the head.
 FITS = 3  # Repeats of each fit.
 METRICS = ('accuracy', 'kl', 'kl at 0', 'steps to 99 %', 'seconds to 99 %')
 

@@ -15,7 +15,7 @@ from jax import lax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dfkd_jax import data, distill, models, synth, tasks, weights  # noqa: E402
+from dfkd_jax import data, distill, models, spline, synth, tasks, weights  # noqa: E402
 from dfkd_jax.losses import divergence  # noqa: E402
 from dfkd_jax.synth import replay  # noqa: E402
 
@@ -63,8 +63,7 @@ def optimizer(rate, num_steps=math.inf, mask=None):
   def schedule(step):
     return rate * jnp.minimum(1, (step + 1) / WARMUP) * (1 + jnp.cos(jnp.pi * step / num_steps)) / 2
 
-  keep = lambda updates, _: jax.tree.map(jnp.multiply, updates, mask)
-  return optax.chain(optax.adam(schedule), *([] if mask is None else [optax.stateless(keep)]))
+  return optax.chain(optax.adam(schedule), *([] if mask is None else [spline.mask_updates(mask)]))
 
 
 @functools.partial(jax.jit, static_argnames=('loss', 'batch_size'))

@@ -7,10 +7,11 @@ from typing import Any
 from ml_collections import config_dict
 
 from dfkd_jax.config.field import ABOVE_0, ANY, DECAY, FROM_0, FROM_1, NO_DEFAULT, SHARE, Field
+from dfkd_jax.spline import head_init
 
 PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
 GENERATORS = ('generator', 'spatial_generator', 'dfad_generator', 'shapes_generator')
-HEADS = ('random', 'ridge', 'random_features', 'spline')
+HEADS = ('random', *head_init.KINDS)
 SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
 

@@ -26,16 +26,12 @@ def fit_round(head: Head, distill: Distill) -> int:
 
 
 def layer_names(module: nn.Module, init: str) -> tuple[str, ...]:
-  """Returns the dense layers of a module's head, in order: the hidden one if any, and the last.
-
-  Raises a FieldError if the module does not name its last dense layer, by an attribute `head`.
-  """
-  name = getattr(module, 'head', None)
-  if not isinstance(name, str):
+  """Returns `layers.head_layers`; raises a FieldError if the module names none."""
+  names = layers.head_layers(module)
+  if not names:
     raise wrong_value('student.head_init', init, f"'random': {type(module).__name__} does not name "
                       'a dense layer as its head.')
-  has_hidden = getattr(module, 'head_width', None) is not None
-  return (layers.hidden_name(name), name) if has_hidden else (name,)
+  return names
 
 
 def check_head(settings: Settings) -> Iterator[FieldError]:

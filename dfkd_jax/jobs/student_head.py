@@ -38,23 +38,11 @@ def events(
   if record is not None and head.round is None:
     index = record['round']  # a run that is made longer does not fit it again
 
-  def fit(state: State, key: PRNGKey) -> State:
-    began, (key_draw, key_fit) = time.perf_counter(), jax.random.split(key)
+  def replace_head(state: State, key: PRNGKey) -> State:
+    began = time.perf_counter()
     with experiment.ledger.part('head'):
-      features, logits = samples.draw(
-          plan, state.synthesis, key_draw, head.images, _features_and_logits, teacher,
-          state.student.network)
-      with parallel.raise_on_all_processes():
-        fitted = fit_head(
-            head.init, features[:head.images], logits[:head.images], head.width, key_fit,
-            is_centred=settings.distill.divergence == 'kl')
-      # Of the first process, since libraries of linear algebra round differently on other hosts.
-      layers = jax.tree.map(lambda leaf: parallel.gather_processes(leaf)[0], fitted.params)
-      names = replaced_layers(head, state.student.network)
-      student = distill.replace_layers(
-          jax.device_get(parallel.local_copy(state.student)),
-          {name: layers[f'Dense_{i}'] for i, name in enumerate(names)}, plan.tx)
-      state = state.replace(student=parallel.place(plan.mesh, student))
+      fitted = _fit(plan, settings, teacher, state, key)
+      state = _with_head(plan, head, state, fitted.params)
     store.meta['head'] = {
         'init': head.init, 'round': index, 'images': head.images, 'terms': fitted.num_terms,
         'seconds': time.perf_counter() - began}
@@ -62,8 +50,30 @@ def events(
                 f'{fitted.num_terms} terms, {head.images} images.')
     return state
 
-  return [(index, fit)]
+  return [(index, replace_head)]
+
+
+def _fit(plan, settings, teacher, state, key):
+  """Fits a head to images of the method; the same on all processes but for rounding."""
+  head, (draw_key, fit_key) = settings.head, jax.random.split(key)
+  features, logits = samples.draw(
+      plan, state.synthesis, draw_key, head.images, _features_and_logits, teacher,
+      state.student.network)
+  with parallel.raise_on_all_processes():
+    return fit_head(head.init, features[:head.images], logits[:head.images], head.width, fit_key,
+                    is_centred=settings.distill.divergence == 'kl')
 
 
 def _features_and_logits(images, teacher, student):
   return student(images).features, teacher(images).logits
+
+
+def _with_head(plan, head, state, params):
+  """The state with the parameters in the student's head, and the optimizer's state reset there."""
+  # Of the first process, since libraries of linear algebra round differently on other hosts.
+  layers = jax.tree.map(lambda leaf: parallel.gather_processes(leaf)[0], params)
+  names = replaced_layers(head, state.student.network)
+  student = distill.replace_layers(
+      jax.device_get(parallel.local_copy(state.student)),
+      {name: layers[f'Dense_{i}'] for i, name in enumerate(names)}, plan.tx)
+  return state.replace(student=parallel.place(plan.mesh, student))

@@ -91,13 +91,19 @@ def apply_head(module: nn.Module, x: Array, **inits: Any) -> Array:
   module.sow('intermediates', 'features', x)
   if module.head_width is not None:
     x = nn.relu(nn.Dense(module.head_width, kernel_init=nn.initializers.he_normal(),
-                         name=hidden_name(module.head))(x))
+                         name=head_layers(module)[0])(x))
   return dense(module.num_classes, x.shape[-1], name=module.head, **inits)(x)
 
 
-def hidden_name(head: str) -> str:
-  """Name of the hidden layer before the dense layer `head`."""
-  return f'{head}_hidden'
+def head_layers(module: nn.Module) -> tuple[str, ...]:
+  """Names of the dense layers of a module's head, in order: the hidden one if any, and the last.
+
+  Empty if the module does not name its last dense layer, by an attribute `head`.
+  """
+  name = getattr(module, 'head', None)
+  if not isinstance(name, str):
+    return ()
+  return (name,) if getattr(module, 'head_width', None) is None else (f'{name}_hidden', name)
 
 
 def apply_block(module: nn.Module, run: Callable[[Array], Array], x: Array) -> Array:

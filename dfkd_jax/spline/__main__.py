@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from dfkd_jax.messages import one_line
-from dfkd_jax.spline.model import table as format_table
+from dfkd_jax.spline.model import format_terms
 from dfkd_jax.spline.plot import plot_effects
 from dfkd_jax.spline.regression import Comparison, compare
 from dfkd_jax.spline.tabular import Table, diabetes, read_csv
@@ -64,7 +64,7 @@ def format_comparison(table: Table, comparison: Comparison) -> str:
   """Formats the terms, and a Markdown table of the errors."""
   lines = [f'{len(table.x)} rows of {len(table.features)} features; '
            f'{len(comparison.train_rows)} to fit, {len(comparison.test_rows)} to test.', '',
-           format_table(comparison.model, table.features, [table.target]), '',
+           format_terms(comparison.model, table.features, [table.target]), '',
            f'| model | root mean squared error of {table.target} |', '|---|---|']
   lines += [f'| {name} | {error:.4g} |' for name, error in comparison.errors.items()]
   return '\n'.join(lines)

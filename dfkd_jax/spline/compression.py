@@ -37,11 +37,9 @@ def compress(network: Network, module: nn.Module, images: np.ndarray, kind: str,
   Raises:
     ValueError: The module names no head, has layers that `network` has not, or cannot be fitted.
   """
-  name = getattr(module, 'head', None)
-  if not isinstance(name, str):
+  names, width = layers.head_layers(module), getattr(module, 'head_width', None)
+  if not names:
     raise ValueError(f'{type(module).__name__} names no dense layer as its head.')
-  width = getattr(module, 'head_width', None)
-  names = (name,) if width is None else (layers.hidden_name(name), name)
   small = _without_stack(network, module, images.shape[1:], names)
   features, logits = [], []
   measure = jax.jit(lambda small, network, images: (small(images).features, network(images).logits))

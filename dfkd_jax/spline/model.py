@@ -40,7 +40,7 @@ class HingeModel(NamedTuple):
     return values if self.linear is None else values + np.asarray(x, np.float64) @ self.linear
 
 
-def table(model: HingeModel, features: list[str] | None = None,
+def format_terms(model: HingeModel, features: list[str] | None = None,
           responses: list[str] | None = None) -> str:
   """Formats a line for each term: its hinges, and its slope in each response."""
   count = model.coefficient.shape[1]

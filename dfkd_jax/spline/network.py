@@ -1,8 +1,9 @@
 """ReLU networks that compute the same function as a sum of hinges, and changes that keep it.
 
 A hinge is one unit: its weight is the slope, its bias minus slope times knot. So a layer of hinges
-and a linear read-out equal the spline everywhere, also beyond the data. In float32 each unit has
-one rounding, in its bias; only the order of the read-out's sum differs.
+and a linear read-out equal the spline everywhere, also beyond the data. Rounding is all that
+differs. With slopes of 1 and -1, as of terms of one hinge, a unit rounds its knot and one
+difference. A linear part, directions and terms of two hinges round their sums and products, too.
 
 Three limits of this equality:
 
@@ -20,11 +21,13 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from dfkd_jax.spline.model import HingeModel
-from dfkd_jax.types import Array, PRNGKey
+from dfkd_jax.types import Array, PRNGKey, PyTree
 
 Params = dict[str, dict[str, Any]]  # 'Dense_0', 'Dense_1', ...: kernel [in, out] and bias [out].
 
@@ -48,7 +51,7 @@ class ReluNetwork(nn.Module):
     return x
 
 
-def of_params(params: Params, precision: Any = None) -> ReluNetwork:
+def network_of(params: Params, precision: Any = None) -> ReluNetwork:
   """Makes the module of parameters."""
   widths = [params[f'Dense_{i}']['bias'].shape[0] for i in range(len(params))]
   return ReluNetwork(tuple(widths[:-1]), widths[-1], precision)
@@ -83,11 +86,11 @@ def relu_network(model: HingeModel, num_features: int) -> Params:
     coefficient = np.concatenate([coefficient, -coefficient[pairs]])
   layers.append({'kernel': coefficient.copy(), 'bias': model.intercept.copy()})
   if model.linear is not None:
-    layers = _beside(layers, model.linear)
+    layers = _with_linear_units(layers, model.linear)
   return {f'Dense_{i}': layer for i, layer in enumerate(layers)}
 
 
-def _beside(layers, linear):
+def _with_linear_units(layers, linear):
   """Adds units for a linear map [d, C] to each hidden layer, and its sum to the read-out."""
   count, (first, *hidden, last) = linear.shape[1], layers
   eye, none = np.eye(2 * count), np.zeros(2 * count)
@@ -160,12 +163,17 @@ def rescale(params: Params) -> Params:
 
 
 def hinge_mask(params: Params) -> Params:
-  """Tells which weights of a spline's network are in use: the mask for a fine-tuning of hinges.
+  """Tells which weights of a spline's network are in use: of all layers but the last, those not 0.
 
-  Where gradients are masked by it, each unit stays a hinge of its feature, with a knot and slopes
-  that are learnt. Of all layers but the last, weights that are not 0 are in use.
+  Where only these learn, see `mask_updates`, each unit stays a hinge of its feature, with a knot
+  and slopes that are learnt.
   """
   masks = jax.tree.map(lambda values: np.ones(values.shape, bool), params)
   for i in range(len(params) - 1):
     masks[f'Dense_{i}']['kernel'] = params[f'Dense_{i}']['kernel'] != 0
   return masks
+
+
+def mask_updates(mask: PyTree) -> optax.GradientTransformation:
+  """Last transformation of a chain: weights where the mask is False or 0 stay the same."""
+  return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, mask))

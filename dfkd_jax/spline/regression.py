@@ -11,7 +11,14 @@ from jax import lax
 
 from dfkd_jax.spline.fit import check_arrays, hinge_fit, scale_of
 from dfkd_jax.spline.model import HingeModel
-from dfkd_jax.spline.network import Params, hinge_mask, of_params, relu_network, rescale
+from dfkd_jax.spline.network import (
+    Params,
+    hinge_mask,
+    mask_updates,
+    network_of,
+    relu_network,
+    rescale,
+)
 from dfkd_jax.spline.tabular import Table
 
 _WARMUP = 20  # A share of 1 / 20 of the steps; a full first step can leave the spline's solution.
@@ -73,7 +80,7 @@ def compare(table: Table, *, max_terms: int = 21, test_share: float = 0.2, num_s
 
 def predict(params: Params, x: np.ndarray) -> np.ndarray:
   """Values of a network at x [N, d], float32 [N, C]."""
-  network = of_params(params, jax.lax.Precision.HIGHEST)
+  network = network_of(params, jax.lax.Precision.HIGHEST)
   return np.asarray(network.apply({'params': jax.tree.map(np.float32, params)}, np.float32(x)))
 
 
@@ -101,8 +108,8 @@ def fine_tune(params: Params, x: np.ndarray, y: np.ndarray, *, num_steps: int = 
   tx = optax.chain(
       optax.adam(optax.warmup_cosine_decay_schedule(
           0.0, learning_rate, max(1, num_steps // _WARMUP), max(2, num_steps))),
-      optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, mask)))
-  network = of_params(standard)
+      mask_updates(mask))
+  network = network_of(standard)
 
   @jax.jit
   def train(params, x, y):
@@ -132,7 +139,7 @@ def _in_units(params, mean, scale, centre, size):
 
 def _random_network(params, x, y, seed):
   """Fresh parameters of the same shapes, for standardized features, in units of x and y."""
-  network = of_params(params)
+  network = network_of(params)
   fresh = network.init(jax.random.key(seed), np.zeros((1, x.shape[1]), np.float32))['params']
   fresh = jax.tree.map(np.float64, fresh)
   mean, scale, centre, size = x.mean(0), scale_of(x), y.mean(0), scale_of(y)

@@ -21,7 +21,7 @@ from dfkd_jax.config.problems import InvalidError
 from dfkd_jax.config.records import resolve
 from dfkd_jax.jobs import student_head
 from dfkd_jax.runs.loop import Start
-from dfkd_jax.spline.network import of_params
+from dfkd_jax.spline.network import network_of
 
 KINDS = ('ridge', 'random_features', 'spline')
 
@@ -78,7 +78,7 @@ def test_the_head_of_a_run_is_the_fitted_one(kind):
   outputs, old = after.network(images), before.network(images)
   np.testing.assert_array_equal(outputs.features, old.features)
   np.testing.assert_allclose(
-      outputs.logits, of_params(fit.params).apply({'params': fit.params}, outputs.features),
+      outputs.logits, network_of(fit.params).apply({'params': fit.params}, outputs.features),
       rtol=1e-5, atol=1e-5)
   assert np.abs(outputs.logits - old.logits).max() > 1e-2
   # The mean over classes is of no effect in a KL divergence, and a part of the target in l1 and l2.

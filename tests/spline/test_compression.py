@@ -72,6 +72,17 @@ def test_features_are_the_inputs_of_the_stack(teacher, images):
   np.testing.assert_allclose(x, teacher(batch).features, rtol=1e-4, atol=1e-4)
 
 
+def test_one_dense_layer_takes_the_place_of_the_stack(teacher, images):
+  """The least-squares map of the convolutions' features, with its small ridge penalty."""
+  train, test = images[:400], images[400:] / np.float32(255)
+  network = spline.compress(teacher, teacher.module.clone(hidden=None), train, 'ridge', KEY)
+  assert set(network.params) == {
+      'features_0', 'features_1', 'features_4', 'features_5', 'classifier_6'}
+  assert network.params['classifier_6']['kernel'].shape == (49 * 3, CLASSES)
+  wanted = centred(teacher(test).logits)
+  assert np.square(centred(network(test).logits) - wanted).mean() < 0.3 * wanted.var()
+
+
 class Headless(nn.Module):
   @nn.compact
   def __call__(self, x):

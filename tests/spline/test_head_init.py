@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dfkd_jax.spline.head_init import KINDS, check_width, fit_head, max_terms
-from dfkd_jax.spline.network import of_params
+from dfkd_jax.spline.network import network_of
 
 ROWS, FEATURES, CLASSES = 301, 6, 3
 KEY = jax.random.key(3)
@@ -24,7 +24,7 @@ def draw(seed=0, is_linear=False):
 
 def apply(head, features):
   params = jax.tree.map(np.float32, head.params)
-  network = of_params(params, jax.lax.Precision.HIGHEST)
+  network = network_of(params, jax.lax.Precision.HIGHEST)
   return np.asarray(network.apply({'params': params}, np.float32(features)))
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dfkd_jax.spline import candidates, hinge_fit, selection, table
+from dfkd_jax.spline import candidates, format_terms, hinge_fit, selection
 
 
 def draw(seed, rows=300, features=3, responses=2):
@@ -210,13 +210,60 @@ def test_interactions_find_the_smaller_of_two_hinges():
   error = lambda model: np.sqrt(np.square(model.predict(x)[:, 0] - y).mean())
   model = hinge_fit(x, y, interactions='min', num_knots=20)
   assert error(model) < 0.02 < 0.2 < error(hinge_fit(x, y, num_knots=20))
-  assert 'min(' in table(model)
+  assert 'min(' in format_terms(model)
+
+
+def test_gains_of_interactions_are_those_of_least_squares():
+  x, y = draw(5)
+  z = standardized(x)
+  places = candidates.choose_knots(z, 4, None, None)
+  parent = candidates.Hinge(1, -1, places.knot[1, 2])
+  basis = np.concatenate([np.ones((300, 1)), selection.term_columns(z, [(parent,)])], 1)
+  columns = np.linalg.qr(basis)[0]
+  group = candidates.Interactions(z, parent, columns, y - columns @ (columns.T @ y), places)
+  for wave in (1.0, 2.0):  # Also after columns that come later.
+    gains, terms = group.gains(1), []
+    for index in range(len(gains)):
+      terms += group.take(index)
+      column = selection.term_columns(z, terms[-1:])
+      assert (group.sign[index], group.feature[index] != 1) == (terms[-1][1].sign, True)
+      np.testing.assert_allclose(
+          gains[index], rss(basis, y) - rss(np.concatenate([basis, column], 1), y), rtol=1e-8)
+    assert len(set(terms)) == 2 * 2 * 4  # signs, other features, knots
+    assert group.gains(0).max() == -np.inf
+    group.is_free[:] = True
+    column = np.sin(wave * z[:, 0])
+    basis = np.concatenate([basis, column[:, None]], 1)
+    q = column - columns @ (columns.T @ column)
+    q /= np.linalg.norm(q)
+    group.update(q, q @ y)
+    columns = np.concatenate([columns, q[:, None]], 1)
+
+
+@pytest.mark.parametrize('penalty', [0.5, 2.0, 9.0])
+def test_pruning_keeps_the_terms_of_the_least_score(penalty):
+  """Generalized cross-validation, on the path of deletions; two hinges can share a knot."""
+  x, y = draw(4)
+  z, start = standardized(x), np.ones((300, 1))
+  places = candidates.choose_knots(z, 9, None, None)
+  terms = selection.select_terms(z, y, start, places, 12, 0.0, False)
+  basis = selection.term_columns(z, terms)
+  path = [selection.prune_terms(start, basis, y, terms, penalty, count)
+          for count in range(len(terms) + 1)]
+  scores = []
+  for kept in path:
+    knots = {(terms[i][0].feature, terms[i][0].knot) for i in kept}
+    parameters = 1 + len(kept) + penalty * len(knots)
+    scores.append(rss(np.concatenate([start, basis[:, kept]], 1), y) / (1 - parameters / 300)**2)
+  kept = selection.prune_terms(start, basis, y, terms, penalty, None)
+  assert kept == path[int(np.argmin(scores))]
+  assert 0 < len(kept) <= len(terms)
 
 
 def test_the_table_has_a_line_for_each_term():
   x, y = draw(0, responses=2)
   model = hinge_fit(x, y, linear_first=True)
-  lines = table(model, ['length', 'width', 'age'], ['price', 'risk']).splitlines()
+  lines = format_terms(model, ['length', 'width', 'age'], ['price', 'risk']).splitlines()
   assert lines[0].split() == ['term', 'price', 'risk']
   assert len(lines) == 2 + 3 + model.num_terms
   assert lines[2].split()[0] == 'length'

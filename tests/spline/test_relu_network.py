@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from dfkd_jax.spline import hinge_fit, relu_network
-from dfkd_jax.spline.network import deepen, hinge_mask, of_params, rescale, widen
+from dfkd_jax.spline.network import deepen, hinge_mask, mask_updates, network_of, rescale, widen
 
 OPTIONS = [{}, {'linear_first': True}, {'interactions': 'min', 'num_knots': 8}, {'projection': 2},
            {'interactions': 'min', 'num_knots': 8, 'linear_first': True}]
@@ -24,7 +24,7 @@ def fitted(options, rows=200):
 def values(params, x, dtype=np.float64):
   with jax.enable_x64(dtype == np.float64):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    network = of_params(params, jax.lax.Precision.HIGHEST)
+    network = network_of(params, jax.lax.Precision.HIGHEST)
     return np.asarray(network.apply({'params': params}, x.astype(dtype)))
 
 
@@ -47,7 +47,7 @@ def test_changes_of_shape_keep_the_function(options):
   same = lambda changed: np.testing.assert_allclose(
       values(changed, x) / scale, expected / scale, atol=1e-12)
   wide = widen(params, 70, jax.random.key(1))
-  assert of_params(wide).widths[-1] == 70
+  assert network_of(wide).widths[-1] == 70
   same(wide)
   deep = deepen(params, 2)
   assert len(deep) == len(params) + 2
@@ -85,11 +85,9 @@ def test_new_units_learn_and_masked_weights_stay_zero(is_masked):
   params = widen(relu_network(model, 4), 20, jax.random.key(2))
   params = jax.tree.map(np.float32, params)
   x, y = np.float32(x[:200]), np.float32(np.sin(model.predict(x[:200])))
-  tx, network = optax.adam(1e-3), of_params(params)
+  tx, network = optax.adam(1e-3), network_of(params)
   if is_masked:
-    mask = hinge_mask(params)
-    keep = lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, mask)
-    tx = optax.chain(tx, optax.stateless(keep))
+    tx = optax.chain(tx, mask_updates(hinge_mask(params)))
 
   @jax.jit
   def step(params, state):
