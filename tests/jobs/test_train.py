@@ -261,7 +261,7 @@ def test_devices_share_the_work_of_tasks(tmp_path):
   assert (tmp_path / 'four' / 'images.png').exists()
 
 
-@pytest.mark.parametrize('begun', [4, 1])
+@pytest.mark.parametrize('begun', [4, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_several_devices_stop_and_go_on_also_on_one(tmp_path, capsys, begun):
   """On as many bit for bit; on another number, from four to one and back, but for rounding."""
   changes = dict(distill__rounds=3, method__capacity=48, checkpoint__every=1,

@@ -83,6 +83,7 @@ def test_a_signal_ends_the_control_after_its_call(tmp_path, heeded, capsys):
   assert summary['wall_seconds'] > found['wall_seconds']
 
 
+@pytest.mark.exhaustive
 def test_time_may_run_out_in_the_control_too(tmp_path):
   # Two calls of the control.
   config = toy_runs.config(control=True, distill__rounds=3, budget__minutes=1e-9)
@@ -93,6 +94,7 @@ def test_time_may_run_out_in_the_control_too(tmp_path):
   assert train.run(config, tmp_path)['control'] is not None
 
 
+@pytest.mark.exhaustive
 def test_a_control_of_another_run_is_not_gone_on_with(tmp_path):
   with pytest.MonkeyPatch.context() as patch:
     counted(patch, CALLS, interrupt)
@@ -112,6 +114,7 @@ def cut_off_in_the_control(workdir):
       train.run(toy_runs.config(control=True), workdir)
 
 
+@pytest.mark.exhaustive
 def test_a_control_that_cannot_be_read_is_begun_anew(tmp_path, capsys):
   cut_off_in_the_control(tmp_path)
   for path in (tmp_path / 'control').rglob('manifest.ocdbt'):
@@ -124,6 +127,7 @@ def test_a_control_that_cannot_be_read_is_begun_anew(tmp_path, capsys):
   assert summary['control'] == toy_runs.whole(control=True)[0]['control']
 
 
+@pytest.mark.exhaustive
 def test_a_control_goes_on_though_the_teacher_lies_elsewhere(tmp_path):
   cut_off_in_the_control(tmp_path / 'run')
   moved = shutil.copy(toy_runs.teacher_file(), tmp_path / 'moved.safetensors')
@@ -133,6 +137,7 @@ def test_a_control_goes_on_though_the_teacher_lies_elsewhere(tmp_path):
   assert len(calls) == CALLS - 2
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_may_be_reseeded_starts_again_from_its_first_checkpoint(tmp_path):
   config = toy_runs.config(faults__reseed=1)
   stopped(config, tmp_path, 1)
@@ -190,6 +195,7 @@ def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
   assert record == {'after': 2, 'fields': {'distill.temperature': {'there': 4.0, 'here': 3.0}}}
 
 
+@pytest.mark.exhaustive
 def test_two_changes_of_an_ended_run_are_both_on_record(tmp_path):
   train.run(toy_runs.config(), tmp_path)
   train.run(toy_runs.config(grid__rows=2), tmp_path, resume='force:grid')
@@ -201,6 +207,7 @@ def test_two_changes_of_an_ended_run_are_both_on_record(tmp_path):
   assert (first['changed'], set(second['changed'][0]['fields'])) == ([], {'grid.rows'})
 
 
+@pytest.mark.exhaustive
 def test_other_weights_that_were_forced_are_on_record(tmp_path):
   stopped(toy_runs.config(), tmp_path / 'run', 3)
   other = tmp_path / 'teacher.safetensors'
@@ -310,6 +317,7 @@ def test_a_line_that_the_disk_refuses_is_not_written_twice(tmp_path, monkeypatch
     writer.write(1, loss=2.0)
 
 
+@pytest.mark.exhaustive
 def test_another_generator_of_random_numbers_is_another_run(tmp_path):
   with jax.default_prng_impl('rbg'):
     stopped(toy_runs.config(), tmp_path, 3)

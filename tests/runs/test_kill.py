@@ -25,6 +25,7 @@ def arguments():
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
   monkeypatch.delenv('XLA_FLAGS', raising=False)
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
   monkeypatch.setenv('PYTHONPATH', str(toy_runs.ROOT))
 

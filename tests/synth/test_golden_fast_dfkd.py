@@ -71,7 +71,7 @@ def check_parameters(params, archive, call):
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.exhaustive if name == 'maml_noadv' else ())
+    pytest.param(name, marks=() if name == 'maml_adv' else pytest.mark.exhaustive)
     for name in SCENARIOS])
 def test_whole_trajectories(name, x64):
   archive, start = golden(f'fast_{name}'), below(golden('fast_g0'), 'g0/')
