@@ -1,18 +1,20 @@
-r"""Compares methods, or ablations of SSD-KD, at equal time; by default on the embedded data set.
+r"""Compares methods, ablations of SSD-KD, or initialisations of the student's head, at equal time.
 
 python benchmarks/methods.py --seconds=300 --seeds 0 1 2 --workdir=runs/methods
 python benchmarks/methods.py --ablations --seconds=300 --seeds 0 1 2 --workdir=runs/ablations
+python benchmarks/methods.py --heads --seconds=300 --seeds 0 1 2 --workdir=runs/heads
 
-Each run is `python main.py --config=configs/default.py:METHOD`, or of the file of --config. A short
-run of the same config measures first how many rounds fill the time, so the learning rate schedule
-fits. Segmentation of street scenes:
+The data set is the embedded one by default. Each run is
+`python main.py --config=configs/default.py:METHOD`, or of the file of --config. A short run of the
+same config measures first how many rounds fill the time, so the learning rate schedule fits.
+Segmentation of street scenes:
 
 python benchmarks/methods.py --config=camvid --methods fast_dfkd ssd_kd dfad cu_dfkd \
     --seconds=1800 --at_once=2 --workdir=runs/camvid \
     --set teacher.source=espnet_p2_q8_camvid.pth dataset.data_dir=DATA
 
-The time counts synthesis and student steps, not evaluation and compilation, which differ by a few
-seconds. With --at_once=2, two runs share the cores (Linux).
+The time counts synthesis, student steps and the fit of a head, not evaluation and compilation,
+which differ by a few seconds. With --at_once=2, two runs share the cores (Linux).
 
 Runs that are in the workdir already are not repeated, so a table can be stopped and resumed.
 Metrics are from the last round. The best round is selected on the test images. Use
@@ -37,6 +39,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dfkd_jax import cli, synth  # noqa: E402
+from dfkd_jax.spline import head_init  # noqa: E402
 
 # Also compared with a moving average of the generator (MAD).
 AVERAGED = ('fast_dfkd', 'ssd_kd', 'cu_dfkd', 'dfq')
@@ -56,6 +59,8 @@ ABLATIONS = {
     'gamma = 1': ('method.gamma=1.0',),
     'gamma = 5': ('method.gamma=5.0',),
 }
+HEADS = {f'{kind} head': ('student.head_width=64', f'student.head_init={kind}')
+         for kind in ('random', *head_init.KINDS)}
 PARTS = ('synthesis', 'student', 'evaluation', 'compile')
 PLANNED = ('seed', 'distill.rounds', 'evaluate.every')  # Not allowed in --set.
 SHORT, WARMUP = 10, 2  # Rounds of the short run, and how many of them have no student steps.
@@ -118,6 +123,7 @@ def fields_for(
   synthesis = short['seconds']['synthesis'] / SHORT
   student = short['seconds']['student'] / (SHORT - WARMUP)
   warmup = config.distill.distill_after
+  seconds -= (short.get('head') or {'seconds': 0.0})['seconds']
   rounds = max(warmup + 1, round((seconds + warmup * student) / (synthesis + student)))
   planned = [*fields, f'distill.rounds={rounds}', f'evaluate.every={max(1, rounds // 10)}']
   share = rounds / config.distill.rounds
@@ -155,8 +161,11 @@ def run() -> None:
   parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
   parser.add_argument('--methods', nargs='+', default=tuple(ROWS), choices=tuple(ROWS),
                       metavar='ROW', help='rows of the table: %(choices)s; default: all')
-  parser.add_argument('--ablations', action='store_true',
-                      help='ablations of SSD-KD instead of the methods')
+  instead = parser.add_mutually_exclusive_group()
+  instead.add_argument('--ablations', action='store_true',
+                       help='ablations of SSD-KD instead of the methods')
+  instead.add_argument('--heads', action='store_true',
+                       help="initialisations of the student's head, of FastDFKD, instead")
   parser.add_argument('--at_once', type=int, default=1,
                       help='number of runs at once, each on its share of the cores')
   parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE',
@@ -169,6 +178,8 @@ def run() -> None:
   rows = {name: ROWS[name] for name in options.methods}
   if options.ablations:
     rows = {name: ('ssd_kd', fields) for name, fields in ABLATIONS.items()}
+  if options.heads:
+    rows = {name: ('fast_dfkd', fields) for name, fields in HEADS.items()}
   rows = [(name, f'configs/{options.config}.py:{method}', (*common, *fields))
           for name, (method, fields) in rows.items()]
   try:

@@ -200,20 +200,30 @@ def compare(runs):
           for regime in REGIMES for arm in ('spline', 'linear + spline') for control in CONTROLS]
 
 
+def display(name, value):
+  """Formats a value of a column; accuracies in %."""
+  kind = name.split()[0]
+  factor, form = {'accuracy': (100, '.2f'), 'kl': (1, '.3f'), 'rate': (1, 'g'), 'fit': (1, '.3f'),
+                  'seconds': (1, '.2f')}.get(kind, (1, '.0f'))
+  return format(factor * value, form)
+
+
 def markdown(runs, paired):
+  """Formats means of all arms, and the differences with their intervals."""
   columns = ('rate', 'terms', 'fit', 'accuracy at 0', 'accuracy', 'kl at 0', 'kl', 'steps to 95 %',
              'steps to 99 %', 'seconds to 95 %', 'seconds to 99 %')
-  lines = []
+  rule, lines = lambda names: '|---' * (len(names) + 1) + '|', []
   for regime in REGIMES:
-    lines += [f'\n| {regime} | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
+    lines += [f'\n| {regime} | {" | ".join(columns)} |', rule(columns)]
     for arm in ARMS:
       own = [run for run in runs if (run['regime'], run['arm']) == (regime, arm)]
-      cells = [f'{np.mean([run[name] for run in own]):.4g}' for name in columns]
+      cells = [display(name, np.mean([run[name] for run in own])) for name in columns]
       missed = sum(not run['reached 99 %'] for run in own)
       lines.append(f'| {arm} | {" | ".join(cells)}{f" ({missed} never)" if missed else ""} |')
-  lines += [f'\n| difference | {" | ".join(METRICS)} |', '|---' * (len(METRICS) + 1) + '|']
+  lines += [f'\n| difference | {" | ".join(METRICS)} |', rule(METRICS)]
   for row in paired:
-    cells = ['{:.3g} [{:.3g}, {:.3g}]'.format(*row[metric]) for metric in METRICS]
+    cells = ['{} [{}, {}]'.format(*(display(name, value) for value in row[name]))
+             for name in METRICS]
     lines.append(f'| {row["regime"]}: {row["arm"]} - {row["control"]} | {" | ".join(cells)} |')
   return '\n'.join(lines)
 

@@ -34,6 +34,9 @@ def test_rounds_fill_the_time():
   """A round takes a second, but the first ten rounds, without a student, half a second."""
   fields = benchmark.fields_for(100, 'configs/default.py:fast_dfkd', (), SHORT)
   assert set(fields) == {'distill.rounds=105', 'evaluate.every=10'}
+  fitted = benchmark.fields_for(
+      100, 'configs/default.py:fast_dfkd', (), SHORT | {'head': {'seconds': 7.0}})
+  assert set(fitted) == {'distill.rounds=98', 'evaluate.every=10'}
 
 
 def test_the_schedules_of_cu_dfkd_end_at_the_values_of_the_config():

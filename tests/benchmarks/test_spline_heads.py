@@ -1,5 +1,6 @@
 """The benchmark of heads: when arms reach an accuracy, paired intervals, and the fitted heads."""
 
+import json
 import sys
 
 import jax
@@ -49,7 +50,7 @@ def test_intervals_are_paired_by_seed():
   assert row['accuracy'] == pytest.approx([0.03, 0.03, 0.03])
   assert row['kl'] == pytest.approx([-0.03, -0.03, -0.03])
   text = spline_heads.markdown(runs, rows)
-  assert '| joint: linear + spline - ridge | 0.03 [0.03, 0.03] |' in text
+  assert '| joint: linear + spline - ridge | 3.00 [3.00, 3.00] | -0.030 [-0.030, -0.030] |' in text
   assert '(5 never)' in text
 
 
@@ -58,6 +59,16 @@ def test_an_interval_covers_the_mean_of_the_seeds():
   assert mean == 2.5
   assert 1 < low < 2 < 3 < high < 4
   assert low + high == pytest.approx(5, abs=0.3)
+
+
+@pytest.mark.exhaustive
+def test_it_runs_from_end_to_end(tmp_path, capsys):
+  pytest.importorskip('sklearn')
+  spline_heads.main(['--quick', f'--workdir={tmp_path}'])
+  assert '| head only: spline - ridge |' in capsys.readouterr().out
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert {run['arm'] for run in results['runs']} == set(spline_heads.ARMS)
+  assert results['case']['width'] == 24
 
 
 def test_arms_have_equal_shapes_and_a_grid_ends_at_the_last_step():
