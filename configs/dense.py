@@ -5,7 +5,8 @@ DeepLabv3 over MobileNetV2. Only DFAD's code for it is public. Its protocol: ima
 pixels, 300 rounds of 50 times 5 student steps and 1 generator step of 64 images, mean and standard
 deviation of 0.5; test images whole, with a short side of 256. Left out here: dropout of 0.5 in both
 heads, and the moves of the student's running moments in generator steps. FastDFKD's, SSD-KD's and
-CuDFKD's numbers for segmentation are not public; these are ours.
+CuDFKD's numbers for segmentation are not public; these are ours. Numbers of one method alone are in
+its file in configs/methods, by a function `dense`.
 """
 
 from configs import common
@@ -25,21 +26,16 @@ def published(config, method: str, *, weight_decay: float, gamma: float):
   config.generator.update(name='dfad_generator', image_shape=(128, 128, 3))
   config.augment.student.name = 'none'
   config.distill.update(rounds=300, calls_per_round=50, steps_per_round=250, distill_after=0,
-                        batch_size=64, temperature=1.0, divergence='l1')
+                        batch_size=64)
   config.optimizer.update(name='sgd', learning_rate=0.1, momentum=0.9, weight_decay=weight_decay,
                           schedule='steps', milestones=(100, 200), gamma=gamma)
   config.evaluate.batch_size = 8
   config.grid.update(columns=5, rows=6)
   common.methods('camvid')[method].camvid(config)
   config.method.update(batch_size=64, latent_dim=256)
-  if method == 'ssd_kd':
-    config.method.capacity = 16_000
-  if method == 'dfad':
-    config.method.update(
-        generator_lr=1e-3, generator_schedule='steps', generator_milestones=(100, 200),
-        generator_gamma=gamma, adam_b1=0.9, adam_b2=0.999)
-    config.method.adversary.train_mode = True
-  else:
-    config.distill.update(temperature=2.0, divergence='kl')
-  config.distill.update(calls_per_round=50 if config.method.num_steps == 1 else 1, distill_after=0)
+  config.distill.update(calls_per_round=50 if config.method.num_steps == 1 else 1, distill_after=0,
+                        temperature=2.0, divergence='kl')
+  own = common.methods('dense')
+  if method in own:
+    own[method].dense(config)
   return config

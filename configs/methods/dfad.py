@@ -23,6 +23,16 @@ def camvid(config):
   config.distill.divergence = 'l1'
 
 
+def dense(config):
+  """Sets the published numbers for segmentation, see configs/dense.py."""
+  schedule = config.optimizer
+  config.method.update(
+      generator_lr=1e-3, generator_schedule='steps', generator_milestones=schedule.milestones,
+      generator_gamma=schedule.gamma, adam_b1=0.9, adam_b2=0.999)
+  config.method.adversary.train_mode = True
+  config.distill.update(temperature=1.0, divergence='l1')
+
+
 def quickstart(config):
   """Sets numbers for the quick start."""
   online.quickstart(config, 'dfad', calls=2, adversarial=1.0)

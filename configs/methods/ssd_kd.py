@@ -38,6 +38,11 @@ def camvid(config):
   config.method.update(name='ssd_kd', capacity=4_000, **NUMBERS | dict(label_source='argmax'))
 
 
+def dense(config):
+  """Sets numbers for DFAD's protocol of segmentation, see configs/dense.py."""
+  config.method.capacity = 16_000
+
+
 def quickstart(config):
   """Sets numbers for the quick start."""
   fast_dfkd.quickstart(config)

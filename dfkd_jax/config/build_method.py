@@ -113,13 +113,9 @@ def generator(settings: NetworkSettings) -> nn.Module:
   """Makes the generator; raises a FieldError if its options do not suit it or the images."""
   shape, options = settings.image_shape, settings.options
   try:
-    if settings.name == 'spatial_generator':
-      module = models.SpatialGenerator(channels=shape[-1], size=shape[:2], **options)
-    else:
-      kinds = {'generator': models.Generator, 'dfad_generator': models.DFADGenerator,
-               'shapes_generator': models.ShapesGenerator}
-      module = kinds[settings.name](image_shape=shape, **options)
-    return set_compute(module, settings)
+    is_spatial = settings.name == 'spatial_generator'
+    size = dict(channels=shape[-1], size=shape[:2]) if is_spatial else dict(image_shape=shape)
+    return set_compute(models.GENERATORS[settings.name](**size, **options), settings)
   except (TypeError, ValueError) as error:
     raise FieldError('generator.options', f'generator.options is {options}: {error}') from error
 

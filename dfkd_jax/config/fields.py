@@ -7,10 +7,10 @@ from typing import Any
 from ml_collections import config_dict
 
 from dfkd_jax.config.field import ABOVE_0, ANY, DECAY, FROM_0, FROM_1, NO_DEFAULT, SHARE, Field
+from dfkd_jax.models import GENERATORS
 from dfkd_jax.spline import head_init
 
 PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
-GENERATORS = ('generator', 'spatial_generator', 'dfad_generator', 'shapes_generator')
 HEADS = ('random', *head_init.KINDS)
 SCHEDULES = ('cosine_by_round', 'cosine_by_step', 'steps', 'constant')
 
@@ -75,7 +75,7 @@ RUN_FIELDS = (
           'distill.distill_after and a quarter of the rounds with student steps', 'none'),
     Field('student.head_images', 4096, int, FROM_1, 'synthesised images of that fit'),
     *_network('judge', 'a second trained network that looks at the images'),
-    Field('generator.name', 'generator', str, GENERATORS, 'the generator'),
+    Field('generator.name', 'generator', str, tuple(GENERATORS), 'the generator'),
     Field('generator.options', {}, dict, '', 'further arguments of the generator'),
     Field('generator.image_shape', None, int, FROM_1,
           'shape of synthesised images; None: dataset.image_shape', 'none', 3),

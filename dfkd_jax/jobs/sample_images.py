@@ -1,8 +1,5 @@
 """The images at the end of a run: a picture of them, and the opinion of a judge."""
 
-import os
-from collections.abc import Sequence
-
 import numpy as np
 
 from dfkd_jax import evaluate, parallel, report
@@ -68,8 +65,9 @@ def _show_masks(
   masks |= {name: evaluate.predict(network, images, batch_size=batch_size, shared=True)
             for name, network in networks.items()}
   with parallel.raise_on_all_processes():
-    draw_masks(experiment.workdir / file, images, masks, _class_names(experiment), columns,
-               ignore=-1 if truth is None else experiment.task.ignore)
+    report.mask_grid(
+        experiment.workdir / file, images, masks, columns, _class_names(experiment),
+        ignore=-1 if truth is None else experiment.task.ignore)
 
 
 def _judge(experiment: Experiment, images: np.ndarray, labels: np.ndarray, teacher: Network,
@@ -82,28 +80,6 @@ def _judge(experiment: Experiment, images: np.ndarray, labels: np.ndarray, teach
     return {'judge_top1': float((answers == masks).mean()), 'count': len(images)}
   metrics = evaluate.evaluate(judge, (images, labels), task=experiment.task, batch_size=batch_size)
   return {'judge_top1': metrics['top1'], 'judge_top5': metrics['top5'], 'count': metrics['count']}
-
-
-def draw_masks(path: str | os.PathLike, images: np.ndarray, masks: dict[str, np.ndarray],
-               names: Sequence[str], columns: int, ignore: int = -1) -> None:
-  """Writes a PNG of images [N, H, W, C], and of masks [N, H, W] by title under each of them.
-
-  Pixels of the class `ignore` are black.
-  """
-  if images.dtype != np.uint8:
-    images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
-  images = np.broadcast_to(images, (*images.shape[:3], 3))
-  pictures = {'image': images} | {
-      title: np.where((mask == ignore)[..., None], 0, report.color_masks(mask)).astype(np.uint8)
-      for title, mask in masks.items()}
-  tiles, titles = [], []
-  for start in range(0, len(images), columns):
-    for title, of_title in pictures.items():
-      row = of_title[start:start + columns]
-      blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
-      tiles += [row, blank]
-      titles += [title] * len(row) + [''] * len(blank)
-  report.image_grid(path, np.concatenate(tiles), titles, columns, classes=names)
 
 
 def _class_names(experiment: Experiment) -> list[str]:

@@ -65,6 +65,10 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f'wrn{depth}_{widen}': functools.partial(WideResNet, depth=depth, widen=widen)
        for depth in (16, 40) for widen in (1, 2)}}
 
+GENERATORS: dict[str, Callable[..., nn.Module]] = {
+    'generator': Generator, 'spatial_generator': SpatialGenerator,
+    'dfad_generator': DFADGenerator, 'shapes_generator': ShapesGenerator}
+
 
 def names() -> tuple[str, ...]:
   """Names that `create` takes, in alphabetical order, apart from `wrn<depth>_<widen>`."""

@@ -10,7 +10,11 @@ from flax import linen as nn
 from dfkd_jax.models import layers
 from dfkd_jax.types import Array
 
-_NUMBERS = 16  # Latent numbers of a shape.
+# The 16 numbers of a shape.
+_SIZE, _ASPECT, _ANGLE, _X, _Y, _KIND, _BRIGHTNESS = range(7)
+_COLOR, _SLOPE_X, _SLOPE_Y = 7, 10, 11  # A colour has up to three.
+_TEXTURES, _DIRECTION, _FREQUENCY = slice(12, 14), 14, 15
+_NUMBERS = 16
 
 
 class ShapesGenerator(nn.Module):
@@ -74,8 +78,8 @@ def draw(latents: Array, image_shape: tuple[int, int, int]) -> Array:
   them are ellipses, half rectangles; 60 % are upright. Each has a colour, a slope of brightness,
   and some of two textures of the image. Values have a mean near 0 and a variance near 1.
 
-  The 16 numbers: size, aspect, angle, centre (x, y), kind, brightness, colour (3), slope (2),
-  strength of the textures (2), direction and frequency of a wave of the textures.
+  A shape's 16 numbers: size, aspect, angle, centre (x, y), kind, brightness, colour (3), slope of
+  brightness (2), strength of the textures (2), direction and frequency of its wave in them.
   """
   height, width, channels = image_shape
   uniform = jax.scipy.special.ndtr(latents)
@@ -85,20 +89,21 @@ def draw(latents: Array, image_shape: tuple[int, int, int]) -> Array:
   def add(drawing, shape):
     z, u, k = shape  # [B, 16], [B, 16], []
     pixels = lambda values: values[:, None, None]
-    size = 0.7 * (k + 1)**-0.6 * 2**(0.5 * z[:, 0])
-    aspect = jnp.exp(0.4 * z[:, 1])
-    angle = jnp.where(u[:, 2] < 0.6, 0, jnp.pi * u[:, 2] / 0.4)
-    dx = x - pixels((1.2 * u[:, 3] - 0.1) * width / height)
-    dy = y[:, None] - pixels(1.2 * u[:, 4] - 0.1)
+    size = 0.7 * (k + 1)**-0.6 * 2**(0.5 * z[:, _SIZE])
+    aspect = jnp.exp(0.4 * z[:, _ASPECT])
+    angle = jnp.where(u[:, _ANGLE] < 0.6, 0, jnp.pi * u[:, _ANGLE] / 0.4)
+    dx = x - pixels((1.2 * u[:, _X] - 0.1) * width / height)
+    dy = y[:, None] - pixels(1.2 * u[:, _Y] - 0.1)
     cos, sin = pixels(jnp.cos(angle)), pixels(jnp.sin(angle))
     a = (dx * cos + dy * sin) / pixels(size * aspect)
     b = (dy * cos - dx * sin) / pixels(size / aspect)
-    distance = jnp.where(pixels(z[:, 5]) > 0, jnp.maximum(abs(a), abs(b)), jnp.hypot(a, b))
+    corners, round_ = jnp.maximum(abs(a), abs(b)), jnp.hypot(a, b)
+    distance = jnp.where(pixels(z[:, _KIND]) > 0, corners, round_)
     mask = jnp.clip((1 - distance) * pixels(size) * height + 0.5, 0, 1)  # Edges of a pixel.
-    strength = pixels(0.2 * z[:, 12:14] * abs(z[:, 12:14]))  # Most shapes are nearly plain.
-    brightness = 0.3 * (pixels(z[:, 10]) * a + pixels(z[:, 11]) * b)
+    strength = pixels(0.2 * z[:, _TEXTURES] * abs(z[:, _TEXTURES]))  # Most shapes are nearly plain.
+    brightness = 0.3 * (pixels(z[:, _SLOPE_X]) * a + pixels(z[:, _SLOPE_Y]) * b)
     brightness += strength[..., 0] * textures[0] + strength[..., 1] * textures[1]
-    color = 0.9 * z[:, 6:7] + 0.35 * z[:, 7:7 + channels]
+    color = 0.9 * z[:, _BRIGHTNESS, None] + 0.35 * z[:, _COLOR:_COLOR + channels]
     filled = pixels(color) + jnp.clip(brightness, -2, 2)[..., None]
     return drawing + mask[..., None] * (filled - drawing), None
 
@@ -109,11 +114,11 @@ def draw(latents: Array, image_shape: tuple[int, int, int]) -> Array:
 
 def _textures(uniform, x, y):
   """A coarse and a fine texture [B, H, W]: sums of plane waves, one of each shape."""
-  direction = 2 * jnp.pi * uniform[..., 14]
-  phase = (14 * jnp.pi * uniform[..., 3])[..., None]
+  direction = 2 * jnp.pi * uniform[..., _DIRECTION]
+  phase = (14 * jnp.pi * uniform[..., _X])[..., None]
   textures = []
   for low, high in ((1.0, 3.5), (3.5, 5.5)):  # Powers of two: waves on the height of the image.
-    frequency = 2 * jnp.pi * 2**(low + (high - low) * uniform[..., 15])
+    frequency = 2 * jnp.pi * 2**(low + (high - low) * uniform[..., _FREQUENCY])
     on_x = (frequency * jnp.cos(direction))[..., None] * x + phase
     on_y = (frequency * jnp.sin(direction))[..., None] * y
     # cos(a + b) = cos a cos b - sin a sin b: a product of matrices, not K maps.

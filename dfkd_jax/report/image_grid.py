@@ -48,6 +48,31 @@ def image_grid(path: str | os.PathLike, images: Any, labels: Sequence[str], colu
       sheet.save(file, format='PNG', optimize=True)
 
 
+def mask_grid(path: str | os.PathLike, images: np.ndarray, masks: dict[str, np.ndarray],
+              columns: int, classes: Sequence[str], ignore: int = -1) -> None:
+  """Writes a PNG of images, and of their masks by title under each of them; see `image_grid`.
+
+  Args:
+    images: [N, H, W, C] float in [0, 1] (clipped) or uint8, with C of 1 or 3.
+    masks: Integers [N, H, W] in 0..255, by title. Pixels of the class `ignore` are black.
+    classes: Names of the classes, for the legend.
+  """
+  if images.dtype != np.uint8:
+    images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+  images = np.broadcast_to(images, (*images.shape[:3], 3))
+  pictures = {'image': images} | {
+      title: np.where((mask == ignore)[..., None], 0, color_masks(mask)).astype(np.uint8)
+      for title, mask in masks.items()}
+  tiles, titles = [], []
+  for start in range(0, len(images), columns):
+    for title, of_title in pictures.items():
+      row = of_title[start:start + columns]
+      blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
+      tiles += [row, blank]
+      titles += [title] * len(row) + [''] * len(blank)
+  image_grid(path, np.concatenate(tiles), titles, columns, classes=classes)
+
+
 def color_masks(masks: np.ndarray) -> np.ndarray:
   """Draws masks, integers [N, H, W] in 0..255, in a colour for each class: uint8 [N, H, W, 3]."""
   return _colors(256)[masks]
