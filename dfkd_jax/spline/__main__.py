@@ -1,6 +1,7 @@
 """Fits a spline to a CSV file, turns it into a network, and fine-tunes that.
 
-python -m dfkd_jax.spline abalone.csv --target=rings --drop=sex --folder=runs/abalone
+python -m dfkd_jax.spline table.csv --target=rings --drop=sex --folder=runs/table
+python -m dfkd_jax.spline abalone.data --config=configs/regression.py:abalone
 """
 
 import argparse
@@ -15,7 +16,8 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from dfkd_jax.messages import one_line
+from dfkd_jax import cli
+from dfkd_jax.messages import check_choice, one_line
 from dfkd_jax.spline.model import format_terms
 from dfkd_jax.spline.plot import plot_effects
 from dfkd_jax.spline.regression import Comparison, compare
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add = parser.add_argument
   names = lambda text: [name.strip() for name in text.split(',')]
   add('data', nargs='?', help="CSV file of numbers; default: scikit-learn's diabetes")
+  add('--config', help='file with values for other flags, such as configs/regression.py:abalone')
   add('--target', help='column to predict; default: the last one')
   add('--drop', type=names, default=[], help='columns to leave out: NAME,NAME')
   add('--names', type=names, help='names of all columns, if the file begins with values')
@@ -46,6 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   add('--folder', type=pathlib.Path, help='where to write the network and the plot')
   try:
     flags = parser.parse_args(argv)
+    if flags.config is not None:
+      config = cli.load(flags.config)
+      for name in config:
+        check_choice(name, vars(flags), 'flag in --config')
+      parser.set_defaults(**config)
+      flags = parser.parse_args(argv)
     table = diabetes() if flags.data is None else read_csv(
         flags.data, flags.target, names=flags.names, drop=flags.drop)
     comparison = compare(

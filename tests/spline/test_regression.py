@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import safetensors.numpy
+import toy_runs
 
 from dfkd_jax.spline import regression
 from dfkd_jax.spline.__main__ import main
@@ -131,6 +132,26 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
   values = regression.predict(layers, draw().x)[:, 0]
   assert np.square(values - draw().y).mean() < 0.05 * draw().y.var()
   assert (folder / 'effects.png').exists() == HAS['matplotlib']
+
+
+def test_a_config_has_values_for_flags_and_the_command_line_comes_first(
+    tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(toy_runs.ROOT)
+  rows = np.random.default_rng(0).uniform(1, 9, (60, 8)).round(3)
+  path = tmp_path / 'abalone.data'
+  path.write_text(''.join(f'M,{",".join(map(str, row))}\n' for row in rows))
+  command = [str(path), '--config=configs/regression.py:abalone', '--steps=0', '--max_terms=5']
+  assert main(command) == 0
+  assert '60 rows of 7 features' in (printed := capsys.readouterr().out)
+  assert 'root mean squared error of rings' in printed
+  assert main([*command, '--target=length']) == 0
+  assert 'root mean squared error of length' in capsys.readouterr().out
+  for config, message in (('configs/regression.py:abelone', "Did you mean 'abalone'"),
+                          ('configs/none.py', 'must be a Python file'),
+                          ('configs/default.py', "flag in --config 'augment'")):
+    assert main([str(path), f'--config={config}']) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_the_default_data_are_real():
