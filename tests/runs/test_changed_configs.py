@@ -181,6 +181,7 @@ def test_an_ended_run_without_checkpoints_is_not_begun_anew(tmp_path):
   assert train.run(toy_runs.config(), tmp_path)['student'] == toy_runs.whole()[0]['student']
 
 
+@pytest.mark.exhaustive
 def test_all_that_was_forced_is_on_record_whatever_checkpoint_is_left(tmp_path):
   stopped(toy_runs.config(checkpoint__max_to_keep=9), tmp_path, 3)
   other = toy_runs.config(checkpoint__max_to_keep=9, distill__temperature=3.0)

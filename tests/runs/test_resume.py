@@ -50,6 +50,7 @@ def test_other_weights_in_the_same_file_are_another_run(tmp_path, rounds):
   assert toy_runs.tree_of(tmp_path / 'run') == before
 
 
+@pytest.mark.exhaustive
 def test_a_judge_and_the_teacher_of_a_training_are_weights_too(tmp_path):
   first, second = (teacher_of(seed, tmp_path / f'{seed}.safetensors') for seed in (1, 2))
   made = toy_runs.config(distill__rounds=2, judge__name='convnet', judge__source=first)

@@ -70,6 +70,7 @@ def test_a_run_is_the_same_bit_for_bit(whole):
   assert [during for during in compiled[2:-1] if during] == []  # Nothing after the first round.
 
 
+@pytest.mark.exhaustive
 def test_the_checkpoint_of_a_place_goes_on_in_the_other(whole, tmp_path, capsys):
   workdir, state, _ = whole
   for place, other in (('device', 'host'), ('host', 'device')):
