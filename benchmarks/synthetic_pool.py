@@ -41,7 +41,7 @@ class Case(NamedTuple):
 CASES = {
     'digits': Case((8, 8, 1), 0.305, 0.376, (1, 1, 2, 1, 2), 40, 40, 64, 4000, 4, 500),
     'fashion_mnist': Case(
-        (28, 28, 1), 0.2860, 0.3530, (2, 1, 2, 1, 1), 10, 80, 256, 8000, 4, 3000)}
+        (28, 28, 1), 0.2860, 0.3530, (2, 1, 2, 1, 1), 10, 80, 256, 8000, 4, 2000)}
 QUICK = dict(epochs=1, calls=2, width=24, fit_images=150, warm_epochs=1, steps=6)
 
 
