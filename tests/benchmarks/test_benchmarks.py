@@ -36,7 +36,7 @@ def test_rounds_fill_the_time():
   assert set(fields) == {'distill.rounds=105', 'evaluate.every=10'}
   fitted = benchmark.fields_for(
       100, 'configs/default.py:fast_dfkd', (), SHORT | {'head': {'seconds': 7.0}})
-  assert set(fitted) == {'distill.rounds=98', 'evaluate.every=10'}
+  assert set(fitted) == {'distill.rounds=98', 'evaluate.every=9'}
 
 
 def test_the_schedules_of_cu_dfkd_end_at_the_values_of_the_config():
