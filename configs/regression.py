@@ -4,8 +4,8 @@ r"""Tables of numbers for `python -m dfkd_jax.spline`: values of its flags.
 
 Arguments: `diabetes`, which scikit-learn ships; `abalone` and `wine_quality`, the data sets of
 arXiv:2102.06554, whose files are at https://archive.ics.uci.edu/dataset/1/abalone (abalone.data)
-and https://archive.ics.uci.edu/dataset/186/wine+quality (winequality-red.csv, -white.csv). The
-numbers of steps and terms are ours. Flags on the command line come before these values.
+and https://archive.ics.uci.edu/dataset/186/wine+quality (winequality-red.csv, -white.csv).
+Other flags have the command's defaults. Flags on the command line come before these values.
 """
 
 from ml_collections import config_dict
@@ -22,8 +22,4 @@ TABLES = {
 
 def get_config(arguments: str = ''):
   picked = common.pick(arguments, table=tuple(TABLES))
-  config = config_dict.ConfigDict(dict(
-      names=None, drop=(), target=None, max_terms=21, steps=2000, learning_rate=1e-3, dense=False,
-      seed=0))
-  config.update(TABLES[picked['table']])
-  return config
+  return config_dict.ConfigDict(TABLES[picked['table']])

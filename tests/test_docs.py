@@ -4,7 +4,8 @@ The info string of a block says how it runs:
 
   python         blocks of a page share a namespace with `my_linen_module` and `my_variables`
   python FILE    is the content of FILE, in a copy of the tree
-  bash           each config is checked whole, then run with small networks and few steps
+  bash           each config is checked whole; those of FastDFKD with one task, and of trainings,
+                 then run with small networks and few steps
   bash sketch    cannot run here; flags, fields and files are checked
   bash set-up    as `bash`; `.ci/run` runs these two commands as they stand
   text           is no code
@@ -84,9 +85,8 @@ class CheckedRuns:
       return {}
     small, workdir = doc_pages.shrink(config), pathlib.Path(workdir).absolute()
     kind = (
-        config.job, config.task, config.method.name, config.method.get('num_tasks'),
-        config.train.network, config.train.teacher_factor, config.dataset.name is None,
-        config.judge.name is None, teacher is None)
+        config.job, config.task, config.train.network, config.train.teacher_factor,
+        config.dataset.name is None, config.judge.name is None, teacher is None)
     if not (self.may_copy and kind in MADE):
       result = self._run(small, workdir, command, teacher, resume=resume, signals=signals)
       MADE[kind] = workdir, result

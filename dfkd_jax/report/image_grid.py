@@ -38,10 +38,7 @@ def image_grid(path: str | os.PathLike, images: Any, labels: Sequence[str], colu
     raise ValueError(f'There are {len(labels)} labels for {count} images.')
   scale = max(1, round(96 / max(height, width))) if scale is None else scale
   if parallel.is_first():
-    if images.dtype != np.uint8:
-      images = np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)
-      images = np.rint(images * 255).astype(np.uint8)
-    tiles = np.broadcast_to(images, (count, height, width, 3))
+    tiles = np.broadcast_to(_to_uint8(images), (count, height, width, 3))
     tiles = tiles.repeat(scale, 1).repeat(scale, 2)
     sheet = _draw_sheet(tiles, labels, min(columns, count), classes)
     with reporting_disk_errors(path), replace_file(path) as file:
@@ -57,9 +54,7 @@ def mask_grid(path: str | os.PathLike, images: np.ndarray, masks: dict[str, np.n
     masks: Integers [N, H, W] in 0..255, by title. Pixels of the class `ignore` are black.
     classes: Names of the classes, for the legend.
   """
-  if images.dtype != np.uint8:
-    images = np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
-  images = np.broadcast_to(images, (*images.shape[:3], 3))
+  images = np.broadcast_to(_to_uint8(images), (*images.shape[:3], 3))
   pictures = {'image': images} | {
       title: np.where((mask == ignore)[..., None], 0, color_masks(mask)).astype(np.uint8)
       for title, mask in masks.items()}
@@ -71,6 +66,12 @@ def mask_grid(path: str | os.PathLike, images: np.ndarray, masks: dict[str, np.n
       tiles += [row, blank]
       titles += [title] * len(row) + [''] * len(blank)
   image_grid(path, np.concatenate(tiles), titles, columns, classes=classes)
+
+
+def _to_uint8(images: np.ndarray) -> np.ndarray:
+  if images.dtype == np.uint8:
+    return images
+  return np.rint(255 * np.clip(np.nan_to_num(images.astype(np.float32)), 0, 1)).astype(np.uint8)
 
 
 def color_masks(masks: np.ndarray) -> np.ndarray:

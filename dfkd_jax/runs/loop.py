@@ -23,8 +23,6 @@ _REASONS = (None, 'budget.minutes', 'budget.images', *run_signals.NAMES)
 _PICKED_ON_TEST = 'student.best is picked on the test images; student.last is not.'
 _PICKED_ON_SYNTHETIC = ('No real image was seen: student.best is picked by held_out_agreement, '
                         'on fresh synthetic images.')
-
-
 _EVENTS = (1 << 30) + 1  # of the keys derived from the seed: none of the job's own
 # A round, counted from 0, and (state, key) -> state, which is called when that round begins.
 Event = tuple[int, Callable[[PyTree, PRNGKey], PyTree]]

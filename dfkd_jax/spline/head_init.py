@@ -23,7 +23,7 @@ KINDS = ('ridge', 'random_features', 'spline')
 _RIDGE = 1e-4  # Penalty, relative to the mean variance of the columns.
 
 
-class Head(NamedTuple):
+class FittedHead(NamedTuple):
   """A fitted head."""
 
   params: Params  # Float32. The last layer is the read-out; before it is the hidden one, if any.
@@ -31,7 +31,7 @@ class Head(NamedTuple):
 
 
 def fit_head(kind: str, features: np.ndarray, logits: np.ndarray, width: int | None, key: PRNGKey,
-             *, is_centred: bool = True, num_knots: int = 20) -> Head:
+             *, is_centred: bool = True, num_knots: int = 20) -> FittedHead:
   """Fits a head of `width` hidden units in float64.
 
   Units that the solution does not need have random weights in and zero weights out, see `widen`.
@@ -93,7 +93,7 @@ def max_terms(kind: str, width: int | None, num_features: int, num_classes: int)
 
 
 def _float32(params, num_terms):
-  return Head(jax.tree.map(np.float32, params), num_terms)
+  return FittedHead(jax.tree.map(np.float32, params), num_terms)
 
 
 def _solve(columns, y):

@@ -1,6 +1,5 @@
 """Weights as the variables of a module: layouts, dtypes, and one line if they do not fit."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
